@@ -1,0 +1,77 @@
+"""Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
+
+from . import datasets, networks, plots
+from .bounds import Bound, bound
+from .decoders import Decoder, GaussianDecoder, TransitionDecoder
+from .denoisers import (
+    DataPrediction,
+    Denoiser,
+    LogitPrediction,
+    NoisePrediction,
+    ScorePrediction,
+    VelocityPrediction,
+)
+from .diffusion import Diffusion, OneStep
+from .elbo import DiffusionELBO
+from .forward import BinomialForward, Forward, GaussianForward
+from .reverse import (
+    BinomialReverse,
+    FixedVariance,
+    ForwardVariance,
+    GaussianReverse,
+    PosteriorVariance,
+    Variance,
+)
+from .schedules import (
+    BetaSchedule,
+    CosineSchedule,
+    GeometricSchedule,
+    LinearSchedule,
+    ReciprocalSchedule,
+    Schedule,
+)
+from .steps import BoundWeighting, Drawing, LowDiscrepancyDrawing, SimpleWeighting, UniformDrawing
+from .svi import SVI
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BetaSchedule",
+    "BinomialForward",
+    "BinomialReverse",
+    "Bound",
+    "BoundWeighting",
+    "CosineSchedule",
+    "DataPrediction",
+    "Decoder",
+    "Denoiser",
+    "Diffusion",
+    "DiffusionELBO",
+    "Drawing",
+    "FixedVariance",
+    "Forward",
+    "ForwardVariance",
+    "GaussianDecoder",
+    "GaussianForward",
+    "GaussianReverse",
+    "GeometricSchedule",
+    "LinearSchedule",
+    "LogitPrediction",
+    "LowDiscrepancyDrawing",
+    "NoisePrediction",
+    "OneStep",
+    "PosteriorVariance",
+    "ReciprocalSchedule",
+    "SVI",
+    "Schedule",
+    "ScorePrediction",
+    "SimpleWeighting",
+    "TransitionDecoder",
+    "UniformDrawing",
+    "Variance",
+    "VelocityPrediction",
+    "bound",
+    "datasets",
+    "networks",
+    "plots",
+]

@@ -1,0 +1,191 @@
+r"""Denoisers: whatever a network predicts, read as the data :math:`\hat x_0(x_t, t)`.
+
+Given :math:`x_t = a_t x_0 + b_t \epsilon`, each of these determines the others, so each is a way to say
+:math:`\hat x_0`; a network learns some more easily than others.
+
+.. math::
+    \hat x_0
+    = \frac{x_t - b_t \hat\epsilon}{a_t}
+    = \frac{x_t + b_t^2 \hat s}{a_t}
+    = \frac{a_t x_t - b_t \hat v}{a_t^2 + b_t^2}
+
+with the noise :math:`\epsilon`, the score :math:`s = \nabla \log q(x_t | x_0) = -\epsilon / b_t` and the velocity
+:math:`v = a_t \epsilon - b_t x_0`. For bits :math:`\hat x_0` is the probability of a 1, given by its log odds.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 115, 133 and 151,
+    https://arxiv.org/abs/2208.11970
+
+    Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4: the velocity,
+    https://arxiv.org/abs/2202.00512
+"""
+
+from abc import abstractmethod
+
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from .forward import Forward, GaussianForward
+from .schedules import like
+
+__all__ = [
+    "DataPrediction",
+    "Denoiser",
+    "LogitPrediction",
+    "NoisePrediction",
+    "ScorePrediction",
+    "VelocityPrediction",
+]
+
+
+class Denoiser(PyroModule):
+    r"""A network read as the data :math:`\hat x_0(x_t, t)`.
+
+    Arguments:
+        network: A module called as ``network(x_t, t)`` that returns a tensor of the shape of ``x_t``.
+        forward: The forward process.
+
+    Raises:
+        ValueError: If ``network`` is not a module, or ``forward`` is not a process that the prediction is made for.
+    """
+
+    def __init__(self, network: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"network must be a torch.nn.Module, but it is {network!r}")
+        self._check_forward(forward)
+        self.network = network
+        self.forward_process = forward
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        r"""The data :math:`\hat x_0` that the network sees in ``x_t``.
+
+        Arguments:
+            x_t: The state, with shape (B, *event_shape).
+            t: The time, in 1..T: an int, or an integer tensor with shape (B,).
+
+        Returns:
+            A tensor with the shape of ``x_t``.
+
+        Raises:
+            ValueError: If the network returns another shape.
+        """
+
+    def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """What the network returns, after a check of its shape; arguments, result and errors as of a call."""
+        output = self.network(x_t, t)
+        if not isinstance(output, Tensor) or output.shape != x_t.shape:
+            got = tuple(output.shape) if isinstance(output, Tensor) else output
+            raise ValueError(f"network must return a tensor of its input's shape {tuple(x_t.shape)}, but it is {got}")
+        return output
+
+    def _check_forward(self, forward: Forward) -> None:
+        if not isinstance(forward, GaussianForward):
+            raise ValueError(f"forward must be a GaussianForward for {type(self).__name__}, but it is {forward!r}")
+
+    def _scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        schedule = self.forward_process.schedule
+        return like(schedule.signal(t), x_t), like(schedule.noise(t), x_t)
+
+
+class DataPrediction(Denoiser):
+    r"""The network predicts the data themselves.
+
+    Arguments, errors: see :class:`Denoiser`.
+
+    References:
+        Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 99.
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> denoiser = pyrodiff.DataPrediction(pyrodiff.networks.MLP(event_shape=(2,)), forward)
+        >>> denoiser(torch.zeros(5, 2), t=3).shape
+        torch.Size([5, 2])
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return self.output(x_t, t)
+
+
+class _DividesBySignal(Denoiser):
+    def _check_forward(self, forward: Forward) -> None:
+        super()._check_forward(forward)
+        if forward.schedule.signal(forward.num_steps) == 0:
+            raise ValueError(
+                f"forward must leave some signal at t = T for {type(self).__name__}, which divides by it, but its "
+                f"schedule {forward.schedule!r} leaves none; use DataPrediction or VelocityPrediction"
+            )
+
+
+class NoisePrediction(_DividesBySignal):
+    r"""The network predicts the noise: :math:`\hat x_0 = (x_t - b_t \hat\epsilon) / a_t`.
+
+    Arguments: see :class:`Denoiser`.
+
+    Raises:
+        ValueError: As :class:`Denoiser`, and if the schedule ends without signal (:math:`\beta_T = 1`).
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eq. 11.
+
+        Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 115.
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        signal, noise = self._scales(x_t, t)
+        return (x_t - noise * self.output(x_t, t)) / signal
+
+
+class ScorePrediction(_DividesBySignal):
+    r"""The network predicts the score of :math:`q(x_t)`: :math:`\hat x_0 = (x_t + b_t^2 \hat s) / a_t`.
+
+    Arguments: see :class:`Denoiser`.
+
+    Raises:
+        ValueError: As :class:`Denoiser`, and if the schedule ends without signal (:math:`\beta_T = 1`).
+
+    References:
+        Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 133: Tweedie's formula.
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        signal, noise = self._scales(x_t, t)
+        return (x_t + noise**2 * self.output(x_t, t)) / signal
+
+
+class VelocityPrediction(Denoiser):
+    r"""The network predicts the velocity :math:`a_t \epsilon - b_t x_0`, at ease with and without signal.
+
+    .. math:: \hat x_0 = (a_t x_t - b_t \hat v) / (a_t^2 + b_t^2)
+
+    Arguments, errors: see :class:`Denoiser`.
+
+    References:
+        Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4.
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        signal, noise = self._scales(x_t, t)
+        return (signal * x_t - noise * self.output(x_t, t)) / (signal**2 + noise**2)
+
+
+class LogitPrediction(Denoiser):
+    r"""The network predicts the log odds of a 1 in the data: :math:`\hat x_0 = \mathrm{sigmoid}(f(x_t, t))`.
+
+    Arguments, errors: see :class:`Denoiser`; the forward process is one of bits.
+
+    Example:
+        >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=10))
+        >>> denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP(event_shape=(20,)), forward)
+        >>> denoiser(torch.ones(5, 20), t=3).shape
+        torch.Size([5, 20])
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return self.output(x_t, t).sigmoid()
+
+    def _check_forward(self, forward: Forward) -> None:
+        if not isinstance(forward, Forward) or forward.support is not constraints.boolean:
+            raise ValueError(f"forward must be a process of bits for LogitPrediction, but it is {forward!r}")

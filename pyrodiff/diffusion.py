@@ -1,0 +1,354 @@
+r"""The pair: a diffusion model is two Pyro programs.
+
+The *model* is the generative chain and the *guide* the fixed forward posterior, in the model's order,
+
+.. math::
+    p_\theta(x_{0:T}) &= p(x_T) \prod_{t=2}^{T} p_\theta(x_{t-1} | x_t) \; p_\theta(x_0 | x_1) \\
+    q(x_{1:T} | x_0) &= q(x_T | x_0) \prod_{t=2}^{T} q(x_{t-1} | x_t, x_0),
+
+so that Pyro's ``TraceMeanField_ELBO``, which takes the analytic KL at each site, is
+:math:`L_T + \sum_{t=2}^T L_{t-1} + L_0` (Luo 2022, Eq. 58):
+
+.. math::
+    L_T = KL(q(x_T | x_0) \| p(x_T)), \quad
+    L_{t-1} = \mathbb{E}_q KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t)), \quad
+    L_0 = -\mathbb{E}_q \log p_\theta(x_0 | x_1).
+
+A guide that ran forward, :math:`q(x_t | x_{t-1})`, would be right for ``Trace_ELBO`` only: given
+:math:`x_{t-1}` and :math:`x_{t+1}`, :math:`x_t` does not follow :math:`q(x_t | x_{t-1})`, so the KLs at its sites
+are not the terms of any bound.
+
+The *trajectory pair* has one site a step, ``x_T .. x_1`` and ``x_0``. The *one-step pair* draws one t a datum, then
+:math:`x_t \sim q(x_t | x_0)`, and scores only that step, scaled by 1 / p(t): the same bound in the mean at the price
+of one network call, whatever T.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 34-58, https://arxiv.org/abs/2208.11970
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from .decoders import GaussianDecoder
+from .forward import Forward
+from .steps import BoundWeighting, Drawing, UniformDrawing
+
+__all__ = ["Diffusion", "OneStep"]
+
+
+class Diffusion(nn.Module):
+    r"""A diffusion model, as a pair of Pyro programs.
+
+    ``diffusion.model(x_0)`` and ``diffusion.guide(x_0)`` are the trajectory pair, for any of Pyro's inference
+    algorithms; ``diffusion.model(num_samples=n)`` generates; :meth:`one_step` is the one-step pair. Both come from the
+    same ``forward``, ``reverse`` and ``decoder``, so a variant that changes a kernel gets everything else for free.
+
+    Arguments:
+        forward: The forward process q.
+        reverse: The reverse process: a module called as ``reverse(x_t, t)``, which returns the distribution
+            :math:`p_\theta(x_{t-1} | x_t)` with batch_shape (B,) and the given event_shape.
+        event_shape: The shape of one datum.
+        decoder: A module called as ``decoder(kernel, x_1)``, which returns :math:`p_\theta(x_0 | x_1)`; the kernel
+            itself (:class:`GaussianDecoder`) if not given.
+        prior: p(x_T): a distribution with the given event_shape, or a module that returns one when called;
+            ``forward.prior(event_shape)`` if not given.
+
+    Raises:
+        ValueError: If an argument is of another kind, or the prior has another event_shape. On a call of the programs,
+            before any draw: if ``x_0`` has another shape than (B, *event_shape), another dtype or device than the
+            model, or a value outside the support of ``forward``; also if the reverse process, the decoder or the prior
+            returns no distribution, or one of another event_shape.
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> network = pyrodiff.networks.MLP(event_shape=(2,))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.NoisePrediction(network, forward))
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> diffusion.model(num_samples=5).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        reverse: nn.Module,
+        event_shape: Sequence[int],
+        decoder: nn.Module | None = None,
+        prior: dist.Distribution | nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        decoder = GaussianDecoder() if decoder is None else decoder
+        for name, module, kind in (
+            ("forward", forward, Forward),
+            ("reverse", reverse, nn.Module),
+            ("decoder", decoder, nn.Module),
+        ):
+            if not isinstance(module, kind):
+                raise ValueError(f"{name} must be a {kind.__module__}.{kind.__name__}, but it is {module!r}")
+        event_shape = torch.Size(event_shape)
+        if not isinstance(prior, nn.Module | None):
+            _check_law(prior, "prior", event_shape)
+        self.model = TrajectoryModel(forward, reverse, event_shape, decoder, prior)
+        self.guide = TrajectoryGuide(forward, event_shape)
+
+    @property
+    def forward_process(self) -> Forward:
+        """The forward process q."""
+        return self.model.forward_process
+
+    @property
+    def reverse(self) -> nn.Module:
+        """The reverse process."""
+        return self.model.reverse
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """The shape of one datum."""
+        return self.model.event_shape
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps T."""
+        return self.model.num_steps
+
+    def one_step(
+        self, drawing: Drawing | None = None, weighting: Callable[[Tensor], Tensor] | None = None
+    ) -> "OneStep":
+        """The one-step pair: one network call of the batch, whatever T, and the same bound in the mean.
+
+        Arguments:
+            drawing: How t is drawn: :class:`UniformDrawing` if not given.
+            weighting: What the step weighs: called with integers of shape (B,), it returns positive numbers of that
+                shape; the bound's weighting, 1, if not given.
+
+        Returns:
+            The pair, with ``model`` and ``guide``.
+
+        Raises:
+            ValueError: If an argument is of another kind; on a call of the programs, if the weighting returns
+                another shape.
+
+        Example:
+            >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=1000))
+            >>> denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP(event_shape=(20,)), forward)
+            >>> reverse = pyrodiff.BinomialReverse(forward, denoiser)
+            >>> pair = pyrodiff.Diffusion(forward, reverse, event_shape=(20,)).one_step()
+            >>> elbo = pyrodiff.DiffusionELBO()
+            >>> sorted(elbo.terms(pair.model, pair.guide, torch.ones(5, 20)))
+            ['x_0', 'x_T', 'x_s']
+        """
+        return OneStep(self, drawing or UniformDrawing(), weighting or BoundWeighting())
+
+
+class OneStep(nn.Module):
+    """The one-step pair of a diffusion: see :meth:`Diffusion.one_step`.
+
+    Both programs draw the auxiliary sites ``u``, which says t, and ``x_t``; they stand under ``mask(False)`` in both,
+    so that they cost nothing. What is scored is ``x_T`` (L_T, in closed form), and, scaled by w(t) / p(t), the site
+    ``x_s``, s = t - 1, where t > 1, or ``x_0`` where t = 1.
+    """
+
+    def __init__(self, diffusion: Diffusion, drawing: Drawing, weighting: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        if not isinstance(drawing, Drawing):
+            raise ValueError(f"drawing must be a pyrodiff.Drawing, but it is {drawing!r}")
+        if not callable(weighting):
+            raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
+        step = _Step(diffusion.forward_process, diffusion.event_shape, drawing, weighting)
+        self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)
+
+
+def _check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dist.Distribution:
+    if not isinstance(law, torch.distributions.Distribution):
+        raise ValueError(f"{name} must be a distribution or return one, but it is {law!r}")
+    if law.event_shape != event_shape:
+        raise ValueError(
+            f"{name} must have the event_shape {tuple(event_shape)}, but its event_shape is {tuple(law.event_shape)} "
+            f"(and its batch_shape {tuple(law.batch_shape)})"
+        )
+    return law
+
+
+def _time(x: Tensor, t: int, event_shape: torch.Size) -> int | Tensor:
+    """The time t of all data, as a tensor where the batch has more dimensions than one (vectorised particles)."""
+    batch_shape = x.shape[: x.dim() - len(event_shape)]
+    return t if len(batch_shape) == 1 else torch.full(batch_shape, t, device=x.device)
+
+
+class TrajectoryGuide(PyroModule):
+    """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate "data".
+
+    Called as ``guide(x_0)``, with data of shape (B, *event_shape).
+    """
+
+    def __init__(self, forward: Forward, event_shape: torch.Size) -> None:
+        super().__init__()
+        self.forward_process, self.event_shape = forward, event_shape
+
+    def forward(self, x_0: Tensor) -> None:
+        q, T = self.forward_process, self.forward_process.num_steps
+        q.check(x_0, self.event_shape)
+        with pyro.plate("data", len(x_0), dim=-1):
+            x = pyro.sample(f"x_{T}", q.marginal(x_0, T))
+            for t in range(T, 1, -1):
+                x = pyro.sample(f"x_{t - 1}", q.posterior(x, x_0, _time(x, t, self.event_shape)))
+
+
+class _Generative(PyroModule):
+    """The parts of p_θ(x_0:T), checked as they are used."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        reverse: nn.Module,
+        event_shape: torch.Size,
+        decoder: nn.Module,
+        prior: dist.Distribution | nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.forward_process, self.reverse, self.event_shape = forward, reverse, event_shape
+        self.decoder, self.prior = decoder, prior
+
+    @property
+    def num_steps(self) -> int:
+        return self.forward_process.num_steps
+
+    def top(self, dtype: torch.dtype) -> dist.Distribution:
+        """p(x_T), with batch_shape ()."""
+        if self.prior is None:
+            return self.forward_process.prior(self.event_shape, dtype)
+        return _check_law(self.prior() if isinstance(self.prior, nn.Module) else self.prior, "prior", self.event_shape)
+
+    def kernel(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
+        """p_θ(x_{t-1} | x_t)."""
+        t = _time(x_t, t, self.event_shape) if isinstance(t, int) else t
+        return _check_law(self.reverse(x_t, t), "reverse", self.event_shape)
+
+    def decoded(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+        """p_θ(x_0 | x_1), from the kernel at t = 1."""
+        return _check_law(self.decoder(kernel, x_1), "decoder", self.event_shape)
+
+    def dtype(self, x_0: Tensor | None = None) -> torch.dtype:
+        """The dtype of the states: that of the parameters, if there are any, which data must share."""
+        if x_0 is not None:
+            self.forward_process.check(x_0, self.event_shape)
+        for parameter in self.reverse.parameters():
+            if parameter.is_floating_point():
+                if x_0 is not None and x_0.dtype != parameter.dtype:
+                    raise ValueError(
+                        f"x_0 must have the dtype of the model's parameters, {parameter.dtype}, but it is {x_0.dtype}"
+                    )
+                return parameter.dtype
+        return torch.get_default_dtype() if x_0 is None else x_0.dtype
+
+    def sample_weights(self) -> None:
+        """Draw the random weights (each ``PyroSample``) now: before the chain, outside its plate, once for all t."""
+        for module in self.reverse.modules():
+            if isinstance(module, PyroModule) and module._pyro_context.active:
+                for name in module._pyro_samples:
+                    getattr(module, name)
+
+
+class TrajectoryModel(_Generative):
+    """The model p_θ(x_0:T): sites ``x_T .. x_1`` and ``x_0``, in the plate "data".
+
+    Called as ``model(x_0)``, with data of shape (B, *event_shape), it observes them; called as
+    ``model(num_samples=n)`` it draws n of them. It returns ``x_0`` either way.
+    """
+
+    def forward(self, x_0: Tensor | None = None, num_samples: int | None = None) -> Tensor:
+        if (x_0 is None) == (num_samples is None):
+            raise ValueError(f"either x_0 or num_samples must be given, but num_samples is {num_samples!r}")
+        if x_0 is None and (not isinstance(num_samples, int) or num_samples < 1):
+            raise ValueError(f"num_samples must be a positive int, but it is {num_samples!r}")
+        dtype, T = self.dtype(x_0), self.num_steps
+        self.sample_weights()
+        data = pyro.plate("data", num_samples if x_0 is None else len(x_0), dim=-1)
+        with data:
+            x = pyro.sample(f"x_{T}", self.top(dtype))
+        for t in range(T, 1, -1):
+            kernel = self.kernel(x, t)
+            with data:
+                x = pyro.sample(f"x_{t - 1}", kernel)
+        law = self.decoded(self.kernel(x, 1), x)
+        with data:
+            return pyro.sample("x_0", law, obs=x_0)
+
+
+class _Step(nn.Module):
+    """What the two programs of the one-step pair share: the drawing of t and x_t, and the scale of the step."""
+
+    def __init__(
+        self, forward: Forward, event_shape: torch.Size, drawing: Drawing, weighting: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.forward_process, self.event_shape = forward, event_shape
+        self.drawing, self.weighting = drawing, weighting
+
+    def draw(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The times, with shape (B,), the states x_t and the scale w(t) / p(t); within the plate, in both programs."""
+        uniforms = self.drawing.uniforms(torch.zeros(len(x_0), device=x_0.device))
+        with poutine.mask(mask=False):
+            u = pyro.sample("u", uniforms)
+            t, probability = self.drawing(u, self.forward_process.num_steps)
+            x_t = pyro.sample("x_t", self.forward_process.marginal(x_0.expand(t.shape + self.event_shape), t))
+        weight = self.weighting(t)
+        if not isinstance(weight, Tensor) or weight.shape != t.shape:
+            raise ValueError(f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is {weight!r}")
+        return t, x_t, weight / probability
+
+    @staticmethod
+    @contextmanager
+    def scored(scale: Tensor, where: Tensor) -> Iterator[None]:
+        """Sites within cost ``scale`` times as much, and nothing but ``where``."""
+        with poutine.scale(scale=scale), poutine.mask(mask=where):
+            yield
+
+
+class OneStepGuide(PyroModule):
+    """The guide of the one-step pair, called as ``guide(x_0)``: see :class:`OneStep`."""
+
+    def __init__(self, step: _Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x_0: Tensor) -> None:
+        q = self.step.forward_process
+        q.check(x_0, self.step.event_shape)
+        with pyro.plate("data", len(x_0), dim=-1):
+            pyro.sample("x_T", q.marginal(x_0, q.num_steps))
+            t, x_t, scale = self.step.draw(x_0)
+            if q.num_steps > 1:
+                with self.step.scored(scale, t > 1):  # at t = 1 the posterior is a point: another stands in, unscored
+                    pyro.sample("x_s", q.posterior(x_t, x_0, t.clamp(min=2)))
+
+
+class OneStepModel(_Generative):
+    """The model of the one-step pair, called as ``model(x_0)``: see :class:`OneStep`."""
+
+    def __init__(self, model: TrajectoryModel, step: _Step) -> None:
+        super().__init__(model.forward_process, model.reverse, model.event_shape, model.decoder, model.prior)
+        self.step = step
+
+    def forward(self, x_0: Tensor) -> None:
+        dtype, step = self.dtype(x_0), self.step
+        self.sample_weights()
+        data = pyro.plate("data", len(x_0), dim=-1)
+        with data:
+            pyro.sample("x_T", self.top(dtype))
+            t, x_t, scale = step.draw(x_0)
+        kernel = self.kernel(x_t, t)
+        law = self.decoded(kernel, x_t)
+        with data:
+            if self.num_steps > 1:
+                with step.scored(scale, t > 1):
+                    pyro.sample("x_s", kernel)
+            with step.scored(scale, t == 1):
+                pyro.sample("x_0", law, obs=x_0)

@@ -1,0 +1,321 @@
+r"""The forward process q: how data turn into noise.
+
+A forward process is a fixed Markov chain :math:`q(x_{1:T} | x_0) = \prod_t q(x_t | x_{t-1})` with three kernels in
+closed form, for any :math:`0 \le s < t \le T`, and the law that it forgets the data towards:
+
+.. math::
+    \text{transition} \quad & q(x_t | x_s) \\
+    \text{marginal} \quad & q(x_t | x_0) \\
+    \text{posterior} \quad & q(x_s | x_t, x_0) = q(x_t | x_s) \, q(x_s | x_0) / q(x_t | x_0) \\
+    \text{prior} \quad & p(x_T)
+
+Each kernel returns a Pyro distribution. The time ``t`` is an int, and then the first dimension of the data is the
+batch, or an integer tensor whose shape is the batch shape, one time a datum. Either way the distribution has that
+``batch_shape`` and the remaining dimensions in its event. Values of tensors are checked where they lie on the CPU;
+on an accelerator reading them would stall every step.
+
+References:
+    Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Table App. 1,
+    https://arxiv.org/abs/1503.03585
+
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 70 and 84,
+    https://arxiv.org/abs/2208.11970
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from numbers import Integral
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from .schedules import Float64Module, Schedule, like
+
+__all__ = ["BinomialForward", "Forward", "GaussianForward"]
+
+
+class Forward(Float64Module, ABC):
+    """A forward process: the kernels q of a fixed Markov chain from data to noise.
+
+    Arguments:
+        schedule: The noise schedule.
+    """
+
+    support: constraints.Constraint
+    """What one number of the data may be."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a pyrodiff.Schedule, but it is {schedule!r}")
+        self.schedule = schedule
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps T."""
+        return self.schedule.num_steps
+
+    @abstractmethod
+    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+        """q(x_t | x_s).
+
+        Arguments:
+            x_s: The state at time s, with shape (B, *event_shape).
+            t: The time, in 1..T: an int, or an integer tensor with shape (B,).
+            s: The earlier time, in 0..t-1; t - 1 if not given.
+
+        Returns:
+            A distribution with batch_shape (B,) and the event_shape of ``x_s``.
+
+        Raises:
+            ValueError: If t or s is not an integer, lies outside its range or has another shape, or if ``x_s`` has a
+                dtype that is not floating.
+        """
+
+    def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.Distribution:
+        """q(x_t | x_0), the transition from s = 0; arguments, result and errors as there."""
+        return self.transition(x_0, t, s=0)
+
+    @abstractmethod
+    def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+        """q(x_s | x_t, x_0).
+
+        Arguments:
+            x_t: The state at time t, with shape (B, *event_shape).
+            x_0: The data, with the same shape.
+            t: The time, in 2..T: an int, or an integer tensor with shape (B,).
+            s: The earlier time, in 1..t-1; t - 1 if not given.
+
+        Returns:
+            A distribution with batch_shape (B,) and the event_shape of ``x_t``.
+
+        Raises:
+            ValueError: As for :meth:`transition`, and if s is 0, where the posterior is a point mass at ``x_0``.
+        """
+
+    @abstractmethod
+    def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
+        """p(x_T), the law that the process forgets the data towards.
+
+        Arguments:
+            event_shape: The shape of one datum.
+            dtype: The dtype of its draws; torch's default if not given.
+
+        Returns:
+            A distribution with batch_shape () and the given event_shape, on the schedule's device.
+        """
+
+    def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
+        """Refuse what cannot be data: another shape than (B, *event_shape), dtype, device or values.
+
+        Raises:
+            ValueError: If so, or if there is no datum.
+        """
+        if not isinstance(x_0, Tensor):
+            raise ValueError(f"x_0 must be a tensor, but it is a {type(x_0).__name__}")
+        if x_0.dim() != 1 + len(event_shape) or x_0.shape[1:] != event_shape or len(x_0) == 0:
+            expected = ", ".join(("B", *tuple(str(size) for size in event_shape)))
+            raise ValueError(f"x_0 must have shape ({expected}) with B >= 1, but its shape is {tuple(x_0.shape)}")
+        if not x_0.is_floating_point():
+            raise ValueError(f"x_0 must have a floating dtype, but its dtype is {x_0.dtype}")
+        device = self.schedule.noise(0).device
+        if x_0.device != device:
+            raise ValueError(f"x_0 must be on the model's device {device}, but it is on {x_0.device}")
+        if x_0.device.type == "cpu":
+            valid = self.support.check(x_0) & x_0.isfinite()
+            if not valid.all():
+                raise ValueError(
+                    f"x_0 must be {'0 or 1' if self.support is constraints.boolean else 'finite'} everywhere, "
+                    f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}"
+                )
+
+    def earlier(self, x: Tensor, t: int | Tensor, s: int | Tensor | None = None, first: int = 0) -> int | Tensor:
+        """The earlier time s, t - 1 if not given, after checks of the state ``x`` and of first <= s < t <= T.
+
+        Raises:
+            ValueError: As for :meth:`transition`.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"the state must have a floating dtype, but its dtype is {x.dtype}")
+        if isinstance(t, Tensor) and (t.dim() > x.dim() or t.shape != x.shape[: t.dim()]):
+            raise ValueError(
+                f"t must be an int or have the batch shape of the state, whose shape is {tuple(x.shape)}, "
+                f"but its shape is {tuple(t.shape)}"
+            )
+        if not isinstance(t, Integral | Tensor) or not isinstance(s, Integral | Tensor | None):
+            raise ValueError(f"t and s must be ints or integer tensors, but t is {t!r} and s is {s!r}")
+        s = t - 1 if s is None else s
+        valid = (s >= first) & (s < t)
+        if isinstance(valid, Tensor):
+            valid = valid.device.type != "cpu" or bool(valid.all())
+        if not valid:
+            raise ValueError(f"s and t must satisfy {first} <= s < t <= {self.num_steps}, but t is {t} and s is {s}")
+        return s
+
+
+def event_dim(x: Tensor, t: int | Tensor) -> int:
+    """The number of event dimensions of x: all but the batch dimensions, which are those of t, or one."""
+    return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
+
+
+class GaussianForward(Forward):
+    r"""Gaussian diffusion: variance preserving or variance exploding, by the schedule alone.
+
+    With :math:`a, b` the signal and noise of the schedule, :math:`a_{t|s}, b_{t|s}` those of the step from s to t,
+    and :math:`c = 1 - e^{\lambda_t - \lambda_s}`, the part of the signal-to-noise ratio lost in the step,
+
+    .. math::
+        q(x_t | x_s) &= N(a_{t|s} x_s, \; b_{t|s}^2) \
+        q(x_t | x_0) &= N(a_t x_0, \; b_t^2) \
+        q(x_s | x_t, x_0) &= N\left(	frac{a_{t|s} b_s^2}{b_t^2} x_t + a_s c \, x_0, \; b_s^2 c
+ight) \
+        p(x_T) &= N(0, \; a_T^2 + b_T^2)
+
+    The prior is :math:`q(x_T)` of data of mean 0 and variance 1: the standard normal if VP, variance
+    :math:`1 + \sigma_\max^2` if VE.
+
+    Arguments:
+        schedule: The noise schedule.
+
+    References:
+        Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 31, 70 and 84,
+        https://arxiv.org/abs/2208.11970
+
+        Variational Diffusion Models (Kingma et al., 2021), Eqs. 22 and 25, https://arxiv.org/abs/2107.00630
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=10))
+        >>> q = forward.posterior(torch.zeros(5, 2), torch.ones(5, 2), t=3)
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([2]))
+    """
+
+    support = constraints.real
+
+    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+        s = self.earlier(x_s, t, s, first=0)
+        signal, noise = self.schedule.step(t, s)
+        return self._normal(like(signal, x_s) * x_s, noise, t)
+
+    def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+        s = self.earlier(x_t, t, s, first=1)
+        weight_t, weight_0, noise = self.posterior_weights(t, s)
+        return self._normal(like(weight_t, x_t) * x_t + like(weight_0, x_t) * x_0, noise, t)
+
+    def posterior_weights(self, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of x_t and of x_0 in the posterior's mean, and its standard deviation.
+
+        Arguments:
+            t: The time, in 1..T, an int or an integer tensor.
+            s: The earlier time, in 0..t-1. At s = 0 they are 0, 1 and 0.
+
+        Returns:
+            Three float64 tensors with the shape of ``t``.
+        """
+        schedule = self.schedule
+        lost = -torch.expm1(schedule.log_snr(t) - schedule.log_snr(s))
+        weight_t = schedule.signal(t) / schedule.signal(s) * (schedule.noise(s) / schedule.noise(t)) ** 2
+        return weight_t, schedule.signal(s) * lost, schedule.noise(s) * lost.sqrt()
+
+    def noise(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
+        r"""The noise :math:`\epsilon = (x_t - a_t x_0) / b_t` that leads from ``x_0`` to ``x_t``, of their shape."""
+        signal, noise = self._scales(x_t, t)
+        return (x_t - signal * x_0) / noise
+
+    def score(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
+        r"""The score :math:`\nabla_{x_t} \log q(x_t | x_0) = (a_t x_0 - x_t) / b_t^2`, with the shape of ``x_t``."""
+        signal, noise = self._scales(x_t, t)
+        return (signal * x_0 - x_t) / noise**2
+
+    def velocity(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
+        r"""The velocity :math:`v = a_t \epsilon - b_t x_0`, with the shape of ``x_t``."""
+        signal, noise = self._scales(x_t, t)
+        return (signal * x_t - (signal**2 + noise**2) * x_0) / noise
+
+    def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
+        T, dtype = self.num_steps, dtype or torch.get_default_dtype()
+        scale = (self.schedule.signal(T) ** 2 + self.schedule.noise(T) ** 2).sqrt().to(dtype)
+        return dist.Normal(scale.new_zeros(tuple(event_shape)), scale).to_event(len(event_shape))
+
+    def _scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        return like(self.schedule.signal(t), x_t), like(self.schedule.noise(t), x_t)
+
+    def _normal(self, mean: Tensor, noise: Tensor, t: int | Tensor) -> dist.Distribution:
+        return dist.Normal(mean, like(noise, mean)).to_event(event_dim(mean, t))
+
+
+class BinomialForward(Forward):
+    r"""Binomial diffusion of bits: each step forgets a bit with probability beta_t and then draws it anew.
+
+    With :math:`arlpha_{t|s} = arlpha_t / arlpha_s`, for every bit by itself,
+
+    .. math::
+        q(x_t = 1 | x_s) &= arlpha_{t|s} x_s + (1 - arlpha_{t|s}) r \
+        q(x_t = 1 | x_0) &= arlpha_t x_0 + (1 - arlpha_t) r \
+        q(x_s | x_t, x_0) &\propto q(x_t | x_s) \, q(x_s | x_0) \
+        p(x_T = 1) &= r
+
+    Arguments:
+        schedule: A variance preserving noise schedule.
+        rate: The stationary rate r, the probability of a 1 in pure noise: in (0, 1), a number or a tensor that
+            broadcasts against one datum (a rate a dimension).
+
+    Raises:
+        ValueError: If the schedule is variance exploding (it never forgets a bit) or a rate lies outside (0, 1).
+
+    References:
+        Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Table App. 1,
+        there with r = 0.5; section D.1.2 uses the rate of the data, 0.2.
+
+    Example:
+        >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=10), rate=0.2)
+        >>> forward.marginal(torch.tensor([[0.0, 1.0]]), t=5).base_dist.probs
+        tensor([[0.1000, 0.6000]])
+    """
+
+    support = constraints.boolean
+
+    def __init__(self, schedule: Schedule, rate: float | Tensor = 0.5) -> None:
+        super().__init__(schedule)
+        rate = torch.as_tensor(rate, dtype=torch.float64)
+        if not ((rate > 0) & (rate < 1)).all():
+            raise ValueError(f"rate must lie in (0, 1), but it is {rate.tolist()}")
+        if schedule.alpha_bar(schedule.num_steps) >= 1:
+            raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
+        self.register_buffer("rate", rate, persistent=False)
+
+    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+        s = self.earlier(x_s, t, s, first=0)
+        kept, redrawn = (like(coefficient**2, x_s) for coefficient in self.schedule.step(t, s))
+        probs = kept * x_s + redrawn * self.rate.to(x_s.dtype)
+        return dist.Bernoulli(probs).to_event(event_dim(x_s, t))
+
+    def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+        s = self.earlier(x_t, t, s, first=1)
+        return dist.Bernoulli(logits=self.posterior_logits(x_t, x_0, t, s)).to_event(event_dim(x_t, t))
+
+    def posterior_logits(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+        """The log odds of x_s = 1 in q(x_s | x_t, x_0).
+
+        Arguments:
+            x_t: The bits at time t, with shape (B, *event_shape).
+            x_0: The data, a tensor that broadcasts against ``x_t``.
+            t: The time, in 1..T, an int or an integer tensor with shape (B,).
+            s: The earlier time, in 0..t-1. At s = 0 they are infinite.
+
+        Returns:
+            Log odds with the shape of ``x_t``.
+        """
+        rate, rest = self.rate.to(x_t.dtype), (1 - self.rate).to(x_t.dtype)
+        left, noise = (like(coefficient(s) ** 2, x_t) for coefficient in (self.schedule.signal, self.schedule.noise))
+        kept, redrawn = (like(coefficient**2, x_t) for coefficient in self.schedule.step(t, s))
+        redrawn = redrawn * torch.where(x_t == 1, rate, rest)
+        one = (left * x_0 + noise * rate) * (kept * x_t + redrawn)
+        zero = (left * (1 - x_0) + noise * rest) * (kept * (1 - x_t) + redrawn)
+        return one.log() - zero.log()
+
+    def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
+        rate = self.rate.to(dtype or torch.get_default_dtype())
+        return dist.Bernoulli(rate.expand(tuple(event_shape))).to_event(len(event_shape))

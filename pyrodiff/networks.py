@@ -1,0 +1,120 @@
+r"""Plain networks f(x_t, t), which know nothing of probability.
+
+A network takes the state ``x_t``, with shape (B, *event_shape), and the time ``t``, an int or an integer tensor with
+shape (B,), and returns a tensor of the shape of ``x_t``. What that tensor means is said by a denoiser.
+
+References:
+    Attention Is All You Need (Vaswani et al., 2017), section 3.5: the sinusoidal embedding,
+    https://arxiv.org/abs/1706.03762
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "TimeEmbedding"]
+
+
+class TimeEmbedding(nn.Module):
+    r"""The time as sines and cosines of geometrically spaced frequencies, then two linear layers.
+
+    .. math:: \left(\sin(t \omega_k), \cos(t \omega_k)\right)_{k = 0}^{K - 1}, \qquad \omega_k = 10000^{-k / K}
+
+    Arguments:
+        features: The number of features returned, even: 2 K.
+
+    Raises:
+        ValueError: If ``features`` is not a positive even int.
+
+    Example:
+        >>> pyrodiff.networks.TimeEmbedding(32)(torch.tensor([1, 2, 3])).shape
+        torch.Size([3, 32])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        if not isinstance(features, int) or features < 2 or features % 2:
+            raise ValueError(f"features must be a positive even int, but it is {features!r}")
+        frequencies = torch.exp(-math.log(10000) * torch.arange(features // 2) / (features // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """The features of times ``t`` of any shape (*), with shape (*, features)."""
+        angles = t[..., None].to(self.frequencies.dtype) * self.frequencies
+        return self.layers(torch.cat([angles.sin(), angles.cos()], -1))
+
+
+class MLP(nn.Module):
+    r"""A residual multi-layer perceptron with sine units, and the time in every block.
+
+    .. math::
+        h &\leftarrow 3 W x_t + b \\
+        h &\leftarrow h + W_2 \sin(W_1 h + V e_t) \qquad \text{in each block} \\
+        f &= (1 + s_t) \, W_3 h + g_t \, x_t
+
+    on the flattened event, with :math:`e_t` the embedded time and :math:`s_t, g_t` linear in it. At the start f is
+    :math:`g_t x_t`: what is predicted is nearly linear in :math:`x_t` at one end of the chain (the noise where all is
+    noise, the data where there is none), where errors may weigh a thousand times as much, and the sines resolve fine
+    detail at the other.
+
+    Arguments:
+        event_shape: The shape of one datum.
+        hidden: The number of hidden units, even.
+        num_blocks: The number of residual blocks.
+        dropout: The probability that a hidden unit of a block is dropped while training.
+
+    Raises:
+        ValueError: If ``hidden`` is not a positive even int, or ``num_blocks`` is not a positive int.
+
+    References:
+        Implicit Neural Representations with Periodic Activation Functions (Sitzmann et al., 2020),
+        https://arxiv.org/abs/2006.09661
+
+    Example:
+        >>> network = pyrodiff.networks.MLP(event_shape=(8, 8), hidden=64)
+        >>> network(torch.zeros(5, 8, 8), t=3).shape
+        torch.Size([5, 8, 8])
+    """
+
+    def __init__(
+        self, event_shape: Sequence[int], hidden: int = 128, num_blocks: int = 3, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_blocks, int) or num_blocks < 1:
+            raise ValueError(f"num_blocks must be a positive int, but it is {num_blocks!r}")
+        self.event_shape = torch.Size(event_shape)
+        size = self.event_shape.numel()
+        self.embedding = nn.Sequential(TimeEmbedding(hidden), nn.SiLU())
+        self.inlet = nn.Linear(size, hidden)
+        self.blocks = nn.ModuleList(_Block(hidden, dropout) for _ in range(num_blocks))
+        self.outlet, self.scale, self.gate = (nn.Linear(hidden, size) for _ in range(3))
+        with torch.no_grad():
+            self.inlet.weight.mul_(3)
+            for parameter in self.outlet.parameters():
+                parameter.zero_()
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The output, with the shape of ``x_t``."""
+        batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
+        x = x_t.reshape((*batch_shape, -1))
+        embedding = self.embedding(torch.as_tensor(t, device=x_t.device))
+        h = self.inlet(x)
+        for block in self.blocks:
+            h = h + block(h, embedding)
+        output = (1 + self.scale(embedding)) * self.outlet(h) + self.gate(embedding) * x
+        return output.reshape(x_t.shape)
+
+
+class _Block(nn.Module):
+    def __init__(self, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.first, self.time, self.second = (nn.Linear(hidden, hidden) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.second(self.dropout(torch.sin(self.first(h) + self.time(embedding))))

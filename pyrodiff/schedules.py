@@ -1,0 +1,324 @@
+r"""The noise schedule: how much of the data is left, and how much noise is in, after each step.
+
+A schedule of :math:`T` steps is two sequences, the signal :math:`a_t` and the noise :math:`b_t`,
+
+.. math:: x_t = a_t x_0 + b_t \epsilon, \qquad \epsilon \sim N(0, I), \qquad t = 0, \dots, T,
+
+with :math:`a_0 = 1` and :math:`b_0 = 0`. *Variance preserving* (VP) schedules are given by
+:math:`\beta_1, \dots, \beta_T`: with :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)` they have
+:math:`a_t = \sqrt{\bar\alpha_t}` and :math:`b_t = \sqrt{1 - \bar\alpha_t}`. *Variance exploding* (VE) schedules
+have :math:`a_t = 1` and a growing :math:`b_t`. The log signal-to-noise ratio
+:math:`\lambda_t = \log a_t^2 / b_t^2` falls from :math:`\infty` at :math:`t = 0`.
+
+Every quantity is computed, kept and returned in float64, whatever dtype the module is cast to: in float32
+:math:`1 - \bar\alpha_1` of a 1000-step schedule is already off in its fourth digit. The kernels cast their
+coefficients at the last moment.
+
+References:
+    Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015),
+    https://arxiv.org/abs/1503.03585
+
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "BetaSchedule",
+    "CosineSchedule",
+    "GeometricSchedule",
+    "LinearSchedule",
+    "ReciprocalSchedule",
+    "Schedule",
+]
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an int of at least 1, but it is {num_steps!r}")
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not (isinstance(value, int | float) and low < value < high):
+        raise ValueError(f"{name} must be a number in ({low}, {high}), but it is {value!r}")
+
+
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A float64 coefficient, of shape () or the batch shape of x, in x's dtype and broadcastable against x."""
+    return coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.dim() - max(coefficient.dim(), 1)))
+
+
+class Float64Module(nn.Module):
+    """A module whose buffers are float64 and stay so: they follow it to another device, but not to another dtype."""
+
+    def _apply(self, fn, recurse: bool = True) -> "Float64Module":  # noqa: ANN001 - torch's own signature
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in buffers.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class Schedule(Float64Module, ABC):
+    r"""A noise schedule of :math:`T` steps: the signal :math:`a_t` and the noise :math:`b_t` for t = 0..T.
+
+    All methods take ``t`` as an int or as an integer tensor of any shape, and return float64 of that shape.
+
+    Arguments:
+        num_steps: The number of steps :math:`T`, at least 1.
+
+    Raises:
+        ValueError: If ``num_steps`` is not an int of at least 1.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        _check_num_steps(num_steps)
+        self.num_steps = num_steps
+
+    @abstractmethod
+    def beta(self, t: int | Tensor) -> Tensor:
+        r"""The variance :math:`\beta_t` of :math:`q(x_t | x_{t-1})`; 0 at t = 0."""
+
+    @abstractmethod
+    def signal(self, t: int | Tensor) -> Tensor:
+        r"""The signal :math:`a_t`, :math:`\sqrt{\bar\alpha_t}` if VP and 1 if VE."""
+
+    @abstractmethod
+    def noise(self, t: int | Tensor) -> Tensor:
+        r"""The noise :math:`b_t`, :math:`\sqrt{1 - \bar\alpha_t}` if VP."""
+
+    @abstractmethod
+    def log_snr(self, t: int | Tensor) -> Tensor:
+        r"""The log signal-to-noise ratio :math:`\lambda_t = \log a_t^2 / b_t^2`; infinite at t = 0."""
+
+    def alpha_bar(self, t: int | Tensor) -> Tensor:
+        r""":math:`\bar\alpha_t = a_t^2`, the product of the :math:`1 - \beta_s` up to t if VP, and 1 if VE."""
+        return self.signal(t) ** 2
+
+    def step(self, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
+        r"""Signal and noise of the step from s to t > s, :math:`x_t = a_{t|s} x_s + b_{t|s} \epsilon`.
+
+        .. math:: a_{t|s} = a_t / a_s, \qquad b_{t|s}^2 = b_t^2 - a_{t|s}^2 b_s^2
+            = b_t^2 \left(1 - e^{\lambda_t - \lambda_s}\right)
+
+        The second form does not cancel. With s = t - 1 it is :math:`b_{t|s}^2 = \beta_t`.
+        """
+        remaining = -torch.expm1(self.log_snr(t) - self.log_snr(s))
+        return self.signal(t) / self.signal(s), self.noise(t) * remaining.sqrt()
+
+
+class _FixedSchedule(Schedule):
+    """A schedule without parameters: tables of its T + 1 values."""
+
+    def __init__(self, beta: Tensor, signal: Tensor, noise: Tensor, log_snr: Tensor) -> None:
+        super().__init__(len(beta) - 1)
+        for name, table in (("beta", beta), ("signal", signal), ("noise", noise), ("log_snr", log_snr)):
+            self.register_buffer(f"_{name}", table.double(), persistent=False)
+
+    def _lookup(self, table: Tensor, t: int | Tensor) -> Tensor:
+        expected = f"t must be an int or an integer tensor in 0..{self.num_steps}"
+        if isinstance(t, Tensor):
+            if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+                raise ValueError(f"{expected}, but its dtype is {t.dtype}")
+            try:  # unlike table[t], index_select also refuses a negative index
+                return table.index_select(0, t.reshape(-1).long()).reshape(t.shape)
+            except (IndexError, RuntimeError) as error:
+                if t.device != table.device:
+                    raise ValueError(f"{expected} on {table.device}, but it is on {t.device}") from error
+                raise ValueError(f"{expected}, but it has values in {t.min()}..{t.max()}") from error
+        if isinstance(t, bool) or not isinstance(t, Integral) or not 0 <= t <= self.num_steps:
+            raise ValueError(f"{expected}, but it is {t!r}")
+        return table[int(t)]
+
+    def beta(self, t: int | Tensor) -> Tensor:
+        return self._lookup(self._beta, t)
+
+    def signal(self, t: int | Tensor) -> Tensor:
+        return self._lookup(self._signal, t)
+
+    def noise(self, t: int | Tensor) -> Tensor:
+        return self._lookup(self._noise, t)
+
+    def log_snr(self, t: int | Tensor) -> Tensor:
+        return self._lookup(self._log_snr, t)
+
+
+def _variance_preserving(beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""The tables of the VP schedule with the given :math:`\beta_1, \dots, \beta_T`, from t = 0 on."""
+    beta = torch.cat([beta.new_zeros(1), beta])
+    log_alpha_bar = torch.log1p(-beta).cumsum(0)
+    noise_squared = -torch.expm1(log_alpha_bar)
+    return beta, (log_alpha_bar / 2).exp(), noise_squared.sqrt(), log_alpha_bar - noise_squared.log()
+
+
+class BetaSchedule(_FixedSchedule):
+    r"""The VP schedule with given :math:`\beta_1, \dots, \beta_T`.
+
+    Arguments:
+        betas: The :math:`\beta_t`, T numbers in (0, 1]; only the last may be 1 (it leaves no signal).
+
+    Raises:
+        ValueError: If ``betas`` is empty, not one-dimensional, or has a value outside (0, 1].
+
+    Example:
+        >>> schedule = pyrodiff.BetaSchedule([0.1, 0.2, 0.5])
+        >>> schedule.alpha_bar(3)
+        tensor(0.3600, dtype=torch.float64)
+    """
+
+    def __init__(self, betas: Sequence[float] | Tensor) -> None:
+        betas = torch.as_tensor(betas, dtype=torch.float64).detach()
+        if betas.dim() != 1 or len(betas) == 0:
+            raise ValueError(f"betas must be a sequence of at least one number, but its shape is {tuple(betas.shape)}")
+        if not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(f"betas must lie in (0, 1], but they are {betas.tolist()[:8]}{'...' * (len(betas) > 8)}")
+        if (betas[:-1] == 1).any():
+            index = int((betas == 1).nonzero()[0])
+            raise ValueError(f"betas must be below 1 before the last step, but betas[{index}] is 1")
+        super().__init__(*_variance_preserving(betas))
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, beta_1={self._beta[1]:.4g}, beta_T={self._beta[-1]:.4g}"
+
+
+class LinearSchedule(_FixedSchedule):
+    r"""The VP schedule with :math:`\beta_t` linear from ``beta_start`` to ``beta_end``.
+
+    Arguments:
+        num_steps: The number of steps :math:`T`, at least 1.
+        beta_start: :math:`\beta_1`, in (0, 1).
+        beta_end: :math:`\beta_T`, in (0, 1). With T = 1 only ``beta_start`` is used.
+
+    Raises:
+        ValueError: If ``num_steps`` is below 1 or a beta lies outside (0, 1).
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 4: T = 1000, from 1e-4 to 0.02.
+
+    Example:
+        >>> pyrodiff.LinearSchedule(num_steps=1000).log_snr(1000)
+        tensor(-10.1177, dtype=torch.float64)
+    """
+
+    def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+        _check_num_steps(num_steps)
+        for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+            _check_number(name, beta, 0, 1)
+        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+        super().__init__(*_variance_preserving(betas))
+        self.beta_start, self.beta_end = beta_start, beta_end
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, beta_start={self.beta_start}, beta_end={self.beta_end}"
+
+
+class CosineSchedule(_FixedSchedule):
+    r"""The VP schedule in which :math:`\bar\alpha_t` falls as a squared cosine.
+
+    .. math:: \bar\alpha_t = \frac{f(t)}{f(0)}, \qquad f(t) = \cos^2\left(\frac{t / T + s}{1 + s} \frac{\pi}{2}\right),
+        \qquad \beta_t = \min(1 - \bar\alpha_t / \bar\alpha_{t-1}, \beta_\max)
+
+    Arguments:
+        num_steps: The number of steps :math:`T`, at least 1.
+        offset: The offset :math:`s`, positive: it keeps the first steps from being too small.
+        beta_max: The largest :math:`\beta_t`, in (0, 1): without it :math:`\beta_T` would be 1.
+
+    Raises:
+        ValueError: If ``num_steps`` is below 1, ``offset`` is not positive or ``beta_max`` lies outside (0, 1).
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), Eq. 17,
+        https://arxiv.org/abs/2102.09672
+
+    Example:
+        >>> pyrodiff.CosineSchedule(num_steps=1000).beta(1000)
+        tensor(0.9990, dtype=torch.float64)
+    """
+
+    def __init__(self, num_steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> None:
+        _check_num_steps(num_steps)
+        _check_number("offset", offset, 0, math.inf)
+        _check_number("beta_max", beta_max, 0, 1)
+        t = torch.arange(num_steps + 1, dtype=torch.float64)
+        log_f = 2 * torch.cos((t / num_steps + offset) / (1 + offset) * math.pi / 2).log()
+        super().__init__(*_variance_preserving((-torch.expm1(log_f.diff())).clamp(max=beta_max)))
+        self.offset, self.beta_max = offset, beta_max
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, offset={self.offset}, beta_max={self.beta_max}"
+
+
+class ReciprocalSchedule(_FixedSchedule):
+    r"""The VP schedule with :math:`\beta_t = 1 / (T - t + 1)`, which erases a constant fraction of the data a step.
+
+    Here :math:`\bar\alpha_t = 1 - t / T`, so nothing of the data is left at t = T: :math:`a_T = 0` and
+    :math:`L_T = 0` exactly. What divides by the signal (noise and score prediction) cannot be used with it.
+
+    Arguments:
+        num_steps: The number of steps :math:`T`, at least 1.
+
+    Raises:
+        ValueError: If ``num_steps`` is below 1.
+
+    References:
+        Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section 2.4.1:
+        the schedule of the binomial diffusion.
+
+    Example:
+        >>> pyrodiff.ReciprocalSchedule(num_steps=4).alpha_bar(torch.arange(5))
+        tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000], dtype=torch.float64)
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        _check_num_steps(num_steps)
+        t = torch.arange(num_steps + 1, dtype=torch.float64)
+        beta = torch.cat([t[:1], 1 / (num_steps - t[1:] + 1)])
+        erased = t / num_steps
+        super().__init__(beta, (1 - erased).sqrt(), erased.sqrt(), torch.logit(1 - erased))
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}"
+
+
+class GeometricSchedule(_FixedSchedule):
+    r"""The VE schedule with noise growing geometrically from ``sigma_min`` at t = 1 to ``sigma_max`` at t = T.
+
+    .. math:: a_t = 1, \qquad b_t = \sigma_\min \left(\frac{\sigma_\max}{\sigma_\min}\right)^{(t - 1) / (T - 1)}
+
+    Arguments:
+        num_steps: The number of steps :math:`T`, at least 1.
+        sigma_min: :math:`b_1`, positive.
+        sigma_max: :math:`b_T`, above ``sigma_min``. With T = 1 it is :math:`b_1`, and ``sigma_min`` is not used.
+
+    Raises:
+        ValueError: If ``num_steps`` is below 1, ``sigma_min`` is not positive or ``sigma_max`` is not above it.
+
+    References:
+        Generative Modeling by Estimating Gradients of the Data Distribution (Song and Ermon, 2019), section 4,
+        https://arxiv.org/abs/1907.05600
+
+    Example:
+        >>> pyrodiff.GeometricSchedule(num_steps=3, sigma_min=0.01, sigma_max=1.0).noise(torch.arange(4))
+        tensor([0.0000, 0.0100, 0.1000, 1.0000], dtype=torch.float64)
+    """
+
+    def __init__(self, num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        _check_num_steps(num_steps)
+        _check_number("sigma_min", sigma_min, 0, math.inf)
+        _check_number("sigma_max", sigma_max, sigma_min, math.inf)
+        fraction = torch.linspace(1, 0, num_steps, dtype=torch.float64)
+        log_sigma = math.log(sigma_max) + fraction * math.log(sigma_min / sigma_max) * (num_steps > 1)
+        log_sigma = torch.cat([log_sigma.new_full((1,), -math.inf), log_sigma])
+        beta = (2 * log_sigma).exp().diff(prepend=log_sigma.new_zeros(1))
+        super().__init__(beta, torch.ones_like(log_sigma), log_sigma.exp(), -2 * log_sigma)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, sigma_min={self.sigma_min}, sigma_max={self.sigma_max}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .diffusion import Diffusion
 from .elbo import relative_entropy
 
@@ -91,7 +92,7 @@ def bound(diffusion: Diffusion, x_0: Tensor, num_particles: int = 1, memory_budg
         The terms, in nats, a datum each.
 
     Raises:
-        ValueError: If ``x_0`` cannot be data of the model, or a number is not a positive int.
+        ValueError: If ``x_0`` cannot be data of the model, ``diffusion`` is not one, or a number is not a positive int.
 
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=100))
@@ -100,9 +101,9 @@ def bound(diffusion: Diffusion, x_0: Tensor, num_particles: int = 1, memory_budg
         >>> bound.denoising.shape, bound.nats.shape
         (torch.Size([99, 50]), torch.Size([50]))
     """
-    for name, number in (("num_particles", num_particles), ("memory_budget", memory_budget)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a positive int, but it is {number!r}")
+    checks.instance("diffusion", diffusion, Diffusion)
+    checks.positive_int("num_particles", num_particles)
+    checks.positive_int("memory_budget", memory_budget)
     diffusion.model.dtype(x_0)  # refuse what cannot be data
     with _evaluating(diffusion):
         rows = max(1, memory_budget // _bytes_a_row(diffusion, x_0[:1]))

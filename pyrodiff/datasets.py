@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import checks
+
 __all__ = ["checkerboard", "digits", "eight_gaussians", "heartbeat", "swiss_roll"]
 
 
 def _generator(num_samples: int, seed: int) -> torch.Generator:
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be a positive int, but it is {num_samples!r}")
+    checks.positive_int("num_samples", num_samples)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an int, but it is {seed!r}")
     return torch.Generator().manual_seed(seed)
@@ -50,8 +51,8 @@ def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
         torch.Size([1000, 2])
     """
     generator = _generator(num_samples, seed)
-    if not noise >= 0:
-        raise ValueError(f"noise must be at least 0, but it is {noise!r}")
+    if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
+        raise ValueError(f"noise must be a number of at least 0, but it is {noise!r}")
     r = math.pi * (1.5 + 3 * torch.rand(num_samples, generator=generator, dtype=torch.float64))
     x = torch.stack([r * r.cos(), r * r.sin()], -1)
     mean, std = _swiss_roll_moments()
@@ -143,9 +144,9 @@ def heartbeat(num_samples: int, seed: int = 0, length: int = 20, period: int = 5
         tensor([[0., 0., 0., 0., 1., 0., 0., 0., 0., 1.]])
     """
     generator = _generator(num_samples, seed)
-    if not period >= 1:
-        raise ValueError(f"period must be at least 1, but it is {period!r}")
-    if length < 1 or length % period:
+    checks.positive_int("period", period)
+    checks.positive_int("length", length)
+    if length % period:
         raise ValueError(f"length must be a positive multiple of period = {period}, but it is {length!r}")
     start = torch.randint(period, (num_samples, 1), generator=generator)
     return (torch.arange(length) % period == start).float()

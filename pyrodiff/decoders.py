@@ -10,8 +10,10 @@ References:
 from abc import ABC, abstractmethod
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
+from . import checks
 from .forward import Forward
 
 __all__ = ["Decoder", "GaussianDecoder", "TransitionDecoder"]
@@ -67,9 +69,9 @@ class TransitionDecoder(Decoder):
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
-        if not isinstance(forward, Forward):
-            raise ValueError(f"forward must be a pyrodiff.Forward, but it is {forward!r}")
+        checks.instance("forward", forward, Forward)
         self.forward_process = forward
 
     def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
-        return self.forward_process.transition(x_1, 1)
+        t = torch.ones(kernel.batch_shape, dtype=torch.long, device=x_1.device)
+        return self.forward_process.transition(x_1.expand(t.shape + kernel.event_shape), t)

@@ -26,6 +26,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from . import checks
 from .forward import Forward, GaussianForward
 from .schedules import like
 
@@ -52,8 +53,7 @@ class Denoiser(PyroModule):
 
     def __init__(self, network: nn.Module, forward: Forward) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"network must be a torch.nn.Module, but it is {network!r}")
+        checks.instance("network", network, nn.Module)
         self._check_forward(forward)
         self.network = network
         self.forward_process = forward

@@ -27,7 +27,7 @@ References:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pyro
 import pyro.distributions as dist
@@ -36,9 +36,10 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from . import checks
 from .decoders import GaussianDecoder
 from .forward import Forward
-from .steps import BoundWeighting, Drawing, UniformDrawing
+from .steps import BoundWeighting, Drawing, LowDiscrepancyDrawing
 
 __all__ = ["Diffusion", "OneStep"]
 
@@ -85,14 +86,10 @@ class Diffusion(nn.Module):
     ) -> None:
         super().__init__()
         decoder = GaussianDecoder() if decoder is None else decoder
-        for name, module, kind in (
-            ("forward", forward, Forward),
-            ("reverse", reverse, nn.Module),
-            ("decoder", decoder, nn.Module),
-        ):
-            if not isinstance(module, kind):
-                raise ValueError(f"{name} must be a {kind.__module__}.{kind.__name__}, but it is {module!r}")
-        event_shape = torch.Size(event_shape)
+        checks.instance("forward", forward, Forward)
+        checks.instance("reverse", reverse, nn.Module)
+        checks.instance("decoder", decoder, nn.Module)
+        event_shape = checks.event_shape(event_shape)
         if not isinstance(prior, nn.Module | None):
             _check_law(prior, "prior", event_shape)
         self.model = TrajectoryModel(forward, reverse, event_shape, decoder, prior)
@@ -124,7 +121,7 @@ class Diffusion(nn.Module):
         """The one-step pair: one network call of the batch, whatever T, and the same bound in the mean.
 
         Arguments:
-            drawing: How t is drawn: :class:`UniformDrawing` if not given.
+            drawing: How t is drawn: :class:`LowDiscrepancyDrawing` if not given, which varies less than uniform draws.
             weighting: What the step weighs: called with integers of shape (B,), it returns positive numbers of that
                 shape; the bound's weighting, 1, if not given.
 
@@ -144,7 +141,8 @@ class Diffusion(nn.Module):
             >>> sorted(elbo.terms(pair.model, pair.guide, torch.ones(5, 20)))
             ['x_0', 'x_T', 'x_s']
         """
-        return OneStep(self, drawing or UniformDrawing(), weighting or BoundWeighting())
+        drawing = LowDiscrepancyDrawing() if drawing is None else drawing
+        return OneStep(self, drawing, BoundWeighting() if weighting is None else weighting)
 
 
 class OneStep(nn.Module):
@@ -157,8 +155,7 @@ class OneStep(nn.Module):
 
     def __init__(self, diffusion: Diffusion, drawing: Drawing, weighting: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        if not isinstance(drawing, Drawing):
-            raise ValueError(f"drawing must be a pyrodiff.Drawing, but it is {drawing!r}")
+        checks.instance("drawing", drawing, Drawing)
         if not callable(weighting):
             raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
         step = _Step(diffusion.forward_process, diffusion.event_shape, drawing, weighting)
@@ -182,7 +179,7 @@ def _time(x: Tensor, t: int, event_shape: torch.Size) -> int | Tensor:
     return t if len(batch_shape) == 1 else torch.full(batch_shape, t, device=x.device)
 
 
-class TrajectoryGuide(PyroModule):
+class TrajectoryGuide(nn.Module):
     """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate "data".
 
     Called as ``guide(x_0)``, with data of shape (B, *event_shape).
@@ -201,7 +198,7 @@ class TrajectoryGuide(PyroModule):
                 x = pyro.sample(f"x_{t - 1}", q.posterior(x, x_0, _time(x, t, self.event_shape)))
 
 
-class _Generative(PyroModule):
+class _Generative(nn.Module):
     """The parts of p_θ(x_0:T), checked as they are used."""
 
     def __init__(
@@ -248,12 +245,24 @@ class _Generative(PyroModule):
                 return parameter.dtype
         return torch.get_default_dtype() if x_0 is None else x_0.dtype
 
-    def sample_weights(self) -> None:
-        """Draw the random weights (each ``PyroSample``) now: before the chain, outside its plate, once for all t."""
-        for module in self.reverse.modules():
-            if isinstance(module, PyroModule) and module._pyro_context.active:
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within, the program runs: its parameters are known to Pyro, and each random weight keeps one value.
+
+        Random weights (each ``PyroSample``) are drawn now, before the chain and outside its plate. A ``PyroModule``
+        forgets them when its outermost call returns, so the modules' contexts are kept open for all of the chain.
+        """
+        for name, part in self.named_children():
+            if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
+                pyro.module(name, part)
+        modules = [module for module in self.modules() if isinstance(module, PyroModule)]
+        with ExitStack() as stack:
+            for context in {id(module._pyro_context): module._pyro_context for module in modules}.values():
+                stack.enter_context(context)
+            for module in modules:
                 for name in module._pyro_samples:
                     getattr(module, name)
+            yield
 
 
 class TrajectoryModel(_Generative):
@@ -266,11 +275,14 @@ class TrajectoryModel(_Generative):
     def forward(self, x_0: Tensor | None = None, num_samples: int | None = None) -> Tensor:
         if (x_0 is None) == (num_samples is None):
             raise ValueError(f"either x_0 or num_samples must be given, but num_samples is {num_samples!r}")
-        if x_0 is None and (not isinstance(num_samples, int) or num_samples < 1):
-            raise ValueError(f"num_samples must be a positive int, but it is {num_samples!r}")
-        dtype, T = self.dtype(x_0), self.num_steps
-        self.sample_weights()
-        data = pyro.plate("data", num_samples if x_0 is None else len(x_0), dim=-1)
+        if x_0 is None:
+            checks.positive_int("num_samples", num_samples)
+        dtype = self.dtype(x_0)
+        with self.running():
+            return self._chain(x_0, num_samples if x_0 is None else len(x_0), dtype)
+
+    def _chain(self, x_0: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+        data, T = pyro.plate("data", size, dim=-1), self.num_steps
         with data:
             x = pyro.sample(f"x_{T}", self.top(dtype))
         for t in range(T, 1, -1):
@@ -312,7 +324,7 @@ class _Step(nn.Module):
             yield
 
 
-class OneStepGuide(PyroModule):
+class OneStepGuide(nn.Module):
     """The guide of the one-step pair, called as ``guide(x_0)``: see :class:`OneStep`."""
 
     def __init__(self, step: _Step) -> None:
@@ -338,9 +350,12 @@ class OneStepModel(_Generative):
         self.step = step
 
     def forward(self, x_0: Tensor) -> None:
-        dtype, step = self.dtype(x_0), self.step
-        self.sample_weights()
-        data = pyro.plate("data", len(x_0), dim=-1)
+        dtype = self.dtype(x_0)
+        with self.running():
+            self._score(x_0, dtype)
+
+    def _score(self, x_0: Tensor, dtype: torch.dtype) -> None:
+        data, step = pyro.plate("data", len(x_0), dim=-1), self.step
         with data:
             pyro.sample("x_T", self.top(dtype))
             t, x_t, scale = step.draw(x_0)

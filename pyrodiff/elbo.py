@@ -195,7 +195,9 @@ def _check_site(name: str, model_site: dict, guide_site: dict) -> None:
 
 
 def _same(ours: float | Tensor | None, theirs: float | Tensor | None) -> bool:
-    if ours is theirs or not (isinstance(ours, Tensor) or isinstance(theirs, Tensor)):
+    if ours is theirs:
+        return True
+    if not (isinstance(ours, Tensor) or isinstance(theirs, Tensor)):
         return ours == theirs
     if ours is None or theirs is None:
         return False

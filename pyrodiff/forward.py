@@ -24,13 +24,15 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from numbers import Integral
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions import register_kl
+from torch.nn.functional import softplus
 
+from . import checks
 from .schedules import Float64Module, Schedule, like
 
 __all__ = ["BinomialForward", "Forward", "GaussianForward"]
@@ -41,6 +43,9 @@ class Forward(Float64Module, ABC):
 
     Arguments:
         schedule: The noise schedule.
+
+    Raises:
+        ValueError: If ``schedule`` is not a schedule.
     """
 
     support: constraints.Constraint
@@ -48,8 +53,7 @@ class Forward(Float64Module, ABC):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        if not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule must be a pyrodiff.Schedule, but it is {schedule!r}")
+        checks.instance("schedule", schedule, Schedule)
         self.schedule = schedule
 
     @property
@@ -123,13 +127,12 @@ class Forward(Float64Module, ABC):
         device = self.schedule.noise(0).device
         if x_0.device != device:
             raise ValueError(f"x_0 must be on the model's device {device}, but it is on {x_0.device}")
-        if x_0.device.type == "cpu":
-            valid = self.support.check(x_0) & x_0.isfinite()
-            if not valid.all():
-                raise ValueError(
-                    f"x_0 must be {'0 or 1' if self.support is constraints.boolean else 'finite'} everywhere, "
-                    f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}"
-                )
+        valid = self.support.check(x_0) & x_0.isfinite()
+        if not checks.holds(valid):
+            raise ValueError(
+                f"x_0 must be {'0 or 1' if self.support is constraints.boolean else 'finite'} everywhere, "
+                f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}"
+            )
 
     def earlier(self, x: Tensor, t: int | Tensor, s: int | Tensor | None = None, first: int = 0) -> int | Tensor:
         """The earlier time s, t - 1 if not given, after checks of the state ``x`` and of first <= s < t <= T.
@@ -137,27 +140,44 @@ class Forward(Float64Module, ABC):
         Raises:
             ValueError: As for :meth:`transition`.
         """
-        if not x.is_floating_point():
-            raise ValueError(f"the state must have a floating dtype, but its dtype is {x.dtype}")
-        if isinstance(t, Tensor) and (t.dim() > x.dim() or t.shape != x.shape[: t.dim()]):
-            raise ValueError(
-                f"t must be an int or have the batch shape of the state, whose shape is {tuple(x.shape)}, "
-                f"but its shape is {tuple(t.shape)}"
-            )
-        if not isinstance(t, Integral | Tensor) or not isinstance(s, Integral | Tensor | None):
-            raise ValueError(f"t and s must be ints or integer tensors, but t is {t!r} and s is {s!r}")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+            raise ValueError(f"the state must be a tensor with a floating dtype, but it {got}")
+        checks.integer("t", t, self.num_steps, low=first + 1)
         s = t - 1 if s is None else s
-        valid = (s >= first) & (s < t)
-        if isinstance(valid, Tensor):
-            valid = valid.device.type != "cpu" or bool(valid.all())
-        if not valid:
+        checks.integer("s", s, self.num_steps - 1, low=first)
+        for name, time in (("t", t), ("s", s)):
+            if isinstance(time, Tensor) and time.shape not in (torch.Size(), x.shape[: time.dim()]):
+                batch_shape = tuple(x.shape[: max(time.dim(), 1)])
+                raise ValueError(
+                    f"{name} must be an int or have the batch shape {batch_shape} of the state of shape "
+                    f"{tuple(x.shape)}, but its shape is {tuple(time.shape)}"
+                )
+        if not checks.holds((s >= first) & (s < t) & (t <= self.num_steps)):
             raise ValueError(f"s and t must satisfy {first} <= s < t <= {self.num_steps}, but t is {t} and s is {s}")
+        return s
+
+    def _earlier_of_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None) -> int | Tensor:
+        s = self.earlier(x_t, t, s, first=1)
+        if not isinstance(x_0, Tensor) or x_0.shape != x_t.shape[x_t.dim() - x_0.dim() :]:
+            shape = tuple(x_0.shape) if isinstance(x_0, Tensor) else x_0
+            raise ValueError(f"x_0 must have the shape {tuple(x_t.shape)} of the state x_t, but its shape is {shape}")
         return s
 
 
 def event_dim(x: Tensor, t: int | Tensor) -> int:
     """The number of event dimensions of x: all but the batch dimensions, which are those of t, or one."""
     return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
+
+
+class Bits(dist.Bernoulli):
+    """A Bernoulli whose KL is finite wherever the log odds are; torch's is infinite where a probability rounds to 1."""
+
+
+@register_kl(Bits, Bits)
+def _kl_bits(q: Bits, p: Bits) -> Tensor:
+    one, zero = (softplus(-p.logits) - softplus(-q.logits)), (softplus(p.logits) - softplus(q.logits))
+    return q.logits.sigmoid() * one + (-q.logits).sigmoid() * zero
 
 
 class GaussianForward(Forward):
@@ -167,10 +187,9 @@ class GaussianForward(Forward):
     and :math:`c = 1 - e^{\lambda_t - \lambda_s}`, the part of the signal-to-noise ratio lost in the step,
 
     .. math::
-        q(x_t | x_s) &= N(a_{t|s} x_s, \; b_{t|s}^2) \
-        q(x_t | x_0) &= N(a_t x_0, \; b_t^2) \
-        q(x_s | x_t, x_0) &= N\left(	frac{a_{t|s} b_s^2}{b_t^2} x_t + a_s c \, x_0, \; b_s^2 c
-ight) \
+        q(x_t | x_s) &= N(a_{t|s} x_s, \; b_{t|s}^2) \\
+        q(x_t | x_0) &= N(a_t x_0, \; b_t^2) \\
+        q(x_s | x_t, x_0) &= N\left(\tfrac{a_{t|s} b_s^2}{b_t^2} x_t + a_s c \, x_0, \; b_s^2 c\right) \\
         p(x_T) &= N(0, \; a_T^2 + b_T^2)
 
     The prior is :math:`q(x_T)` of data of mean 0 and variance 1: the standard normal if VP, variance
@@ -200,7 +219,7 @@ ight) \
         return self._normal(like(signal, x_s) * x_s, noise, t)
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = self.earlier(x_t, t, s, first=1)
+        s = self._earlier_of_posterior(x_t, x_0, t, s)
         weight_t, weight_0, noise = self.posterior_weights(t, s)
         return self._normal(like(weight_t, x_t) * x_t + like(weight_0, x_t) * x_0, noise, t)
 
@@ -249,12 +268,12 @@ ight) \
 class BinomialForward(Forward):
     r"""Binomial diffusion of bits: each step forgets a bit with probability beta_t and then draws it anew.
 
-    With :math:`arlpha_{t|s} = arlpha_t / arlpha_s`, for every bit by itself,
+    With :math:`\bar\alpha_{t|s} = \bar\alpha_t / \bar\alpha_s`, for every bit by itself,
 
     .. math::
-        q(x_t = 1 | x_s) &= arlpha_{t|s} x_s + (1 - arlpha_{t|s}) r \
-        q(x_t = 1 | x_0) &= arlpha_t x_0 + (1 - arlpha_t) r \
-        q(x_s | x_t, x_0) &\propto q(x_t | x_s) \, q(x_s | x_0) \
+        q(x_t = 1 | x_s) &= \bar\alpha_{t|s} x_s + (1 - \bar\alpha_{t|s}) r \\
+        q(x_t = 1 | x_0) &= \bar\alpha_t x_0 + (1 - \bar\alpha_t) r \\
+        q(x_s | x_t, x_0) &\propto q(x_t | x_s) \, q(x_s | x_0) \\
         p(x_T = 1) &= r
 
     Arguments:
@@ -286,15 +305,26 @@ class BinomialForward(Forward):
             raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
         self.register_buffer("rate", rate, persistent=False)
 
+    def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
+        super().check(x_0, event_shape)
+        if self.rate.dim() > len(event_shape) or any(
+            rates not in (1, size)
+            for rates, size in zip(reversed(self.rate.shape), reversed(event_shape), strict=False)
+        ):
+            raise ValueError(
+                f"rate must broadcast against one datum of shape {tuple(event_shape)}, but its shape is "
+                f"{tuple(self.rate.shape)}"
+            )
+
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
         s = self.earlier(x_s, t, s, first=0)
         kept, redrawn = (like(coefficient**2, x_s) for coefficient in self.schedule.step(t, s))
         probs = kept * x_s + redrawn * self.rate.to(x_s.dtype)
-        return dist.Bernoulli(probs).to_event(event_dim(x_s, t))
+        return Bits(probs).to_event(event_dim(x_s, t))
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = self.earlier(x_t, t, s, first=1)
-        return dist.Bernoulli(logits=self.posterior_logits(x_t, x_0, t, s)).to_event(event_dim(x_t, t))
+        s = self._earlier_of_posterior(x_t, x_0, t, s)
+        return Bits(logits=self.posterior_logits(x_t, x_0, t, s)).to_event(event_dim(x_t, t))
 
     def posterior_logits(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
         """The log odds of x_s = 1 in q(x_s | x_t, x_0).
@@ -318,4 +348,4 @@ class BinomialForward(Forward):
 
     def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
         rate = self.rate.to(dtype or torch.get_default_dtype())
-        return dist.Bernoulli(rate.expand(tuple(event_shape))).to_event(len(event_shape))
+        return Bits(rate.expand(tuple(event_shape))).to_event(len(event_shape))

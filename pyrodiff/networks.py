@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import checks
+
 __all__ = ["MLP", "TimeEmbedding"]
 
 
@@ -35,8 +37,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if not isinstance(features, int) or features < 2 or features % 2:
-            raise ValueError(f"features must be a positive even int, but it is {features!r}")
+        checks.positive_int("features", features, even=True)
         frequencies = torch.exp(-math.log(10000) * torch.arange(features // 2) / (features // 2))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features))
@@ -51,14 +52,14 @@ class MLP(nn.Module):
     r"""A residual multi-layer perceptron with sine units, and the time in every block.
 
     .. math::
-        h &\leftarrow 3 W x_t + b \\
+        h &\leftarrow W (3 x_t) + b \\
         h &\leftarrow h + W_2 \sin(W_1 h + V e_t) \qquad \text{in each block} \\
-        f &= (1 + s_t) \, W_3 h + g_t \, x_t
+        f &= \left(1 + \tfrac{1}{10} s_t\right) W_3 h + \tfrac{1}{10} g_t \, x_t
 
-    on the flattened event, with :math:`e_t` the embedded time and :math:`s_t, g_t` linear in it. At the start f is
-    :math:`g_t x_t`: what is predicted is nearly linear in :math:`x_t` at one end of the chain (the noise where all is
-    noise, the data where there is none), where errors may weigh a thousand times as much, and the sines resolve fine
-    detail at the other.
+    on the flattened event, with :math:`e_t` the embedded time and :math:`s_t, g_t` linear in it. What is predicted is
+    nearly linear in :math:`x_t` at one end of the chain (the noise, where all is noise; the data, where there is none),
+    and errors there may weigh a thousand times as much as elsewhere: :math:`g_t` and :math:`s_t` let f be linear, to a
+    precision that the tenths keep from the jitter of the optimizer. At the other end the sines resolve fine detail.
 
     Arguments:
         event_shape: The shape of one datum.
@@ -67,7 +68,8 @@ class MLP(nn.Module):
         dropout: The probability that a hidden unit of a block is dropped while training.
 
     Raises:
-        ValueError: If ``hidden`` is not a positive even int, or ``num_blocks`` is not a positive int.
+        ValueError: If ``event_shape`` is not a sequence of positive ints, ``hidden`` is not a positive even int,
+            ``num_blocks`` is not a positive int, or ``dropout`` lies outside [0, 1).
 
     References:
         Implicit Neural Representations with Periodic Activation Functions (Sitzmann et al., 2020),
@@ -83,28 +85,28 @@ class MLP(nn.Module):
         self, event_shape: Sequence[int], hidden: int = 128, num_blocks: int = 3, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if not isinstance(num_blocks, int) or num_blocks < 1:
-            raise ValueError(f"num_blocks must be a positive int, but it is {num_blocks!r}")
-        self.event_shape = torch.Size(event_shape)
+        checks.positive_int("hidden", hidden, even=True)
+        checks.positive_int("num_blocks", num_blocks)
+        if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+            raise ValueError(f"dropout must be a number in [0, 1), but it is {dropout!r}")
+        self.event_shape = checks.event_shape(event_shape)
         size = self.event_shape.numel()
         self.embedding = nn.Sequential(TimeEmbedding(hidden), nn.SiLU())
         self.inlet = nn.Linear(size, hidden)
         self.blocks = nn.ModuleList(_Block(hidden, dropout) for _ in range(num_blocks))
         self.outlet, self.scale, self.gate = (nn.Linear(hidden, size) for _ in range(3))
-        with torch.no_grad():
-            self.inlet.weight.mul_(3)
-            for parameter in self.outlet.parameters():
-                parameter.zero_()
+        for parameter in self.outlet.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The output, with the shape of ``x_t``."""
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
         x = x_t.reshape((*batch_shape, -1))
         embedding = self.embedding(torch.as_tensor(t, device=x_t.device))
-        h = self.inlet(x)
+        h = self.inlet(3 * x)
         for block in self.blocks:
             h = h + block(h, embedding)
-        output = (1 + self.scale(embedding)) * self.outlet(h) + self.gate(embedding) * x
+        output = (1 + self.scale(embedding) / 10) * self.outlet(h) + self.gate(embedding) / 10 * x
         return output.reshape(x_t.shape)
 
 

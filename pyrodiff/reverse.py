@@ -21,8 +21,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from . import checks
 from .denoisers import LogitPrediction
-from .forward import BinomialForward, GaussianForward, event_dim
+from .forward import BinomialForward, Bits, GaussianForward, event_dim
 from .schedules import Float64Module, like
 
 __all__ = [
@@ -65,6 +66,7 @@ class ForwardVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
+        checks.step(t, process.num_steps)
         return process.schedule.beta(t)
 
 
@@ -73,7 +75,7 @@ class PosteriorVariance(Variance):
 
     The best variance where the data are a point; where they fill space the bound loses
     :math:`\tfrac12 (r_t - 1 - \log r_t)` nats a dimension and step against :class:`ForwardVariance`, with
-    :math:`r_t = e^{\lambda_{t-1} - \lambda_t}`.
+    :math:`r_t = e^{\lambda_{t-1} - \lambda_t}` (exactly so if VE, for small :math:`\beta_t` if VP).
 
     At t = 1, where it is 0, :math:`\tilde\beta_2` takes its place, and :math:`\beta_1` if T = 1.
 
@@ -84,6 +86,7 @@ class PosteriorVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
+        checks.step(t, process.num_steps)
         if process.num_steps == 1:
             return process.schedule.beta(t)
         t = t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2)
@@ -111,6 +114,7 @@ class FixedVariance(Variance):
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
         if len(self.variances) != process.num_steps:
             raise ValueError(f"variances must be T = {process.num_steps} numbers, but there are {len(self.variances)}")
+        checks.step(t, process.num_steps)
         return self.variances[t - 1]
 
 
@@ -141,13 +145,11 @@ class GaussianReverse(PyroModule):
 
     def __init__(self, forward: GaussianForward, denoiser: nn.Module, variance: nn.Module | None = None) -> None:
         super().__init__()
-        if not isinstance(forward, GaussianForward):
-            raise ValueError(f"forward must be a GaussianForward, but it is {forward!r}")
-        for name, module in (("denoiser", denoiser), ("variance", variance or ForwardVariance())):
-            if not isinstance(module, nn.Module):
-                raise ValueError(f"{name} must be a torch.nn.Module, but it is {module!r}")
-            setattr(self, name, module)
-        self.forward_process = forward
+        variance = ForwardVariance() if variance is None else variance
+        checks.instance("forward", forward, GaussianForward)
+        checks.instance("denoiser", denoiser, nn.Module)
+        checks.instance("variance", variance, nn.Module)
+        self.forward_process, self.denoiser, self.variance = forward, denoiser, variance
         self.variance(forward, 1)  # refuse a sequence of another length now rather than at the first step
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
@@ -197,10 +199,8 @@ class BinomialReverse(PyroModule):
 
     def __init__(self, forward: BinomialForward, denoiser: LogitPrediction) -> None:
         super().__init__()
-        if not isinstance(forward, BinomialForward):
-            raise ValueError(f"forward must be a BinomialForward, but it is {forward!r}")
-        if not isinstance(denoiser, LogitPrediction):
-            raise ValueError(f"denoiser must be a LogitPrediction, but it is {denoiser!r}")
+        checks.instance("forward", forward, BinomialForward)
+        checks.instance("denoiser", denoiser, LogitPrediction)
         self.forward_process, self.denoiser = forward, denoiser
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
@@ -214,4 +214,4 @@ class BinomialReverse(PyroModule):
                 logsigmoid(logits) + logsigmoid(sign * odds[0]), logsigmoid(-logits) + logsigmoid(sign * odds[1])
             )
 
-        return dist.Bernoulli(logits=log_prob(1) - log_prob(-1)).to_event(event_dim(x_t, t))
+        return Bits(logits=log_prob(1) - log_prob(-1)).to_event(event_dim(x_t, t))

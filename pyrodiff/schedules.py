@@ -24,10 +24,11 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+
+from . import checks
 
 __all__ = [
     "BetaSchedule",
@@ -37,16 +38,6 @@ __all__ = [
     "ReciprocalSchedule",
     "Schedule",
 ]
-
-
-def _check_num_steps(num_steps: int) -> None:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an int of at least 1, but it is {num_steps!r}")
-
-
-def _check_number(name: str, value: float, low: float, high: float) -> None:
-    if not (isinstance(value, int | float) and low < value < high):
-        raise ValueError(f"{name} must be a number in ({low}, {high}), but it is {value!r}")
 
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +70,7 @@ class Schedule(Float64Module, ABC):
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
-        _check_num_steps(num_steps)
+        checks.positive_int("num_steps", num_steps)
         self.num_steps = num_steps
 
     @abstractmethod
@@ -123,18 +114,17 @@ class _FixedSchedule(Schedule):
             self.register_buffer(f"_{name}", table.double(), persistent=False)
 
     def _lookup(self, table: Tensor, t: int | Tensor) -> Tensor:
-        expected = f"t must be an int or an integer tensor in 0..{self.num_steps}"
+        checks.integer("t", t, self.num_steps)
+        expected = f"t must lie in 0..{self.num_steps}"
         if isinstance(t, Tensor):
-            if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-                raise ValueError(f"{expected}, but its dtype is {t.dtype}")
+            if t.device != table.device:
+                raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
             try:  # unlike table[t], index_select also refuses a negative index
                 return table.index_select(0, t.reshape(-1).long()).reshape(t.shape)
             except (IndexError, RuntimeError) as error:
-                if t.device != table.device:
-                    raise ValueError(f"{expected} on {table.device}, but it is on {t.device}") from error
                 raise ValueError(f"{expected}, but it has values in {t.min()}..{t.max()}") from error
-        if isinstance(t, bool) or not isinstance(t, Integral) or not 0 <= t <= self.num_steps:
-            raise ValueError(f"{expected}, but it is {t!r}")
+        if not 0 <= t <= self.num_steps:
+            raise ValueError(f"{expected}, but it is {t}")
         return table[int(t)]
 
     def beta(self, t: int | Tensor) -> Tensor:
@@ -177,11 +167,14 @@ class BetaSchedule(_FixedSchedule):
         betas = torch.as_tensor(betas, dtype=torch.float64).detach()
         if betas.dim() != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a sequence of at least one number, but its shape is {tuple(betas.shape)}")
-        if not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must lie in (0, 1], but they are {betas.tolist()[:8]}{'...' * (len(betas) > 8)}")
-        if (betas[:-1] == 1).any():
-            index = int((betas == 1).nonzero()[0])
-            raise ValueError(f"betas must be below 1 before the last step, but betas[{index}] is 1")
+        allowed = (betas > 0) & (betas <= 1)
+        allowed[:-1] &= betas[:-1] < 1
+        if not allowed.all():
+            index = int((~allowed).nonzero()[0])
+            raise ValueError(
+                f"betas must lie in (0, 1], and below 1 before the last, but betas[{index}] of {len(betas)} is "
+                f"{float(betas[index])}"
+            )
         super().__init__(*_variance_preserving(betas))
 
     def extra_repr(self) -> str:
@@ -208,9 +201,9 @@ class LinearSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
-        _check_num_steps(num_steps)
+        checks.positive_int("num_steps", num_steps)
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-            _check_number(name, beta, 0, 1)
+            checks.number(name, beta, 0, 1)
         betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
         super().__init__(*_variance_preserving(betas))
         self.beta_start, self.beta_end = beta_start, beta_end
@@ -243,9 +236,9 @@ class CosineSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> None:
-        _check_num_steps(num_steps)
-        _check_number("offset", offset, 0, math.inf)
-        _check_number("beta_max", beta_max, 0, 1)
+        checks.positive_int("num_steps", num_steps)
+        checks.number("offset", offset, 0, math.inf)
+        checks.number("beta_max", beta_max, 0, 1)
         t = torch.arange(num_steps + 1, dtype=torch.float64)
         log_f = 2 * torch.cos((t / num_steps + offset) / (1 + offset) * math.pi / 2).log()
         super().__init__(*_variance_preserving((-torch.expm1(log_f.diff())).clamp(max=beta_max)))
@@ -277,7 +270,7 @@ class ReciprocalSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int) -> None:
-        _check_num_steps(num_steps)
+        checks.positive_int("num_steps", num_steps)
         t = torch.arange(num_steps + 1, dtype=torch.float64)
         beta = torch.cat([t[:1], 1 / (num_steps - t[1:] + 1)])
         erased = t / num_steps
@@ -310,9 +303,9 @@ class GeometricSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        _check_num_steps(num_steps)
-        _check_number("sigma_min", sigma_min, 0, math.inf)
-        _check_number("sigma_max", sigma_max, sigma_min, math.inf)
+        checks.positive_int("num_steps", num_steps)
+        checks.number("sigma_min", sigma_min, 0, math.inf)
+        checks.number("sigma_max", sigma_max, sigma_min, math.inf)
         fraction = torch.linspace(1, 0, num_steps, dtype=torch.float64)
         log_sigma = math.log(sigma_max) + fraction * math.log(sigma_min / sigma_max) * (num_steps > 1)
         log_sigma = torch.cat([log_sigma.new_full((1,), -math.inf), log_sigma])

@@ -20,6 +20,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
+from . import checks
 from .reverse import GaussianReverse
 
 __all__ = ["BoundWeighting", "Drawing", "LowDiscrepancyDrawing", "SimpleWeighting", "UniformDrawing"]
@@ -142,8 +143,7 @@ class SimpleWeighting(nn.Module):
 
     def __init__(self, reverse: GaussianReverse) -> None:
         super().__init__()
-        if not isinstance(reverse, GaussianReverse):
-            raise ValueError(f"reverse must be a GaussianReverse, but it is {reverse!r}")
+        checks.instance("reverse", reverse, GaussianReverse)
         process = reverse.forward_process
         if process.schedule.signal(process.num_steps) == 0:
             raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")

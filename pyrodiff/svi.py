@@ -1,5 +1,6 @@
 """Stochastic variational inference with one torch optimizer over all parameters."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor, nn
+
+from . import checks
 
 __all__ = ["SVI"]
 
@@ -53,10 +56,9 @@ class SVI:
         for name, value in (("model", model), ("guide", guide), ("optim", optim)):
             if not callable(value):
                 raise ValueError(f"{name} must be callable, but it is {value!r}")
-        if not isinstance(loss, ELBO):
-            raise ValueError(f"loss must be a pyro.infer.ELBO, but it is {loss!r}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive or None, but it is {clip_norm!r}")
+        checks.instance("loss", loss, ELBO)
+        if clip_norm is not None:
+            checks.number("clip_norm", clip_norm, 0, math.inf)
         self.model, self.guide, self.optim, self.loss, self.clip_norm = model, guide, optim, loss, clip_norm
         self.optimizer: torch.optim.Optimizer | None = None
         self._parameters: dict[int, Tensor] = {}
@@ -65,12 +67,14 @@ class SVI:
         """Take a gradient step; ``args`` and ``kwargs`` go to the model and the guide.
 
         Returns:
-            The loss before the step, in nats summed over the batch: a detached tensor with shape (), still on its
+            The loss before the step, in nats summed over the batch, as a detached tensor with shape (), still on its
             device.
         """
         with poutine.trace(param_only=True) as capture:
             loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
         self._register(capture.trace)
+        if self.optimizer is None:
+            raise ValueError("model and guide must have a parameter to learn, but no parameter of theirs requires grad")
         self.optimizer.zero_grad()
         loss.backward()
         if self.clip_norm is not None:

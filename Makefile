@@ -1,0 +1,45 @@
+# Two commands do all the set-up on a fresh machine:
+#   make demo    installs, trains three diffusions by SVI, prints their bounds term by term, draws pictures into out/
+#   make test    installs, passes the tests
+# PYTHON chooses the interpreter that the virtual environment is made from, VENV its folder.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/one_step.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing pyrodiff and what it needs into $(VENV) ..."
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) install -c constraints.txt -e .[test]
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) install -c constraints.txt -e .[docs]
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out docs/_build build dist *.egg-info .pytest_cache .ruff_cache

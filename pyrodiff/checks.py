@@ -1,0 +1,59 @@
+"""What arguments may be: each check refuses anything else by a ValueError that names the argument and its value."""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+
+def positive_int(name: str, value: object, *, even: bool = False) -> None:
+    """An int of at least 1, even if so asked."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (even and value % 2):
+        raise ValueError(f"{name} must be an int of at least 1{', even' * even}, but it is {value!r}")
+
+
+def number(name: str, value: object, low: float, high: float) -> None:
+    """A number strictly between two others."""
+    if isinstance(value, bool) or not (isinstance(value, int | float) and low < value < high):
+        raise ValueError(f"{name} must be a number in ({low}, {high}), but it is {value!r}")
+
+
+def event_shape(value: Sequence[int]) -> torch.Size:
+    """The shape of one datum, a sequence of ints of at least 1."""
+    try:
+        shape = torch.Size(value)
+    except TypeError:
+        shape = None
+    if shape is None or any(size < 1 for size in shape):
+        raise ValueError(f"event_shape must be a sequence of ints of at least 1, but it is {value!r}")
+    return shape
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    """An instance of a class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__module__}.{kind.__name__}, but it is {value!r}")
+
+
+def integer(name: str, value: object, high: int, low: int = 0) -> None:
+    """An int or an integer tensor; the bounds are for the message, and checked by others, who know how cheaply."""
+    if isinstance(value, Tensor):
+        got = f"a tensor of dtype {value.dtype}"
+        fits = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    else:
+        got, fits = repr(value), isinstance(value, Integral) and not isinstance(value, bool)
+    if not fits:
+        raise ValueError(f"{name} must be an int or an integer tensor in {low}..{high}, but it is {got}")
+
+
+def holds(condition: bool | Tensor) -> bool:
+    """Whether a condition holds everywhere. On an accelerator it is taken to: reading it would stall every step."""
+    return (condition.device.type != "cpu" or bool(condition.all())) if isinstance(condition, Tensor) else condition
+
+
+def step(t: int | Tensor, num_steps: int) -> None:
+    """The number of a step, in 1..T."""
+    integer("t", t, num_steps, low=1)
+    if not holds((t >= 1) & (t <= num_steps)):
+        raise ValueError(f"t must lie in 1..{num_steps}, but it is {t}")

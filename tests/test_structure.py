@@ -1,0 +1,211 @@
+"""The shape of the package: who imports whom, what an import changes, what the docstrings say."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import pyrodiff
+
+FOLDER = Path(pyrodiff.__file__).parent
+SPINE = [
+    "checks",
+    "schedules",
+    "forward",
+    "networks",
+    "denoisers",
+    "reverse",
+    "decoders",
+    "steps",
+    "diffusion",
+    "elbo",
+    "svi",
+    "bounds",
+]
+ASIDE = {"datasets": {"checks"}, "plots": {"bounds", "diffusion"}}
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+every_module = pytest.mark.parametrize("module", MODULES)
+
+
+def tree(module):
+    return ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imported(module):
+    """The package's modules that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "pyrodiff"):
+            path = [part for part in (node.module or "").split(".") if part not in ("", "pyrodiff")]
+            names |= {path[0]} if path else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "pyrodiff"}
+    return names
+
+
+def public(module):
+    """(name, object) of what a module says is public."""
+    module = importlib.import_module(f"pyrodiff.{module}")
+    return [(name, getattr(module, name)) for name in getattr(module, "__all__", [])]
+
+
+def own_methods(cls):
+    """(name, function) of the public methods that the package defines for a class."""
+    for name, value in vars(cls).items():
+        value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if isinstance(value, types.FunctionType) and not name.startswith("_"):
+            yield name, value
+
+
+def arguments(function):
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+
+
+def constructor(cls):
+    """The __init__ that a class of the package has of its own, if any."""
+    return vars(cls).get("__init__")
+
+
+def test_every_module_has_its_place():
+    assert set(MODULES) == {*SPINE, *ASIDE}
+
+
+@pytest.mark.parametrize("module", SPINE)
+def test_each_module_of_the_spine_imports_only_from_those_above_it(module):
+    above = {"checks"} if module == "networks" else set(SPINE[: SPINE.index(module)]) - {"networks"}
+    assert imported(module) <= above
+
+
+@pytest.mark.parametrize("module", ASIDE)
+def test_data_and_pictures_stand_aside(module):
+    assert imported(module) <= ASIDE[module]
+
+
+@every_module
+def test_nothing_private_of_another_module_is_imported(module):
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
+def test_what_the_modules_say_is_public_is_what_the_package_offers():
+    offered = {name for name in pyrodiff.__all__ if not isinstance(getattr(pyrodiff, name), types.ModuleType)}
+    for module in SPINE:
+        if module != "networks":
+            names = {name for name, value in public(module)}
+            assert names - offered <= {"relative_entropy"}, module
+            offered -= names
+    assert not offered
+    assert pyrodiff.__all__ == sorted(pyrodiff.__all__)
+
+
+IMPORT = """
+import json, logging, os, random, sys, warnings
+import numpy, pyro, torch
+import torch.distributions
+
+def state():
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "torch validation": torch.distributions.Distribution._validate_args,
+        "pyro settings": repr(sorted(pyro.settings.get().items())),
+        "parameters": sorted(pyro.get_param_store().keys()),
+        "torch random state": torch.get_rng_state().tolist(),
+        "numpy random state": repr(numpy.random.get_state()),
+        "python random state": repr(random.getstate()),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "determinism": torch.are_deterministic_algorithms_enabled(),
+        "environment": dict(os.environ),
+        "log handlers": repr(logging.getLogger().handlers),
+    }
+
+pyro.enable_validation(True)
+torch.distributions.Distribution.set_default_validate_args(False)  # another value than Pyro's: setting both shows
+before = state()
+import pyrodiff
+after = state()
+print(json.dumps([name for name in before if before[name] != after[name]]))
+"""
+
+
+def test_importing_the_package_changes_nothing_global():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120, cwd=FOLDER.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+
+
+@every_module
+def test_every_module_opens_with_a_docstring_and_says_what_is_public(module):
+    assert ast.get_docstring(tree(module))
+    assert all(hasattr(importlib.import_module(f"pyrodiff.{module}"), name) for name, _ in public(module))
+    assert public(module) or module == "checks"
+
+
+@every_module
+def test_sources_hold_no_control_characters(module):
+    """A backslash lost on the way turns the LaTeX of a docstring into tabs, bells and backspaces."""
+    text = (FOLDER / f"{module}.py").read_bytes().decode()
+    assert not sorted({character for character in text if ord(character) < 32 and character != "\n"})
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            assert not {character for character in docstring if ord(character) < 32 and character != "\n"}, node
+
+
+@every_module
+def test_every_public_docstring_names_its_arguments(module):
+    for name, value in public(module):
+        docstring = inspect.getdoc(value)
+        assert docstring, name
+        function = constructor(value) if inspect.isclass(value) else value
+        if function is None or not arguments(function) or ": see :" in docstring:
+            continue
+        assert "Arguments" in docstring, f"{name} takes arguments, but its docstring has no such section"
+        if "errors: see" not in docstring:
+            section = docstring.split("Arguments:")[1]
+            assert not [argument for argument in arguments(function) if argument not in section], name
+
+
+@every_module
+def test_what_raises_a_value_error_says_so(module):
+    for name, value in public(module):
+        function = constructor(value) if inspect.isclass(value) else value
+        if function is None or dataclasses.is_dataclass(value) or ": see :" in inspect.getdoc(value):
+            continue
+        if "raise ValueError" in inspect.getsource(function):
+            assert "rror" in inspect.getdoc(value), f"{name} raises, but its docstring does not say when"
+
+
+@every_module
+def test_every_public_method_has_a_docstring_of_its_own_or_of_its_base(module):
+    for name, value in public(module):
+        if inspect.isclass(value):
+            missing = [method for method, _ in own_methods(value) if not inspect.getdoc(getattr(value, method))]
+            assert not missing, f"{name}: {missing}"
+
+
+@every_module
+def test_every_example_stands_in_a_section_of_that_name(module):
+    """Where a docstring holds an example, it stands in a section of that name, so that it runs as a doctest."""
+    for name, value in public(module):
+        docstring = inspect.getdoc(value)
+        assert (">>>" in docstring) == ("Example:" in docstring), name
+
+
+@every_module
+def test_no_function_body_is_over_forty_lines(module):
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 40, f"{node.name} has {lines} lines"

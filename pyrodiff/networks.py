@@ -58,8 +58,8 @@ class MLP(nn.Module):
 
     with :math:`e_t` the embedded time and :math:`s_t, g_t` linear in it. What is predicted is nearly linear in
     :math:`x_t` at one end of the chain (the noise, where all is noise; the data, where there is none), and errors there
-    may weigh a thousand times as much as elsewhere: :math:`g_t` and :math:`s_t` let f be linear, to a precision that the
-    tenths keep from the jitter of the optimizer. At the other end the sines resolve fine detail; on few data of many
+    may weigh a thousand times as much as elsewhere: :math:`g_t` and :math:`s_t` let f be linear, and the tenths keep
+    them from the jitter of the optimizer. At the other end the sines resolve fine detail; on few data of many
     dimensions they overfit.
 
     Arguments:

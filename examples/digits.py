@@ -64,7 +64,9 @@ def main(out: Path, num_steps: int = 4000) -> pyrodiff.Bound:
         datasets.digits(split, binary=True) for split in ("train", "validation", "test")
     )
     forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=1000), rate=train_set.mean())
-    denoiser = pyrodiff.LogitPrediction(networks.MLP(event_shape=(8, 8), hidden=192, dropout=0.3, frequency=0.0), forward)
+    denoiser = pyrodiff.LogitPrediction(
+        networks.MLP(event_shape=(8, 8), hidden=192, dropout=0.3, frequency=0.0), forward
+    )
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, denoiser), event_shape=(8, 8))
     train(diffusion, train_set, num_steps, batch_size=128, lr=2e-3, weight_decay=0.1, name="digits")
 

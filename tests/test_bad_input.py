@@ -442,6 +442,8 @@ TABLE = [
     ],
     ("dropout", lambda: networks.MLP((2,), dropout=1.5), ("dropout", "1.5")),
     ("dropout NaN", lambda: networks.MLP((2,), dropout=NAN), ("dropout", "nan")),
+    ("frequency", lambda: networks.MLP((2,), frequency=-1.0), ("frequency", "-1.0")),
+    ("frequency inf", lambda: networks.MLP((2,), frequency=float("inf")), ("frequency", "inf")),
     ("an int for an MLP's event_shape", lambda: networks.MLP(2), ("event_shape", "2")),
     *[
         (f"features={n!r}", functools.partial(networks.TimeEmbedding, n), ("features", repr(n)))

@@ -81,6 +81,9 @@ class Bound:
 def bound(diffusion: Diffusion, x_0: Tensor, num_particles: int = 1, memory_budget: int = 2**28) -> Bound:
     """The bound on -log p(x_0), each of its T terms estimated with fresh draws.
 
+    Modules are in evaluation mode meanwhile. Random weights (each ``PyroSample``) are drawn once, for all of it: the
+    bound is the one given those weights.
+
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape).
@@ -104,16 +107,18 @@ def bound(diffusion: Diffusion, x_0: Tensor, num_particles: int = 1, memory_budg
     checks.instance("diffusion", diffusion, Diffusion)
     checks.positive_int("num_particles", num_particles)
     checks.positive_int("memory_budget", memory_budget)
-    diffusion.model.dtype(x_0)  # refuse what cannot be data
-    with _evaluating(diffusion):
+    model, B, T, P = diffusion.model, len(x_0), diffusion.num_steps, num_particles
+    model.dtype(x_0)  # refuse what cannot be data
+    diffusion.forward_process.check(x_0, diffusion.event_shape, wait=True)
+    with _evaluating(diffusion), model.running():
         rows = max(1, memory_budget // _bytes_a_row(diffusion, x_0[:1]))
-        shape = (diffusion.num_steps, num_particles, len(x_0))
-        costs = [
-            _step_costs(diffusion, x_0[row % shape[2]], row // (shape[1] * shape[2]) + 1)
-            for row in torch.arange(math.prod(shape), device=x_0.device).split(rows)
-        ]
-        prior = _prior_cost(diffusion, x_0, num_particles)
-    steps = torch.cat(costs).reshape(shape).mean(1)
+        steps = x_0.new_zeros(T * B)
+        for start in range(0, T * P * B, rows):
+            row = torch.arange(start, min(start + rows, T * P * B), device=x_0.device)
+            t, i = row // (P * B), row % B
+            steps.index_add_(0, t * B + i, _step_costs(diffusion, x_0[i], t + 1))
+        prior = _prior_cost(diffusion, x_0, P)
+    steps = steps.reshape(T, B) / P
     return Bound(prior, steps[1:], steps[0], diffusion.event_shape)
 
 

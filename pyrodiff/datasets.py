@@ -89,7 +89,7 @@ def checkerboard(num_samples: int, seed: int = 0) -> Tensor:
     generator = _generator(num_samples, seed)
     column = torch.randint(4, (num_samples,), generator=generator)
     row = 2 * torch.randint(2, (num_samples,), generator=generator) + column % 2
-    inside = torch.rand((num_samples, 2), generator=generator)
+    inside = torch.rand((num_samples, 2), generator=generator, dtype=torch.float32)
     return 2 * (torch.stack([column, row], -1) + inside) - 4
 
 
@@ -113,9 +113,9 @@ def eight_gaussians(num_samples: int, seed: int = 0) -> Tensor:
         torch.Size([1000, 2])
     """
     generator = _generator(num_samples, seed)
-    angle = math.pi / 4 * torch.randint(8, (num_samples,), generator=generator)
+    angle = math.pi / 4 * torch.randint(8, (num_samples,), generator=generator).float()
     centre = 4 * torch.stack([angle.cos(), angle.sin()], -1)
-    return (centre + 0.5 * torch.randn((num_samples, 2), generator=generator)) / math.sqrt(2)
+    return (centre + 0.5 * torch.randn((num_samples, 2), generator=generator, dtype=torch.float32)) / math.sqrt(2)
 
 
 def heartbeat(num_samples: int, seed: int = 0, length: int = 20, period: int = 5) -> Tensor:

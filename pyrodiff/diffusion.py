@@ -226,24 +226,31 @@ class _Generative(nn.Module):
     def kernel(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
         """p_θ(x_{t-1} | x_t)."""
         t = _time(x_t, t, self.event_shape) if isinstance(t, int) else t
-        return _check_law(self.reverse(x_t, t), "reverse", self.event_shape)
+        return self._checked(self.reverse(x_t, t), "reverse", x_t)
 
     def decoded(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
         """p_θ(x_0 | x_1), from the kernel at t = 1."""
-        return _check_law(self.decoder(kernel, x_1), "decoder", self.event_shape)
+        return self._checked(self.decoder(kernel, x_1), "decoder", x_1)
+
+    def _checked(self, law: dist.Distribution, name: str, x: Tensor) -> dist.Distribution:
+        batch_shape = x.shape[: x.dim() - len(self.event_shape)]
+        if _check_law(law, name, self.event_shape).batch_shape not in (batch_shape, torch.Size()):
+            raise ValueError(
+                f"{name} must return a distribution with the batch_shape {tuple(batch_shape)} of its state, but its "
+                f"batch_shape is {tuple(law.batch_shape)}"
+            )
+        return law
 
     def dtype(self, x_0: Tensor | None = None) -> torch.dtype:
         """The dtype of the states: that of the parameters, if there are any, which data must share."""
         if x_0 is not None:
             self.forward_process.check(x_0, self.event_shape)
-        for parameter in self.reverse.parameters():
-            if parameter.is_floating_point():
-                if x_0 is not None and x_0.dtype != parameter.dtype:
-                    raise ValueError(
-                        f"x_0 must have the dtype of the model's parameters, {parameter.dtype}, but it is {x_0.dtype}"
-                    )
-                return parameter.dtype
-        return torch.get_default_dtype() if x_0 is None else x_0.dtype
+        dtypes = [parameter.dtype for parameter in self.reverse.parameters() if parameter.is_floating_point()]
+        if x_0 is None:
+            return dtypes[0] if dtypes else torch.get_default_dtype()
+        if dtypes and x_0.dtype not in dtypes:
+            raise ValueError(f"x_0 must have the dtype of the model's parameters, {dtypes[0]}, but it is {x_0.dtype}")
+        return x_0.dtype
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -253,6 +260,7 @@ class _Generative(nn.Module):
         forgets them when its outermost call returns, so the modules' contexts are kept open for all of the chain.
         """
         for name, part in self.named_children():
+            _claim_names(name, part)
             if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
                 pyro.module(name, part)
         modules = [module for module in self.modules() if isinstance(module, PyroModule)]
@@ -263,6 +271,22 @@ class _Generative(nn.Module):
                 for name in module._pyro_samples:
                     getattr(module, name)
             yield
+
+
+def _claim_names(name: str, part: nn.Module) -> None:
+    """Name a part's sites and parameters after it, and let the param store hold this part's tensors under those names.
+
+    The store is global, and Pyro would put what it holds under a name, another diffusion's tensor say, in place of a
+    part's own, or train it in its stead.
+    """
+    for path, module in part.named_modules():
+        if isinstance(module, PyroModule):
+            module._pyro_name = f"{name}.{path}".rstrip(".")
+    own = {f"{name}.{path}".removesuffix("_unconstrained"): parameter for path, parameter in part.named_parameters()}
+    store = pyro.get_param_store()
+    for key, held in list(store._params.items()):
+        if own.get(key.replace("$$$", "."), held) is not held:
+            del store[key]
 
 
 class TrajectoryModel(_Generative):
@@ -306,7 +330,9 @@ class _Step(nn.Module):
 
     def draw(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The times, with shape (B,), the states x_t and the scale w(t) / p(t); within the plate, in both programs."""
-        uniforms = self.drawing.uniforms(torch.zeros(len(x_0), device=x_0.device))
+        uniforms = self.drawing.uniforms(
+            torch.zeros(len(x_0), dtype=torch.promote_types(x_0.dtype, torch.float32), device=x_0.device)
+        )
         with poutine.mask(mask=False):
             u = pyro.sample("u", uniforms)
             t, probability = self.drawing(u, self.forward_process.num_steps)
@@ -314,7 +340,7 @@ class _Step(nn.Module):
         weight = self.weighting(t)
         if not isinstance(weight, Tensor) or weight.shape != t.shape:
             raise ValueError(f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is {weight!r}")
-        return t, x_t, weight / probability
+        return t, x_t, (weight / probability).to(x_0.dtype)
 
     @staticmethod
     @contextmanager

@@ -136,13 +136,18 @@ class DiffusionELBO(TraceMeanField_ELBO):
 
 
 def _sites(trace: Trace) -> dict[str, dict]:
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["infer"].get("_deterministic")
+    }
 
 
 def _check_pair(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> None:
     """Refuse a pair whose KLs, site by site, are not the terms of a bound."""
     latent = [name for name, site in model_sites.items() if not site["is_observed"]]
-    drawn = [name for name, site in guide_sites.items() if name in latent or not site["infer"].get("is_auxiliary")]
+    auxiliary = [name for name, site in guide_sites.items() if site["infer"].get("is_auxiliary") and name not in latent]
+    drawn = [name for name in guide_sites if name not in auxiliary]
     for name in latent:
         if name not in drawn:
             raise ValueError(
@@ -165,6 +170,14 @@ def _check_pair(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> N
             )
     for name in latent:
         _check_site(name, model_sites[name], guide_sites[name])
+    for name in auxiliary:
+        _check_reparameterised(name, guide_sites[name])
+        if not any(isinstance(_innermost(guide_sites[other]["fn"]), Delta) for other in latent):
+            raise ValueError(
+                f"guide must draw an auxiliary site only to put a Delta at a latent site of the model, as Pyro's "
+                f"automatic guides do, but no site of it is a Delta and {name!r} is auxiliary: its entropy would count "
+                f"as part of the bound. Draw it in the model too, with the same law"
+            )
 
 
 def _check_site(name: str, model_site: dict, guide_site: dict) -> None:
@@ -186,6 +199,16 @@ def _check_site(name: str, model_site: dict, guide_site: dict) -> None:
             f"model and guide must agree on the event_shape of site {name!r}, but it is {tuple(p.event_shape)} in the "
             f"model and {tuple(q.event_shape)} in the guide"
         )
+    if p.batch_shape != q.batch_shape:
+        raise ValueError(
+            f"site {name!r} must stand in the same plates in both programs, but its batch_shape is "
+            f"{tuple(p.batch_shape)} in the model and {tuple(q.batch_shape)} in the guide"
+        )
+    _check_reparameterised(name, guide_site)
+
+
+def _check_reparameterised(name: str, guide_site: dict) -> None:
+    q = guide_site["fn"]
     if not q.has_rsample and q.log_prob(guide_site["value"]).requires_grad:
         raise ValueError(
             f"guide must not learn the law of a site that is not reparameterised, but the parameters of {name!r} "
@@ -195,6 +218,7 @@ def _check_site(name: str, model_site: dict, guide_site: dict) -> None:
 
 
 def _same(ours: float | Tensor | None, theirs: float | Tensor | None) -> bool:
+    ours, theirs = (None if handler is True else handler for handler in (ours, theirs))  # mask(True) masks nothing
     if ours is theirs:
         return True
     if not (isinstance(ours, Tensor) or isinstance(theirs, Tensor)):

@@ -111,8 +111,10 @@ class Forward(Float64Module, ABC):
             A distribution with batch_shape () and the given event_shape, on the schedule's device.
         """
 
-    def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
+    def check(self, x_0: Tensor, event_shape: torch.Size, wait: bool = False) -> None:
         """Refuse what cannot be data: another shape than (B, *event_shape), dtype, device or values.
+
+        Values on an accelerator are read only if told to ``wait`` for them.
 
         Raises:
             ValueError: If so, or if there is no datum.
@@ -128,7 +130,7 @@ class Forward(Float64Module, ABC):
         if x_0.device != device:
             raise ValueError(f"x_0 must be on the model's device {device}, but it is on {x_0.device}")
         valid = self.support.check(x_0) & x_0.isfinite()
-        if not checks.holds(valid):
+        if not (bool(valid.all()) if wait else checks.holds(valid)):
             raise ValueError(
                 f"x_0 must be {'0 or 1' if self.support is constraints.boolean else 'finite'} everywhere, "
                 f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}"
@@ -175,9 +177,11 @@ class Bits(dist.Bernoulli):
 
 
 @register_kl(Bits, Bits)
-def _kl_bits(q: Bits, p: Bits) -> Tensor:
+@register_kl(Bits, torch.distributions.Bernoulli)
+def _kl_bits(q: Bits, p: torch.distributions.Bernoulli) -> Tensor:
     one, zero = (softplus(-p.logits) - softplus(-q.logits)), (softplus(p.logits) - softplus(q.logits))
-    return q.logits.sigmoid() * one + (-q.logits).sigmoid() * zero
+    ones, zeros = q.logits.sigmoid(), (-q.logits).sigmoid()
+    return torch.where(ones == 0, 0, ones * one) + torch.where(zeros == 0, 0, zeros * zero)
 
 
 class GaussianForward(Forward):
@@ -305,8 +309,8 @@ class BinomialForward(Forward):
             raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
         self.register_buffer("rate", rate, persistent=False)
 
-    def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
-        super().check(x_0, event_shape)
+    def check(self, x_0: Tensor, event_shape: torch.Size, wait: bool = False) -> None:
+        super().check(x_0, event_shape, wait)
         if self.rate.dim() > len(event_shape) or any(
             rates not in (1, size)
             for rates, size in zip(reversed(self.rate.shape), reversed(event_shape), strict=False)
@@ -319,8 +323,9 @@ class BinomialForward(Forward):
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
         s = self.earlier(x_s, t, s, first=0)
         kept, redrawn = (like(coefficient**2, x_s) for coefficient in self.schedule.step(t, s))
-        probs = kept * x_s + redrawn * self.rate.to(x_s.dtype)
-        return Bits(probs).to_event(event_dim(x_s, t))
+        one = kept * x_s + redrawn * self.rate.to(x_s.dtype)
+        zero = kept * (1 - x_s) + redrawn * (1 - self.rate).to(x_s.dtype)
+        return Bits(logits=one.log() - zero.log()).to_event(event_dim(x_s, t))
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
         s = self._earlier_of_posterior(x_t, x_0, t, s)

@@ -130,7 +130,7 @@ def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axe
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape (B, length) or (B, height, width), but its shape is {tuple(x.shape)}")
     axes = Figure(figsize=(4, 4), layout="constrained").subplots() if axes is None else axes
-    pictures = x.cpu().numpy()
+    pictures = x.detach().cpu().numpy()
     if x.dim() == 3:
         columns = columns or int(np.ceil(np.sqrt(len(pictures))))
         pictures = np.pad(pictures, ((0, -len(pictures) % columns), (0, 1), (0, 1)), constant_values=0.5)

@@ -99,7 +99,7 @@ class Schedule(Float64Module, ABC):
         .. math:: a_{t|s} = a_t / a_s, \qquad b_{t|s}^2 = b_t^2 - a_{t|s}^2 b_s^2
             = b_t^2 \left(1 - e^{\lambda_t - \lambda_s}\right)
 
-        The second form does not cancel. With s = t - 1 it is :math:`b_{t|s}^2 = \beta_t`.
+        The second form does not cancel where the noise is small. With s = t - 1 it is :math:`b_{t|s}^2 = \beta_t`.
         """
         remaining = -torch.expm1(self.log_snr(t) - self.log_snr(s))
         return self.signal(t) / self.signal(s), self.noise(t) * remaining.sqrt()
@@ -110,6 +110,9 @@ class _FixedSchedule(Schedule):
 
     def __init__(self, beta: Tensor, signal: Tensor, noise: Tensor, log_snr: Tensor) -> None:
         super().__init__(len(beta) - 1)
+        if (signal[:-1] == 0).any():
+            t = int((signal == 0).nonzero()[0])
+            raise ValueError(f"betas must leave some signal before the last step, but alpha_bar({t}) is 0 in float64")
         for name, table in (("beta", beta), ("signal", signal), ("noise", noise), ("log_snr", log_snr)):
             self.register_buffer(f"_{name}", table.double(), persistent=False)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .reverse import GaussianReverse
+from .schedules import Float64Module
 
 __all__ = ["BoundWeighting", "Drawing", "LowDiscrepancyDrawing", "SimpleWeighting", "UniformDrawing"]
 
@@ -119,7 +120,7 @@ class BoundWeighting(nn.Module):
         return torch.ones_like(t, dtype=torch.get_default_dtype())
 
 
-class SimpleWeighting(nn.Module):
+class SimpleWeighting(Float64Module):
     r"""The weighting that makes the step's cost the squared error of the noise: :math:`L_\mathrm{simple}`.
 
     .. math:: w(t) = \frac{1}{T} \frac{2 \sigma_t^2}{w_0(t)^2} \frac{a_t^2}{b_t^2}, \qquad
@@ -147,11 +148,11 @@ class SimpleWeighting(nn.Module):
         process = reverse.forward_process
         if process.schedule.signal(process.num_steps) == 0:
             raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")
-        t = torch.arange(1, process.num_steps + 1)
+        t = torch.arange(1, process.num_steps + 1, device=process.schedule.noise(0).device)
         _, weight_0, _ = process.posterior_weights(t, t - 1)
         variance = reverse.variance(process, t).detach()
         weight = 2 * variance / weight_0**2 * process.schedule.log_snr(t).exp() / process.num_steps
-        self.register_buffer("weight", weight.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         return self.weight[t - 1]

@@ -57,6 +57,8 @@ class SVI:
             if not callable(value):
                 raise ValueError(f"{name} must be callable, but it is {value!r}")
         checks.instance("loss", loss, ELBO)
+        if not hasattr(loss, "differentiable_loss"):
+            raise ValueError(f"loss must have a differentiable_loss, but it is {loss!r}")
         if clip_norm is not None:
             checks.number("clip_norm", clip_norm, 0, math.inf)
         self.model, self.guide, self.optim, self.loss, self.clip_norm = model, guide, optim, loss, clip_norm
@@ -73,7 +75,7 @@ class SVI:
         with poutine.trace(param_only=True) as capture:
             loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
         self._register(capture.trace)
-        if self.optimizer is None:
+        if self.optimizer is None or not loss.requires_grad:
             raise ValueError("model and guide must have a parameter to learn, but no parameter of theirs requires grad")
         self.optimizer.zero_grad()
         loss.backward()
@@ -107,10 +109,10 @@ class SVI:
         }
         if not new:
             return
-        self._parameters.update(new)
         if self.optimizer is None:
-            self.optimizer = self.optim(list(new.values()))
-            if not isinstance(self.optimizer, torch.optim.Optimizer):
-                raise ValueError(f"optim must return a torch.optim.Optimizer, but it returned {self.optimizer!r}")
+            optimizer = self.optim(list(new.values()))
+            checks.instance("what optim returns", optimizer, torch.optim.Optimizer)
+            self.optimizer = optimizer
         else:
             self.optimizer.add_param_group({"params": list(new.values())})
+        self._parameters.update(new)

@@ -490,6 +490,7 @@ LATE = [
     ("a reverse of tensors", with_reverse(torch.zeros(5, 2)), ("reverse", "distribution", "tensor")),
     ("a reverse of None", with_reverse(None), ("reverse", "distribution", "None")),
     ("a reverse of 3", with_reverse(normal(5, 3)), ("reverse", "(3,)", "(2,)")),
+    ("a reverse of another batch", with_reverse(normal(3, 2)), ("reverse", "(5,)", "(3,)")),
     ("a reverse of batches", with_reverse(normal(5, 2).base_dist), ("reverse", "()", "(2,)", "(5, 2)")),
     ("a decoder of tensors", with_decoder(torch.zeros(5, 2)), ("decoder", "distribution", "tensor")),
     ("a decoder of 3", with_decoder(normal(5, 3)), ("decoder", "(3,)", "(2,)")),

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 import pyrodiff
@@ -294,3 +295,21 @@ def test_no_bound_is_below_the_entropy_and_the_exact_denoiser_comes_near(varianc
     assert float(gap.mean()) > -5 * error
     assert float(gap.mean()) < (0.6 if isinstance(variance, pyrodiff.ForwardVariance) else 5.0)
     assert repeat(1, lambda: bound(diffusion, x_0[:100]).nats.mean()).isfinite().all()
+
+
+def test_a_random_weight_is_drawn_once_for_the_whole_bound():
+    class Drift(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = PyroSample(dist.Normal(0.0, 1.0))
+            self.seen = []
+
+        def forward(self, x_t, t):
+            self.seen.append(float(self.weight))
+            return dist.Normal(x_t * self.weight, 1.0).to_event(1)
+
+    process = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(5, 0.1, 0.3))
+    diffusion = pyrodiff.Diffusion(process, Drift(), event_shape=(2,))
+    bound(diffusion, torch.full((4, 2), 0.7), memory_budget=1)
+    assert len(diffusion.reverse.seen) > 5
+    assert len(set(diffusion.reverse.seen)) == 1

@@ -412,3 +412,41 @@ def test_a_pair_with_nothing_to_learn_has_a_loss():
     diffusion = gaussian_diffusion(pyrodiff.LinearSchedule(2), torch.zeros(2), torch.ones(2))
     diffusion.requires_grad_(False).eval()
     assert not DiffusionELBO().loss_and_grads(diffusion.model, diffusion.guide, X_0).requires_grad
+
+
+def test_an_auxiliary_site_is_refused_where_no_delta_needs_it():
+    """Its entropy would otherwise count: -4.6 nats were reported where the truth is 1.5."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("a", dist.Normal(0.0, 100.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    with pytest.raises(ValueError, match=r"'a' is auxiliary: its entropy would count"):
+        DiffusionELBO().loss(model, guide, torch.tensor(0.7))
+
+
+def test_a_site_in_other_plates_is_refused():
+    def model():
+        with pyro.plate("data", 10):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.3, 1.0))
+
+    with pytest.raises(ValueError, match=r"'z' must stand in the same plates .* \(10,\) in the model and \(\)"):
+        DiffusionELBO().loss(model, guide)
+
+
+def test_a_mask_that_masks_nothing_may_stand_in_one_program():
+    def model():
+        with poutine.mask(mask=True):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.3, 1.0))
+
+    assert DiffusionELBO().loss(model, guide) == pytest.approx(0.3**2 / 2)

@@ -2,11 +2,13 @@
 
 import numpy as np
 import oracles
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import kl_divergence
 
 import pyrodiff
+from pyrodiff import forward as forward_processes
 
 T = 7
 BETAS = [0.1, 0.35, 0.02, 0.6, 0.25, 0.5, 0.8]
@@ -367,3 +369,16 @@ def test_a_kernel_that_has_been_called_can_stand_in_a_diffusion():
         for _ in range(2):
             assert diffusion.model(num_samples=6).shape == (6, 3)
             diffusion.one_step().model(torch.ones(6, 3))
+
+
+@pytest.mark.parametrize("other", [forward_processes.Bits, dist.Bernoulli])
+def test_the_kl_of_bits_is_finite_wherever_the_log_odds_are(other):
+    """In float32 torch's is infinite where a probability rounds to 1; the truth is computed in float64."""
+    q, p = torch.tensor([10.0, -10.0, 3.0, 40.0, -300.0]), torch.tensor([18.0, -110.0, -2.0, -40.0, 0.5])
+    kl = kl_divergence(forward_processes.Bits(logits=q), other(logits=p))
+    softplus, q, p = torch.nn.functional.softplus, q.double(), p.double()
+    truth = q.sigmoid() * (softplus(-p) - softplus(-q)) + (-q).sigmoid() * (softplus(p) - softplus(q))
+    torch.testing.assert_close(kl.double(), truth, rtol=1e-4, atol=1e-6)
+    assert kl_divergence(
+        forward_processes.Bits(logits=torch.tensor(torch.inf)), forward_processes.Bits(logits=torch.tensor(1.0))
+    ).isfinite()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
-from pyro.nn import PyroModule, PyroSample
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from torch.distributions import constraints
 
@@ -334,3 +334,41 @@ def test_nothing_to_learn_is_an_error():
 
     with pytest.raises(ValueError, match="learn"):
         SVI(model, lambda: None, adam, DiffusionELBO()).step()
+
+
+class Scaled(PyroModule):
+    """A kernel, or a decoder, with a constrained scale of its own."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = PyroParam(torch.tensor(scale), constraint=constraints.positive)
+
+    def forward(self, x, t):
+        x = t if isinstance(t, torch.Tensor) and t.is_floating_point() else x  # a decoder is called with (kernel, x_1)
+        return dist.Normal(0.9 * x, self.scale).to_event(1)
+
+
+@pytest.mark.parametrize("svi", [SVI, pyro.infer.SVI])
+def test_parameters_of_one_name_are_not_shared(svi):
+    """Of a reverse process and its decoder, and of two diffusions in one process, under either SVI."""
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3, 0.1, 0.3))
+    first, second = (
+        pyrodiff.Diffusion(forward, Scaled(scale), (2,), decoder=Scaled(scale / 2)) for scale in (1.0, 4.0)
+    )
+    for diffusion in (first, second):
+        optim = adam if svi is SVI else pyro.optim.Adam({"lr": 1e-2})
+        elbo = DiffusionELBO() if svi is SVI else pyro.infer.TraceMeanField_ELBO()
+        steps = svi(diffusion.model, diffusion.guide, optim, elbo)
+        before = [float(part.scale.detach()) for part in (first.reverse, first.model.decoder)]
+        scales = [float(part.scale.detach()) for part in (diffusion.reverse, diffusion.model.decoder)]
+        assert scales[0] == pytest.approx(2 * scales[1])
+        for _ in range(3):
+            steps.step(X_0)
+        assert all(
+            float(part.scale.detach()) != scale
+            for part, scale in zip((diffusion.reverse, diffusion.model.decoder), scales, strict=True)
+        )
+        if diffusion is second:
+            assert before == [float(part.scale.detach()) for part in (first.reverse, first.model.decoder)]
+    if svi is SVI:
+        assert sum(len(group["params"]) for group in steps.optimizer.param_groups) == 2

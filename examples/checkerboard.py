@@ -24,7 +24,7 @@ def main(out: Path, num_steps: int = 20000) -> pyrodiff.Bound:
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), event_shape=(2,))
     train(diffusion, datasets.checkerboard(1_000_000, seed=1), num_steps, batch_size=512, lr=1e-3, name="checkerboard")
 
-    bound = pyrodiff.bound(diffusion, datasets.checkerboard(5000, seed=2))
+    bound = pyrodiff.bound(diffusion, datasets.checkerboard(10000, seed=2))
     print(bound)
     gap, error = float(bound.nats.mean()) - math.log(32), float(bound.standard_error(bound.nats))
     print(f"  entropy {math.log(32):.4f} nats; the bound is {gap:.4f} ± {error:.4f} above it")

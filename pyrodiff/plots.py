@@ -28,7 +28,7 @@ def diffusion_process(
 
     The top row shows :math:`q(x_t)` of the data, the middle row the model's :math:`p_\theta(x_t)`, drawn by running
     it from :math:`x_T` down, and the bottom row the drift, the mean of :math:`p_\theta(x_{t-1} | x_t)` less
-    :math:`x_t`, as arrows; where it is smaller than a pixel the arrows are drawn longer.
+    :math:`x_t`, as arrows, in each picture to a scale of its own.
 
     Arguments:
         diffusion: A model of points in the plane, with event_shape (2,).
@@ -56,7 +56,7 @@ def diffusion_process(
     undiffused = {t: trace.nodes[f"x_{t}"]["value"] for t in times}
     diffused = {t: diffusion.forward_process.marginal(x_0, t).sample() if t > 0 else x_0 for t in times}
     if extent is None:
-        extent = 1.15 * max(float(x.abs().quantile(0.995)) for x in (*diffused.values(),))
+        extent = 1.15 * max(float(x.abs().quantile(0.995)) for x in diffused.values())
     figure = Figure(figsize=(2.6 * len(times) + 0.5, 8.2), layout="constrained")
     rows = figure.subplots(3, len(times), squeeze=False)
     for column, t in enumerate(times):

@@ -73,7 +73,7 @@ class Bound:
         for name, values in rows.items():
             mean, error = float(values.mean()), float(self.standard_error(values))
             numbers = (mean, error, mean / math.log(2), error / math.log(2))
-            lines.append(f"{name:24}" + "".join(f"{n:{w}.4f}" for n, w in zip(numbers, (11, 10, 11, 10), strict=True)))
+            lines.append(f"{name:24}" + "".join(f" {n:{w}.4f}" for n, w in zip(numbers, (10, 9, 10, 9), strict=True)))
         return "\n".join(lines)
 
 

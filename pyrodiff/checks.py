@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from numbers import Integral
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def positive_int(name: str, value: object, *, even: bool = False) -> None:
@@ -33,7 +33,17 @@ def event_shape(value: Sequence[int]) -> torch.Size:
 def instance(name: str, value: object, kind: type) -> None:
     """An instance of a class."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__module__}.{kind.__name__}, but it is {value!r}")
+        got = f"a {type(value).__name__}" if isinstance(value, Tensor | nn.Module) else repr(value)
+        raise ValueError(f"{name} must be a {kind.__module__}.{kind.__name__}, but it is {got}")
+
+
+def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:
+    """A module made for this forward process, where it says for which."""
+    if getattr(module, "forward_process", forward) is not forward:
+        raise ValueError(
+            f"{name} must be made for the same forward process, the very object {type(forward).__name__}, but it is a "
+            f"{type(module).__name__} made for another"
+        )
 
 
 def integer(name: str, value: object, high: int, low: int = 0) -> None:

@@ -62,7 +62,8 @@ class Diffusion(nn.Module):
             ``forward.prior(event_shape)`` if not given.
 
     Raises:
-        ValueError: If an argument is of another kind, or the prior has another event_shape. On a call of the programs,
+        ValueError: If an argument is of another kind or made for another forward process, or the prior has another
+            event_shape. On a call of the programs,
             before any draw: if ``x_0`` has another shape than (B, *event_shape), another dtype or device than the
             model, or a value outside the support of ``forward``; also if the reverse process, the decoder or the prior
             returns no distribution, or one of another event_shape.
@@ -89,6 +90,8 @@ class Diffusion(nn.Module):
         checks.instance("forward", forward, Forward)
         checks.instance("reverse", reverse, nn.Module)
         checks.instance("decoder", decoder, nn.Module)
+        checks.same_process("reverse", reverse, forward)
+        checks.same_process("decoder", decoder, forward)
         event_shape = checks.event_shape(event_shape)
         if not isinstance(prior, nn.Module | None):
             _check_law(prior, "prior", event_shape)
@@ -286,6 +289,7 @@ def _claim_names(name: str, part: nn.Module) -> None:
     store = pyro.get_param_store()
     for key, held in list(store._params.items()):
         if own.get(key.replace("$$$", "."), held) is not held:
+            store._param_to_name.setdefault(held, key)  # one tensor may stand under two names, which the store forgets
             del store[key]
 
 

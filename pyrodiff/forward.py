@@ -307,7 +307,7 @@ class BinomialForward(Forward):
             raise ValueError(f"rate must lie in (0, 1), but it is {rate.tolist()}")
         if schedule.alpha_bar(schedule.num_steps) >= 1:
             raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
-        self.register_buffer("rate", rate, persistent=False)
+        self.register_buffer("rate", rate)
 
     def check(self, x_0: Tensor, event_shape: torch.Size, wait: bool = False) -> None:
         super().check(x_0, event_shape, wait)

@@ -109,7 +109,7 @@ class FixedVariance(Variance):
         variances = torch.as_tensor(variances, dtype=torch.float64).detach()
         if variances.dim() != 1 or len(variances) == 0 or not ((variances > 0) & variances.isfinite()).all():
             raise ValueError(f"variances must be a sequence of positive numbers, but they are {variances.tolist()}")
-        self.register_buffer("variances", variances, persistent=False)
+        self.register_buffer("variances", variances)
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
         if len(self.variances) != process.num_steps:
@@ -129,7 +129,7 @@ class GaussianReverse(PyroModule):
         variance: The variance :math:`\sigma_t^2`: :class:`ForwardVariance` if not given.
 
     Raises:
-        ValueError: If an argument is of another kind.
+        ValueError: If an argument is of another kind, or made for another forward process.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eqs. 1 and 7.
@@ -149,6 +149,7 @@ class GaussianReverse(PyroModule):
         checks.instance("forward", forward, GaussianForward)
         checks.instance("denoiser", denoiser, nn.Module)
         checks.instance("variance", variance, nn.Module)
+        checks.same_process("denoiser", denoiser, forward)
         self.forward_process, self.denoiser, self.variance = forward, denoiser, variance
         self.variance(forward, 1)  # refuse a sequence of another length now rather than at the first step
 
@@ -183,7 +184,7 @@ class BinomialReverse(PyroModule):
         denoiser: The log odds of :math:`\hat p_\theta`.
 
     Raises:
-        ValueError: If an argument is of another kind.
+        ValueError: If an argument is of another kind, or made for another forward process.
 
     References:
         Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Table App. 1:
@@ -201,6 +202,7 @@ class BinomialReverse(PyroModule):
         super().__init__()
         checks.instance("forward", forward, BinomialForward)
         checks.instance("denoiser", denoiser, LogitPrediction)
+        checks.same_process("denoiser", denoiser, forward)
         self.forward_process, self.denoiser = forward, denoiser
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:

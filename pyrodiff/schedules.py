@@ -114,7 +114,7 @@ class _FixedSchedule(Schedule):
             t = int((signal == 0).nonzero()[0])
             raise ValueError(f"betas must leave some signal before the last step, but alpha_bar({t}) is 0 in float64")
         for name, table in (("beta", beta), ("signal", signal), ("noise", noise), ("log_snr", log_snr)):
-            self.register_buffer(f"_{name}", table.double(), persistent=False)
+            self.register_buffer(f"_{name}", table.double())
 
     def _lookup(self, table: Tensor, t: int | Tensor) -> Tensor:
         checks.integer("t", t, self.num_steps)

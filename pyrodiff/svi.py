@@ -55,7 +55,7 @@ class SVI:
     ) -> None:
         for name, value in (("model", model), ("guide", guide), ("optim", optim)):
             if not callable(value):
-                raise ValueError(f"{name} must be callable, but it is {value!r}")
+                raise ValueError(f"{name} must be a callable (optim: called with parameters), but it is {value!r}")
         checks.instance("loss", loss, ELBO)
         if not hasattr(loss, "differentiable_loss"):
             raise ValueError(f"loss must have a differentiable_loss, but it is {loss!r}")
@@ -76,7 +76,10 @@ class SVI:
             loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
         self._register(capture.trace)
         if self.optimizer is None or not loss.requires_grad:
-            raise ValueError("model and guide must have a parameter to learn, but no parameter of theirs requires grad")
+            raise ValueError(
+                "model and guide must have a parameter to learn, but none was found that requires grad: let a program "
+                "be a torch.nn.Module, or call pyro.module(name, network) in it"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         if self.clip_norm is not None:
@@ -111,7 +114,11 @@ class SVI:
             return
         if self.optimizer is None:
             optimizer = self.optim(list(new.values()))
-            checks.instance("what optim returns", optimizer, torch.optim.Optimizer)
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise ValueError(
+                    f"optim must return a torch.optim.Optimizer, as lambda parameters: torch.optim.Adam(parameters) "
+                    f"does, but it returned {optimizer!r} (pyro.optim goes with pyro.infer.SVI)"
+                )
             self.optimizer = optimizer
         else:
             self.optimizer.add_param_group({"params": list(new.values())})

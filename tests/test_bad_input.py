@@ -490,6 +490,16 @@ LATE = [
     ("a reverse of tensors", with_reverse(torch.zeros(5, 2)), ("reverse", "distribution", "tensor")),
     ("a reverse of None", with_reverse(None), ("reverse", "distribution", "None")),
     ("a reverse of 3", with_reverse(normal(5, 3)), ("reverse", "(3,)", "(2,)")),
+    (
+        "a reverse for another process",
+        lambda: pyrodiff.Diffusion(pyrodiff.GaussianForward(LINEAR), REVERSE, (2,)),
+        ("reverse", "GaussianReverse", "another"),
+    ),
+    (
+        "a denoiser for another process",
+        lambda: pyrodiff.GaussianReverse(pyrodiff.GaussianForward(LINEAR), NOISE),
+        ("denoiser", "NoisePrediction", "another"),
+    ),
     ("a reverse of another batch", with_reverse(normal(3, 2)), ("reverse", "(5,)", "(3,)")),
     ("a reverse of batches", with_reverse(normal(5, 2).base_dist), ("reverse", "()", "(2,)", "(5, 2)")),
     ("a decoder of tensors", with_decoder(torch.zeros(5, 2)), ("decoder", "distribution", "tensor")),

@@ -313,3 +313,22 @@ def test_a_random_weight_is_drawn_once_for_the_whole_bound():
     bound(diffusion, torch.full((4, 2), 0.7), memory_budget=1)
     assert len(diffusion.reverse.seen) > 5
     assert len(set(diffusion.reverse.seen)) == 1
+
+
+def test_a_state_dict_carries_weights_and_schedule(tmp_path):
+    def build(schedule, rate):
+        process = pyrodiff.BinomialForward(schedule, rate)
+        denoiser = pyrodiff.LogitPrediction(networks.MLP(event_shape=(3,), hidden=8), process)
+        return pyrodiff.Diffusion(process, pyrodiff.BinomialReverse(process, denoiser), event_shape=(3,))
+
+    saved, x_0 = build(pyrodiff.LinearSchedule(4, 0.1, 0.3), 0.3), torch.tensor([[0.0, 1.0, 1.0]])
+    torch.save(saved.state_dict(), tmp_path / "weights.pt")
+    loaded = build(pyrodiff.ReciprocalSchedule(4), 0.5)
+    loaded.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    numbers = []
+    for diffusion in (saved, loaded):
+        torch.manual_seed(1)
+        numbers.append(bound(diffusion, x_0).nats)
+    assert torch.equal(*numbers)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        build(pyrodiff.ReciprocalSchedule(5), 0.5).load_state_dict(saved.state_dict())

@@ -11,9 +11,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
 
-test: $(VENV)/installed-test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+test: lint
 	$(VENV)/bin/python -m pytest -q
 
 lint: $(VENV)/installed-test

@@ -107,9 +107,8 @@ def bound(diffusion: Diffusion, x_0: Tensor, num_particles: int = 1, memory_budg
     checks.instance("diffusion", diffusion, Diffusion)
     checks.positive_int("num_particles", num_particles)
     checks.positive_int("memory_budget", memory_budget)
+    diffusion.model.dtype(x_0, wait=True)  # refuse what cannot be data
     model, B, T, P = diffusion.model, len(x_0), diffusion.num_steps, num_particles
-    model.dtype(x_0)  # refuse what cannot be data
-    diffusion.forward_process.check(x_0, diffusion.event_shape, wait=True)
     with _evaluating(diffusion), model.running():
         rows = max(1, memory_budget // _bytes_a_row(diffusion, x_0[:1]))
         steps = x_0.new_zeros(T * B)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from . import checks
 from .forward import Forward, GaussianForward
-from .schedules import like
 
 __all__ = [
     "DataPrediction",
@@ -85,10 +84,6 @@ class Denoiser(PyroModule):
         if not isinstance(forward, GaussianForward):
             raise ValueError(f"forward must be a GaussianForward for {type(self).__name__}, but it is {forward!r}")
 
-    def _scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        schedule = self.forward_process.schedule
-        return like(schedule.signal(t), x_t), like(schedule.noise(t), x_t)
-
 
 class DataPrediction(Denoiser):
     r"""The network predicts the data themselves.
@@ -134,7 +129,7 @@ class NoisePrediction(_DividesBySignal):
     """
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        signal, noise = self._scales(x_t, t)
+        signal, noise = self.forward_process.scales(x_t, t)
         return (x_t - noise * self.output(x_t, t)) / signal
 
 
@@ -151,7 +146,7 @@ class ScorePrediction(_DividesBySignal):
     """
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        signal, noise = self._scales(x_t, t)
+        signal, noise = self.forward_process.scales(x_t, t)
         return (x_t + noise**2 * self.output(x_t, t)) / signal
 
 
@@ -167,7 +162,7 @@ class VelocityPrediction(Denoiser):
     """
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        signal, noise = self._scales(x_t, t)
+        signal, noise = self.forward_process.scales(x_t, t)
         return (signal * x_t - noise * self.output(x_t, t)) / (signal**2 + noise**2)
 
 

@@ -244,10 +244,10 @@ class _Generative(nn.Module):
             )
         return law
 
-    def dtype(self, x_0: Tensor | None = None) -> torch.dtype:
-        """The dtype of the states: that of the parameters, if there are any, which data must share."""
+    def dtype(self, x_0: Tensor | None = None, wait: bool = False) -> torch.dtype:
+        """The dtype of the states: that of the parameters, if there are any. Data are checked, and must share it."""
         if x_0 is not None:
-            self.forward_process.check(x_0, self.event_shape)
+            self.forward_process.check(x_0, self.event_shape, wait)
         dtypes = [parameter.dtype for parameter in self.reverse.parameters() if parameter.is_floating_point()]
         if x_0 is None:
             return dtypes[0] if dtypes else torch.get_default_dtype()

@@ -238,23 +238,22 @@ class GaussianForward(Forward):
             Three float64 tensors with the shape of ``t``.
         """
         schedule = self.schedule
-        lost = -torch.expm1(schedule.log_snr(t) - schedule.log_snr(s))
-        weight_t = schedule.signal(t) / schedule.signal(s) * (schedule.noise(s) / schedule.noise(t)) ** 2
-        return weight_t, schedule.signal(s) * lost, schedule.noise(s) * lost.sqrt()
+        (signal, noise), noise_s, noise_t = schedule.step(t, s), schedule.noise(s), schedule.noise(t)
+        return signal * (noise_s / noise_t) ** 2, schedule.signal(s) * (noise / noise_t) ** 2, noise_s * noise / noise_t
 
     def noise(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The noise :math:`\epsilon = (x_t - a_t x_0) / b_t` that leads from ``x_0`` to ``x_t``, of their shape."""
-        signal, noise = self._scales(x_t, t)
+        signal, noise = self.scales(x_t, t)
         return (x_t - signal * x_0) / noise
 
     def score(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The score :math:`\nabla_{x_t} \log q(x_t | x_0) = (a_t x_0 - x_t) / b_t^2`, with the shape of ``x_t``."""
-        signal, noise = self._scales(x_t, t)
+        signal, noise = self.scales(x_t, t)
         return (signal * x_0 - x_t) / noise**2
 
     def velocity(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The velocity :math:`v = a_t \epsilon - b_t x_0`, with the shape of ``x_t``."""
-        signal, noise = self._scales(x_t, t)
+        signal, noise = self.scales(x_t, t)
         return (signal * x_t - (signal**2 + noise**2) * x_0) / noise
 
     def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
@@ -262,7 +261,8 @@ class GaussianForward(Forward):
         scale = (self.schedule.signal(T) ** 2 + self.schedule.noise(T) ** 2).sqrt().to(dtype)
         return dist.Normal(scale.new_zeros(tuple(event_shape)), scale).to_event(len(event_shape))
 
-    def _scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+    def scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The signal and the noise at t, in the dtype of ``x_t`` and broadcastable against it."""
         return like(self.schedule.signal(t), x_t), like(self.schedule.noise(t), x_t)
 
     def _normal(self, mean: Tensor, noise: Tensor, t: int | Tensor) -> dist.Distribution:

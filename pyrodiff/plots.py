@@ -40,7 +40,8 @@ def diffusion_process(
         The figure.
 
     Raises:
-        ValueError: If the model is not one of points in the plane, or a time lies outside 0..T.
+        ValueError: If the model is not one of points in the plane, ``x_0`` cannot be its data, or a time lies outside
+            0..T.
 
     References:
         Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Fig. 1,
@@ -52,6 +53,7 @@ def diffusion_process(
         raise ValueError(f"diffusion must have event_shape (2,), but it is {tuple(diffusion.event_shape)}")
     if not all(isinstance(t, int) and 0 <= t <= T for t in times):
         raise ValueError(f"times must be ints in 0..{T}, but they are {times}")
+    diffusion.model.dtype(x_0)  # refuse what cannot be data
     trace = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
     undiffused = {t: trace.nodes[f"x_{t}"]["value"] for t in times}
     diffused = {t: diffusion.forward_process.marginal(x_0, t).sample() if t > 0 else x_0 for t in times}

@@ -430,6 +430,7 @@ TABLE = [
         for name in ("num_particles", "memory_budget")
         for value in (0, -1, 2.5, True, "3", None)
     ],
+    ("the bound of a number", lambda: pyrodiff.bound(DIFFUSION, 3), ("x_0", "int")),
     ("the bound of a reverse process", lambda: pyrodiff.bound(REVERSE, X), ("diffusion", "GaussianReverse")),
     # networks
     *[

@@ -2,7 +2,7 @@
 
 from . import datasets, networks, plots
 from .bounds import Bound, bound
-from .decoders import Decoder, GaussianDecoder, TransitionDecoder
+from .decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .denoisers import (
     DataPrediction,
     Denoiser,
@@ -14,6 +14,7 @@ from .denoisers import (
 from .diffusion import Diffusion, OneStep
 from .elbo import DiffusionELBO
 from .forward import BinomialForward, Forward, GaussianForward
+from .quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
 from .reverse import (
     BinomialReverse,
     FixedVariance,
@@ -29,6 +30,7 @@ from .schedules import (
     LinearSchedule,
     ReciprocalSchedule,
     Schedule,
+    SubSchedule,
 )
 from .steps import BoundWeighting, Drawing, LowDiscrepancyDrawing, SimpleWeighting, UniformDrawing
 from .svi import SVI
@@ -47,6 +49,8 @@ __all__ = [
     "Denoiser",
     "Diffusion",
     "DiffusionELBO",
+    "DiscretizedDecoder",
+    "DiscretizedNormal",
     "Drawing",
     "FixedVariance",
     "Forward",
@@ -55,6 +59,8 @@ __all__ = [
     "GaussianForward",
     "GaussianReverse",
     "GeometricSchedule",
+    "LevelCategorical",
+    "Levels",
     "LinearSchedule",
     "LogitPrediction",
     "LowDiscrepancyDrawing",
@@ -66,12 +72,17 @@ __all__ = [
     "Schedule",
     "ScorePrediction",
     "SimpleWeighting",
+    "SoftmaxDecoder",
+    "SubSchedule",
     "TransitionDecoder",
     "UniformDrawing",
     "Variance",
     "VelocityPrediction",
+    "bin_width",
     "bound",
     "datasets",
+    "dequantize",
     "networks",
     "plots",
+    "quantize",
 ]

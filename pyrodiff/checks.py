@@ -1,6 +1,7 @@
 """What arguments may be: each check refuses anything else by a ValueError that names the argument and its value."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Integral
 
 import torch
@@ -11,6 +12,12 @@ def positive_int(name: str, value: object, *, even: bool = False) -> None:
     """An int of at least 1, even if so asked."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (even and value % 2):
         raise ValueError(f"{name} must be an int of at least 1{', even' * even}, but it is {value!r}")
+
+
+def levels(value: object) -> None:
+    """A number of levels, an int of at least 2."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise ValueError(f"levels must be an int of at least 2, but it is {value!r}")
 
 
 def number(name: str, value: object, low: float, high: float) -> None:
@@ -30,11 +37,31 @@ def event_shape(value: Sequence[int]) -> torch.Size:
     return shape
 
 
+def increasing(name: str, value: Sequence[int], high: int) -> tuple[int, ...]:
+    """Increasing ints in 1..high, at least one."""
+    try:
+        numbers = tuple(value.tolist() if isinstance(value, Tensor) else value)
+    except TypeError:
+        numbers = ()
+    rising = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers) and all(
+        before < after for before, after in pairwise((0, *numbers, high + 1))
+    )
+    if not (numbers and rising):
+        raise ValueError(f"{name} must be increasing ints in 1..{high}, at least one, but they are {value!r}")
+    return tuple(int(number) for number in numbers)
+
+
+def described(value: object) -> str:
+    """What an argument is, in few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)
+
+
 def instance(name: str, value: object, kind: type) -> None:
     """An instance of a class."""
     if not isinstance(value, kind):
-        got = f"a {type(value).__name__}" if isinstance(value, Tensor | nn.Module) else repr(value)
-        raise ValueError(f"{name} must be a {kind.__module__}.{kind.__name__}, but it is {got}")
+        raise ValueError(f"{name} must be a {kind.__module__}.{kind.__name__}, but it is {described(value)}")
 
 
 def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:

@@ -14,13 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .forward import Forward
+from .forward import Forward, GaussianForward
+from .quantization import DiscretizedNormal, LevelCategorical, Levels
 
-__all__ = ["Decoder", "GaussianDecoder", "TransitionDecoder"]
+__all__ = ["Decoder", "DiscretizedDecoder", "GaussianDecoder", "SoftmaxDecoder", "TransitionDecoder"]
 
 
 class Decoder(nn.Module, ABC):
-    """The last step of the chain."""
+    """The last step of the chain.
+
+    Attributes:
+        levels: The number of levels of the data that it gives a probability to; None if it has a density.
+    """
+
+    levels: int | None = None
 
     @abstractmethod
     def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
@@ -33,6 +40,27 @@ class Decoder(nn.Module, ABC):
         Returns:
             A distribution with the same shapes.
         """
+
+    def check(self, x_0: Tensor, wait: bool = False) -> None:
+        """Refuse data that are no levels; those on an accelerator are read only if told to ``wait`` for them.
+
+        Raises:
+            ValueError: If so.
+        """
+        if self.levels is None:
+            return
+        valid = Levels(self.levels).check(x_0)
+        if not (bool(valid.all()) if wait else checks.holds(valid)):
+            raise ValueError(
+                f"x_0 must be one of {self.levels} levels on [-1, 1] everywhere, the values that "
+                f"pyrodiff.dequantize(k, levels={self.levels}) gives for k in 0..{self.levels - 1}, but "
+                f"{int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0].item():.6g}; "
+                f"they lie in [{x_0.min().item():.6g}, {x_0.max().item():.6g}]"
+            )
+
+    def subchain(self, forward: Forward) -> "Decoder":
+        """The decoder of a chain of fewer steps, whose forward process is given: itself, where it knows of none."""
+        return self
 
 
 class GaussianDecoder(Decoder):
@@ -75,3 +103,91 @@ class TransitionDecoder(Decoder):
     def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
         t = torch.ones(kernel.batch_shape, dtype=torch.long, device=x_1.device)
         return self.forward_process.transition(x_1.expand(t.shape + kernel.event_shape), t)
+
+    def subchain(self, forward: Forward) -> "TransitionDecoder":
+        return type(self)(forward)
+
+
+class DiscretizedDecoder(Decoder):
+    r"""The Gaussian reverse kernel, made a law over levels: to each what it gives to the bin around it.
+
+    .. math:: p_\theta(x_0 = v_k | x_1) = \int_{v_k - \Delta/2}^{v_k + \Delta/2}
+        N(x; \, \mu_\theta(x_1, 1), \, \sigma_1^2) \, dx, \qquad \Delta = \frac{2}{L - 1},
+
+    a dimension by itself, the outer bins open to infinity, so that the probabilities of all levels add up to 1. The
+    number of levels must be the data's own: with more, most of the probability goes to levels that never occur.
+
+    Arguments:
+        levels: The number of levels L of the data, at least 2.
+
+    Raises:
+        ValueError: If ``levels`` is not an int of at least 2; on a call, if the kernel is not Gaussian.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.3 and Eq. 13, there with 256 levels.
+
+    Example:
+        >>> kernel = pyro.distributions.Normal(torch.zeros(5, 2), 0.1).to_event(1)
+        >>> pyrodiff.DiscretizedDecoder(levels=17)(kernel, torch.zeros(5, 2)).sample().shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        checks.levels(levels)
+        self.levels = levels
+
+    def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+        base = kernel.base_dist if isinstance(kernel, torch.distributions.Independent) else kernel
+        if not isinstance(base, torch.distributions.Normal):
+            raise ValueError(f"kernel must be Gaussian for DiscretizedDecoder, but it is {kernel!r}")
+        return DiscretizedNormal(base.loc, base.scale, self.levels).to_event(len(kernel.event_shape))
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"
+
+
+class SoftmaxDecoder(Decoder):
+    r"""What the noisy :math:`x_1` alone says of the level, with nothing learned.
+
+    .. math:: p(x_0 = v_k | x_1) = \frac{q(x_1 | x_0 = v_k)}{\sum_j q(x_1 | x_0 = v_j)}
+
+    a dimension by itself. It costs next to nothing where the noise :math:`b_1 / a_1` is well below half a bin,
+    :math:`1 / (L - 1)`; where it is not, neighbouring levels are confused, whatever the network knows.
+
+    Arguments:
+        forward: The forward process.
+        levels: The number of levels L of the data, at least 2.
+
+    Raises:
+        ValueError: If ``forward`` is not a :class:`GaussianForward`, or ``levels`` not an int of at least 2.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), section 3.3, https://arxiv.org/abs/2107.00630
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=1000))
+        >>> decoder = pyrodiff.SoftmaxDecoder(forward, levels=17)
+        >>> x_1 = torch.tensor([[-0.98, 0.01, 0.14]])
+        >>> decoder(pyro.distributions.Normal(x_1, 1.0).to_event(1), x_1).sample()
+        tensor([[-1.0000,  0.0000,  0.1250]])
+    """
+
+    def __init__(self, forward: GaussianForward, levels: int) -> None:
+        super().__init__()
+        checks.instance("forward", forward, GaussianForward)
+        checks.levels(levels)
+        self.forward_process, self.levels = forward, levels
+        self.register_buffer("points", Levels(levels).points(), persistent=False)
+
+    def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+        schedule = self.forward_process.schedule
+        off = x_1.double()[..., None] - schedule.signal(1) * self.points
+        logits = -(off**2) / (2 * schedule.noise(1) ** 2)
+        return LevelCategorical(logits.to(x_1.dtype)).to_event(len(kernel.event_shape))
+
+    def subchain(self, forward: GaussianForward) -> "SoftmaxDecoder":
+        return type(self)(forward, self.levels)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"

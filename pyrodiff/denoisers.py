@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .forward import Forward, GaussianForward
+from .schedules import SubSchedule
 
 __all__ = [
     "DataPrediction",
@@ -83,6 +84,25 @@ class Denoiser(PyroModule):
     def _check_forward(self, forward: Forward) -> None:
         if not isinstance(forward, GaussianForward):
             raise ValueError(f"forward must be a GaussianForward for {type(self).__name__}, but it is {forward!r}")
+
+
+class Retimed(PyroModule):
+    r"""A module called as ``module(x_t, t)``, in a chain of fewer steps: step k calls it at :math:`\tau_k`.
+
+    Arguments:
+        module: A network or a denoiser, made for the whole chain.
+        schedule: The schedule of the chain of fewer steps.
+
+    Returns:
+        On a call, what the module returns.
+    """
+
+    def __init__(self, module: nn.Module, schedule: SubSchedule) -> None:
+        super().__init__()
+        self.module, self.schedule = module, schedule
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return self.module(x_t, self.schedule.time(t))
 
 
 class DataPrediction(Denoiser):

@@ -37,7 +37,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from . import checks
-from .decoders import GaussianDecoder
+from .decoders import Decoder, GaussianDecoder
 from .forward import Forward
 from .steps import BoundWeighting, Drawing, LowDiscrepancyDrawing
 
@@ -147,6 +147,45 @@ class Diffusion(nn.Module):
         drawing = LowDiscrepancyDrawing() if drawing is None else drawing
         return OneStep(self, drawing, BoundWeighting() if weighting is None else weighting)
 
+    def subchain(self, times: Sequence[int]) -> "Diffusion":
+        r"""The diffusion of fewer steps, :math:`p_\theta(x_0, x_{\tau_1}, \dots, x_{\tau_K})`, with the same networks.
+
+        It is a model of its own: its bound, its samples and its pairs are those of the shorter chain, exactly, by the
+        general posterior :math:`q(x_s | x_t, x_0)`. Fewer steps cost less and bound less tightly.
+
+        Arguments:
+            times: The times :math:`\tau_1 < \dots < \tau_K`, ints in 1..T.
+
+        Returns:
+            A diffusion of K steps, which shares its parameters with this one.
+
+        Raises:
+            ValueError: If ``times`` are not increasing ints in 1..T; if the forward or the reverse process has no
+                ``subchain`` method; if the prior was given, and ``times`` do not end at T.
+
+        References:
+            Denoising Diffusion Implicit Models (Song et al., 2021), section 4.2, https://arxiv.org/abs/2010.02502
+
+        Example:
+            >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=100))
+            >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
+            >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+            >>> pyrodiff.bound(diffusion.subchain(range(10, 101, 10)), torch.ones(5, 2)).denoising.shape
+            torch.Size([9, 5])
+        """
+        forward, model = self.forward_process.subchain(times), self.model
+        if model.prior is not None and forward.schedule.times[-1] != self.num_steps:
+            raise ValueError(f"times must end at T = {self.num_steps}, the time of the given prior, but are {times!r}")
+        parts = {"reverse": model.reverse, "decoder": model.decoder}
+        for name, part in parts.items():
+            if not hasattr(part, "subchain"):
+                raise ValueError(
+                    f"{name} must have a method subchain(forward), which returns it for a forward process of fewer "
+                    f"steps, but it is a {type(part).__name__}, which has none"
+                )
+            parts[name] = part.subchain(forward)
+        return Diffusion(forward, event_shape=self.event_shape, prior=model.prior, **parts)
+
 
 class OneStep(nn.Module):
     """The one-step pair of a diffusion: see :meth:`Diffusion.one_step`.
@@ -248,6 +287,8 @@ class _Generative(nn.Module):
         """The dtype of the states: that of the parameters, if there are any. Data are checked, and must share it."""
         if x_0 is not None:
             self.forward_process.check(x_0, self.event_shape, wait)
+            if isinstance(self.decoder, Decoder):
+                self.decoder.check(x_0, wait)
         dtypes = [parameter.dtype for parameter in self.reverse.parameters() if parameter.is_floating_point()]
         if x_0 is None:
             return dtypes[0] if dtypes else torch.get_default_dtype()

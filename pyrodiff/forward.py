@@ -33,7 +33,7 @@ from torch.distributions import register_kl
 from torch.nn.functional import softplus
 
 from . import checks
-from .schedules import Float64Module, Schedule, like
+from .schedules import Float64Module, Schedule, SubSchedule, like
 
 __all__ = ["BinomialForward", "Forward", "GaussianForward"]
 
@@ -110,6 +110,22 @@ class Forward(Float64Module, ABC):
         Returns:
             A distribution with batch_shape () and the given event_shape, on the schedule's device.
         """
+
+    def subchain(self, times: Sequence[int]) -> "Forward":
+        r"""The forward process of fewer steps, :math:`q(x_{\tau_1}, \dots, x_{\tau_K} | x_0)`, the same law of these.
+
+        Arguments:
+            times: The times :math:`\tau_1 < \dots < \tau_K`, ints in 1..T.
+
+        Returns:
+            A forward process of K steps, on :class:`SubSchedule` of the same schedule.
+
+        Raises:
+            ValueError: If ``times`` are not increasing ints in 1..T, or this kind of process cannot say it.
+        """
+        raise ValueError(
+            f"{type(self).__name__} must have a method subchain(times) of its own to be cut to fewer steps"
+        )
 
     def check(self, x_0: Tensor, event_shape: torch.Size, wait: bool = False) -> None:
         """Refuse what cannot be data: another shape than (B, *event_shape), dtype, device or values.
@@ -217,6 +233,9 @@ class GaussianForward(Forward):
 
     support = constraints.real
 
+    def subchain(self, times: Sequence[int]) -> "GaussianForward":
+        return type(self)(SubSchedule(self.schedule, times))
+
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
         s = self.earlier(x_s, t, s, first=0)
         signal, noise = self.schedule.step(t, s)
@@ -308,6 +327,9 @@ class BinomialForward(Forward):
         if schedule.alpha_bar(schedule.num_steps) >= 1:
             raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
         self.register_buffer("rate", rate)
+
+    def subchain(self, times: Sequence[int]) -> "BinomialForward":
+        return type(self)(SubSchedule(self.schedule, times), self.rate)
 
     def check(self, x_0: Tensor, event_shape: torch.Size, wait: bool = False) -> None:
         super().check(x_0, event_shape, wait)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from . import checks
-from .denoisers import LogitPrediction
+from .denoisers import LogitPrediction, Retimed
 from .forward import BinomialForward, Bits, GaussianForward, event_dim
 from .schedules import Float64Module, like
 
@@ -171,6 +171,20 @@ class GaussianReverse(PyroModule):
         scale = like(self.variance(self.forward_process, t).sqrt(), mean)
         return dist.Normal(mean, scale).to_event(event_dim(x_t, t))
 
+    def subchain(self, forward: GaussianForward) -> "GaussianReverse":
+        r"""The reverse process of fewer steps, :math:`p_\theta(x_{\tau_{k-1}} | x_{\tau_k})`, of the same denoiser.
+
+        Arguments:
+            forward: The forward process of fewer steps, ``forward.subchain(times)`` of this one's.
+
+        Returns:
+            A reverse process that shares the denoiser and its parameters.
+
+        Raises:
+            ValueError: If the variance is a sequence (:class:`FixedVariance`) of another length.
+        """
+        return type(self)(forward, Retimed(self.denoiser, forward.schedule), self.variance)
+
 
 class BinomialReverse(PyroModule):
     r"""Independent bits, each mixed over what the denoiser believes it to have been.
@@ -217,3 +231,8 @@ class BinomialReverse(PyroModule):
             )
 
         return Bits(logits=log_prob(1) - log_prob(-1)).to_event(event_dim(x_t, t))
+
+    def subchain(self, forward: BinomialForward) -> "BinomialReverse":
+        """The reverse process of fewer steps, as of :class:`GaussianReverse`."""
+        network = Retimed(self.denoiser.network, forward.schedule)
+        return type(self)(forward, type(self.denoiser)(network, forward))

@@ -37,6 +37,7 @@ __all__ = [
     "LinearSchedule",
     "ReciprocalSchedule",
     "Schedule",
+    "SubSchedule",
 ]
 
 
@@ -105,6 +106,80 @@ class Schedule(Float64Module, ABC):
         return self.signal(t) / self.signal(s), self.noise(t) * remaining.sqrt()
 
 
+def _lookup(table: Tensor, t: int | Tensor) -> Tensor:
+    """The value at t of a table of T + 1 values."""
+    num_steps = len(table) - 1
+    checks.integer("t", t, num_steps)
+    expected = f"t must lie in 0..{num_steps}"
+    if isinstance(t, Tensor):
+        if t.device != table.device:
+            raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
+        try:  # unlike table[t], index_select also refuses a negative index
+            return table.index_select(0, t.reshape(-1).long()).reshape(t.shape)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"{expected}, but it has values in {t.min()}..{t.max()}") from error
+    if not 0 <= t <= num_steps:
+        raise ValueError(f"{expected}, but it is {t}")
+    return table[int(t)]
+
+
+class SubSchedule(Schedule):
+    r"""The schedule of a chain of fewer steps: the given times of another schedule, and t = 0.
+
+    Step :math:`k = 1, \dots, K` of it is the time :math:`\tau_k`, so :math:`a_k = a_{\tau_k}`,
+    :math:`b_k = b_{\tau_k}`, and :math:`\beta_k = b_{\tau_k | \tau_{k-1}}^2` is the variance of the whole step
+    between. It reads the other schedule whenever it is asked, and keeps no table of its own.
+
+    Arguments:
+        schedule: The schedule of T steps.
+        times: The times :math:`\tau_1 < \dots < \tau_K`, ints in 1..T.
+
+    Raises:
+        ValueError: If ``schedule`` is not one, or ``times`` are not increasing ints in 1..T, at least one.
+
+    References:
+        Denoising Diffusion Implicit Models (Song et al., 2021), section 4.2, https://arxiv.org/abs/2010.02502
+
+    Example:
+        >>> schedule = pyrodiff.LinearSchedule(num_steps=1000)
+        >>> pyrodiff.SubSchedule(schedule, times=[10, 100, 1000]).alpha_bar(3) == schedule.alpha_bar(1000)
+        tensor(True)
+    """
+
+    def __init__(self, schedule: Schedule, times: Sequence[int]) -> None:
+        checks.instance("schedule", schedule, Schedule)
+        times = checks.increasing("times", times, schedule.num_steps)
+        super().__init__(len(times))
+        self.schedule, self.times = schedule, times
+        self.register_buffer("_times", torch.tensor([0, *times], device=schedule.noise(0).device), persistent=False)
+
+    def beta(self, t: int | Tensor) -> Tensor:
+        now, before = self.time(t), self.time((t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0))
+        noise = self.schedule.step(now, before)[1]
+        return torch.where(torch.as_tensor(t == 0, device=noise.device), 0, noise**2)
+
+    def signal(self, t: int | Tensor) -> Tensor:
+        return self.schedule.signal(self.time(t))
+
+    def noise(self, t: int | Tensor) -> Tensor:
+        return self.schedule.noise(self.time(t))
+
+    def log_snr(self, t: int | Tensor) -> Tensor:
+        return self.schedule.log_snr(self.time(t))
+
+    def time(self, t: int | Tensor) -> int | Tensor:
+        r"""The time :math:`\tau_t` of the other schedule, an int or a tensor as t is; 0 at t = 0."""
+        if isinstance(t, Tensor):
+            return _lookup(self._times, t)
+        checks.integer("t", t, self.num_steps)
+        if not 0 <= t <= self.num_steps:
+            raise ValueError(f"t must lie in 0..{self.num_steps}, but it is {t}")
+        return (0, *self.times)[int(t)]
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, times={self.times if self.num_steps < 10 else '...'}"
+
+
 class _FixedSchedule(Schedule):
     """A schedule without parameters: tables of its T + 1 values."""
 
@@ -116,31 +191,17 @@ class _FixedSchedule(Schedule):
         for name, table in (("beta", beta), ("signal", signal), ("noise", noise), ("log_snr", log_snr)):
             self.register_buffer(f"_{name}", table.double())
 
-    def _lookup(self, table: Tensor, t: int | Tensor) -> Tensor:
-        checks.integer("t", t, self.num_steps)
-        expected = f"t must lie in 0..{self.num_steps}"
-        if isinstance(t, Tensor):
-            if t.device != table.device:
-                raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
-            try:  # unlike table[t], index_select also refuses a negative index
-                return table.index_select(0, t.reshape(-1).long()).reshape(t.shape)
-            except (IndexError, RuntimeError) as error:
-                raise ValueError(f"{expected}, but it has values in {t.min()}..{t.max()}") from error
-        if not 0 <= t <= self.num_steps:
-            raise ValueError(f"{expected}, but it is {t}")
-        return table[int(t)]
-
     def beta(self, t: int | Tensor) -> Tensor:
-        return self._lookup(self._beta, t)
+        return _lookup(self._beta, t)
 
     def signal(self, t: int | Tensor) -> Tensor:
-        return self._lookup(self._signal, t)
+        return _lookup(self._signal, t)
 
     def noise(self, t: int | Tensor) -> Tensor:
-        return self._lookup(self._noise, t)
+        return _lookup(self._noise, t)
 
     def log_snr(self, t: int | Tensor) -> Tensor:
-        return self._lookup(self._log_snr, t)
+        return _lookup(self._log_snr, t)
 
 
 def _variance_preserving(beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ FOLDER = Path(pyrodiff.__file__).parent
 SPINE = [
     "checks",
     "schedules",
+    "quantization",
     "forward",
     "networks",
     "denoisers",

@@ -1,7 +1,7 @@
 """Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
 
 from . import datasets, networks, plots
-from .bounds import Bound, bound
+from .bounds import Bound, ImportanceBound, bound, importance_bound
 from .decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .denoisers import (
     DataPrediction,
@@ -14,6 +14,7 @@ from .denoisers import (
 from .diffusion import Diffusion, OneStep
 from .elbo import DiffusionELBO
 from .forward import BinomialForward, Forward, GaussianForward
+from .likelihoods import Likelihood
 from .quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
 from .reverse import (
     BinomialReverse,
@@ -59,8 +60,10 @@ __all__ = [
     "GaussianForward",
     "GaussianReverse",
     "GeometricSchedule",
+    "ImportanceBound",
     "LevelCategorical",
     "Levels",
+    "Likelihood",
     "LinearSchedule",
     "LogitPrediction",
     "LowDiscrepancyDrawing",
@@ -82,6 +85,7 @@ __all__ = [
     "bound",
     "datasets",
     "dequantize",
+    "importance_bound",
     "networks",
     "plots",
     "quantize",

@@ -1,101 +1,154 @@
-r"""The bound of a diffusion, all T terms of it, datum by datum.
+r"""Bounds on the likelihood of a diffusion, datum by datum: its T terms, and the importance-weighted one.
 
-.. math:: -\log p_\theta(x_0) \le L_T + \sum_{t=2}^{T} L_{t-1} + L_0
+.. math::
+    -\log p_\theta(x_0) \;\le\; -\mathbb{E}_q \log \frac1K \sum_{k=1}^K
+        \frac{p_\theta(x_{0:T}^{(k)})}{q(x_{1:T}^{(k)} | x_0)}
+    \;\le\; L_T + \sum_{t=2}^{T} L_{t-1} + L_0
 
-Here every :math:`x_t` is drawn from :math:`q(x_t | x_0)` by itself, which leaves the mean of each term as it is and
-lets all t run in one batch (Luo 2022, Eqs. 57-58).
+In :func:`bound` every :math:`x_t` is drawn from :math:`q(x_t | x_0)` by itself, which leaves the mean of each term as
+it is and lets all t run in one batch (Luo 2022, Eqs. 57-58). :func:`importance_bound` needs whole trajectories.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), https://arxiv.org/abs/2208.11970
+
+    Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from . import checks
 from .diffusion import Diffusion
 from .elbo import relative_entropy
+from .evaluation import batches, evaluating, progress_bar, rows_within
+from .likelihoods import Likelihood
 
-__all__ = ["Bound", "bound"]
+__all__ = ["Bound", "ImportanceBound", "bound", "importance_bound", "step_costs"]
 
 
 @dataclass(frozen=True)
-class Bound:
+class Bound(Likelihood):
     """The terms of the bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
+
+    Bounds of batches add up: ``a + b`` is the bound of the data of both.
 
     Arguments:
         prior: L_T, with shape (B,).
-        denoising: L_{t-1} for t = 2..T, with shape (T - 1, B).
+        denoising: L_{t-1} for t = 2..T, with shape (T - 1, B). Where only some t were drawn, a term is scaled by the
+            inverse probability of its t, and 0 if that was not drawn: means over the data are unbiased all the same.
         reconstruction: L_0, with shape (B,).
         event_shape: The shape of one datum.
+        levels: The number of levels of a dimension, where p is a probability; None where it is a density.
+        prior_entropy: The entropy of p(x_T) in nats; None where it is not known.
     """
 
     prior: Tensor
     denoising: Tensor
     reconstruction: Tensor
     event_shape: torch.Size
+    levels: int | None = None
+    prior_entropy: float | None = None
 
     @property
     def nats(self) -> Tensor:
-        """The bound in nats a datum, with shape (B,)."""
         return self.prior + self.denoising.sum(0) + self.reconstruction
 
     @property
-    def bits(self) -> Tensor:
-        """The bound in bits a datum, with shape (B,)."""
-        return self.nats / math.log(2)
+    def num_steps(self) -> int:
+        """The number of steps T."""
+        return len(self.denoising) + 1
 
     @property
-    def bits_per_dim(self) -> Tensor:
-        """The bound in bits a dimension, with shape (B,)."""
-        return self.bits / self.event_shape.numel()
+    def K(self) -> Tensor:
+        """The lower bound on log2 p(x_0) of 2015, in bits a datum, with shape (B,): greater is better.
 
-    @staticmethod
-    def standard_error(values: Tensor) -> Tensor:
-        """The standard error of the mean of values with shape (B,); NaN where B = 1."""
-        return values.std() / math.sqrt(len(values)) if len(values) > 1 else values.new_tensor(math.nan)
+        References:
+            Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Eq. 14 and
+            Table 1, https://arxiv.org/abs/1503.03585
+        """
+        return -self.bits
 
-    def __str__(self) -> str:
-        B, D, T = len(self.prior), self.event_shape.numel(), len(self.denoising) + 1
-        rows = {
+    @property
+    def L_null(self) -> float:
+        """log2 p of the data of 2015 under p(x_T) alone, in bits: minus its entropy. Table 1 there shows K - L_null.
+
+        Raises:
+            ValueError: If the entropy of the prior is not known.
+        """
+        if self.prior_entropy is None:
+            raise ValueError("prior must have an entropy in closed form for L_null, but it has none")
+        return -self.prior_entropy / math.log(2)
+
+    @property
+    def title(self) -> str:
+        return f"bound on -log p(x_0), T = {self.num_steps}"
+
+    def rows(self) -> dict[str, Tensor]:
+        return {
             "L_T      prior": self.prior,
             "ΣL_t-1   denoising": self.denoising.sum(0),
             "L_0      reconstruction": self.reconstruction,
             "bound": self.nats,
-            "bound per dimension": self.nats / D,
         }
-        lines = [
-            f"bound on -log p(x_0), mean of {B} data of {D} dimension{'s' * (D > 1)}, T = {T}",
-            f"{'':24}{'nats':>11}{'± s.e.':>10}{'bits':>11}{'± s.e.':>10}",
-        ]
-        for name, values in rows.items():
-            mean, error = float(values.mean()), float(self.standard_error(values))
-            numbers = (mean, error, mean / math.log(2), error / math.log(2))
-            lines.append(f"{name:24}" + "".join(f" {n:{w}.4f}" for n, w in zip(numbers, (10, 9, 10, 9), strict=True)))
-        return "\n".join(lines)
+
+    def __add__(self, other: "Bound") -> "Bound":
+        if not isinstance(other, Bound):
+            return NotImplemented
+        return _joined([self, other])
+
+
+def _joined(bounds: list[Bound]) -> Bound:
+    """The bound of the data of all."""
+    first = bounds[0]
+    for other in bounds:
+        for name in ("num_steps", "event_shape", "levels", "prior_entropy"):
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(f"bounds must be of one model to add up, but their {name} are {ours} and {theirs}")
+    terms = {name: torch.cat([getattr(bound, name) for bound in bounds], -1) for name in _TERMS}
+    return Bound(**terms, event_shape=first.event_shape, levels=first.levels, prior_entropy=first.prior_entropy)
+
+
+_TERMS = ("prior", "denoising", "reconstruction")
 
 
 @torch.no_grad()
-def bound(diffusion: Diffusion, x_0: Tensor, num_particles: int = 1, memory_budget: int = 2**28) -> Bound:
+def bound(
+    diffusion: Diffusion,
+    x_0: Tensor | Iterable,
+    num_particles: int = 1,
+    memory_budget: int = 2**28,
+    num_times: int | None = None,
+    generator: torch.Generator | int | None = None,
+    progress: bool = False,
+) -> Bound:
     """The bound on -log p(x_0), each of its T terms estimated with fresh draws.
 
     Modules are in evaluation mode meanwhile. Random weights (each ``PyroSample``) are drawn once, for all of it: the
-    bound is the one given those weights.
+    bound is the one given those weights. The bound of fewer steps is that of :meth:`Diffusion.subchain`.
 
     Arguments:
         diffusion: The model.
-        x_0: The data, with shape (B, *event_shape).
+        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
         num_particles: The number of draws of each x_t that a term is the mean of.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes. The bound
             does not depend on it but for the draws.
+        num_times: How many of the T - 1 denoising terms are drawn for each datum and particle, one at random from each
+            of so many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given.
+        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        progress: Whether to show a progress bar, where there is a terminal.
 
     Returns:
         The terms, in nats, a datum each.
 
     Raises:
-        ValueError: If ``x_0`` cannot be data of the model, ``diffusion`` is not one, or a number is not a positive int.
+        ValueError: If ``x_0`` cannot be data of the model or is an empty loader, ``diffusion`` is not one, a number is
+            not a positive int, ``num_times`` is above T - 1, or the memory budget does not hold one datum.
 
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=100))
@@ -106,66 +159,205 @@ def bound(diffusion: Diffusion, x_0: Tensor, num_particles: int = 1, memory_budg
     """
     checks.instance("diffusion", diffusion, Diffusion)
     checks.positive_int("num_particles", num_particles)
-    checks.positive_int("memory_budget", memory_budget)
-    diffusion.model.dtype(x_0, wait=True)  # refuse what cannot be data
-    model, B, T, P = diffusion.model, len(x_0), diffusion.num_steps, num_particles
-    with _evaluating(diffusion), model.running():
-        rows = max(1, memory_budget // _bytes_a_row(diffusion, x_0[:1]))
-        steps = x_0.new_zeros(T * B)
-        for start in range(0, T * P * B, rows):
-            row = torch.arange(start, min(start + rows, T * P * B), device=x_0.device)
-            t, i = row // (P * B), row % B
-            steps.index_add_(0, t * B + i, _step_costs(diffusion, x_0[i], t + 1))
-        prior = _prior_cost(diffusion, x_0, P)
+    T = diffusion.num_steps
+    if num_times is not None:
+        checks.positive_int("num_times", num_times)
+        if num_times >= T:
+            raise ValueError(f"num_times must be at most T - 1 = {T - 1}, but it is {num_times}")
+    parts = _parts(T, T - 1 if num_times is None else num_times)
+    with evaluating(diffusion, generator), progress_bar(progress, "bound") as bar:
+        bounds = []
+        for batch in batches(diffusion, x_0):
+            rows = rows_within(memory_budget, diffusion, batch)
+            bounds.append(_bound(diffusion, batch, num_particles, parts.to(batch.device), rows, bar))
+    return _joined(bounds)
+
+
+def _parts(T: int, num_times: int) -> Tensor:
+    """The bounds of {1}, and of equal parts of 2..T: the first of each, and T + 1."""
+    return torch.cat([torch.ones(1, dtype=torch.long), 2 + torch.arange(num_times + 1) * (T - 1) // max(num_times, 1)])
+
+
+def _bound(diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor, rows: int, bar: tqdm) -> Bound:
+    B, P, T, num_parts = len(x_0), num_particles, diffusion.num_steps, len(parts) - 1
+    steps = x_0.new_zeros(T * B)
+    bar.total = (bar.total or 0) + num_parts * P * B
+    for start in range(0, num_parts * P * B, rows):
+        row = torch.arange(start, min(start + rows, num_parts * P * B), device=x_0.device)
+        part, i = row // (P * B), row % B
+        first, size = parts[part], parts[part + 1] - parts[part]
+        t = first + (torch.rand(len(row), device=x_0.device, dtype=torch.float64) * size).long()
+        steps.index_add_(0, (t - 1) * B + i, step_costs(diffusion, x_0[i], t) * size.to(x_0.dtype))
+        bar.update(len(row))
     steps = steps.reshape(T, B) / P
-    return Bound(prior, steps[1:], steps[0], diffusion.event_shape)
+    return Bound(
+        prior=_prior_cost(diffusion, x_0, P),
+        denoising=steps[1:],
+        reconstruction=steps[0],
+        event_shape=diffusion.event_shape,
+        levels=diffusion.levels,
+        prior_entropy=_prior_entropy(diffusion),
+    )
 
 
 def _prior_cost(diffusion: Diffusion, x_0: Tensor, num_particles: int) -> Tensor:
     """L_T, with shape (B,)."""
     q = diffusion.forward_process.marginal(x_0, diffusion.num_steps)
     p = diffusion.model.top(x_0.dtype).expand(q.batch_shape)
-    return torch.stack([relative_entropy(q, p, q.sample()) for _ in range(num_particles)]).mean(0)
+    return torch.stack([relative_entropy(q, p) for _ in range(num_particles)]).mean(0)
 
 
-def _step_costs(diffusion: Diffusion, x_0: Tensor, t: Tensor) -> Tensor:
-    """L_{t-1} where t > 1 and L_0 where t = 1, one fresh draw of x_t a datum, with shape (B,)."""
+def _prior_entropy(diffusion: Diffusion) -> float | None:
+    try:
+        return float(diffusion.model.top(torch.float64).entropy())
+    except NotImplementedError:
+        return None
+
+
+def step_costs(diffusion: Diffusion, x_0: Tensor, t: Tensor) -> Tensor:
+    """L_{t-1} where t > 1 and L_0 where t = 1, one fresh draw of x_t a datum; it can be differentiated.
+
+    Arguments:
+        diffusion: The model, whose ``model.running()`` holds around the call if it has random weights.
+        x_0: The data, with shape (B, *event_shape).
+        t: The times, ascending, with shape (B,).
+
+    Returns:
+        Costs in nats, with shape (B,).
+    """
     model, q = diffusion.model, diffusion.forward_process
     x_t = q.marginal(x_0, t).sample()
     kernel = model.kernel(x_t, t)
     cost = x_0.new_zeros(len(t))
-    if t[-1] > 1:  # the times ascend
-        posterior = q.posterior(x_t, x_0, t.clamp(min=2))
-        cost = relative_entropy(posterior, kernel, posterior.sample())
+    if t[-1] > 1:
+        cost = relative_entropy(q.posterior(x_t, x_0, t.clamp(min=2)), kernel)
     if t[0] == 1:
         cost = torch.where(t == 1, -model.decoded(kernel, x_t).log_prob(x_0), cost)
     return cost
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode within (no dropout, say), and then each submodule's own mode again."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True
+@dataclass(frozen=True)
+class ImportanceBound(Likelihood):
+    r"""The importance-weighted bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
+
+    .. math:: -\log \frac1K \sum_{k=1}^K w_k, \qquad w_k = \frac{p_\theta(x_{0:T}^{(k)})}{q(x_{1:T}^{(k)} | x_0)}
+
+    Arguments:
+        log_weights: The :math:`\log w_k`, in nats, with shape (K, B).
+        event_shape: The shape of one datum.
+        levels: The number of levels of a dimension, where p is a probability; None where it is a density.
+        num_steps: The number of steps T.
+    """
+
+    log_weights: Tensor
+    event_shape: torch.Size
+    levels: int | None = None
+    num_steps: int | None = None
+
+    @property
+    def nats(self) -> Tensor:
+        return self.at(self.num_particles)
+
+    @property
+    def num_particles(self) -> int:
+        """The number of particles K."""
+        return len(self.log_weights)
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        r""":math:`(\sum_k w_k)^2 / \sum_k w_k^2`, in 1..K, with shape (B,): near 1, the bound is loose still."""
+        return (2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp()
+
+    def at(self, num_particles: int) -> Tensor:
+        """The bound with fewer particles, the mean over as many groups of so many as there are: less noisy than fresh.
+
+        Arguments:
+            num_particles: k, in 1..K; at 1 it is the bound of the pair under ``Trace_ELBO``.
+
+        Returns:
+            The cost in nats, with shape (B,).
+
+        Raises:
+            ValueError: If k is not an int in 1..K.
+        """
+        checks.positive_int("num_particles", num_particles)
+        if num_particles > self.num_particles:
+            raise ValueError(f"num_particles must be at most K = {self.num_particles}, but it is {num_particles}")
+        groups = self.num_particles // num_particles
+        weights = self.log_weights[: groups * num_particles].unflatten(0, (groups, num_particles))
+        return (math.log(num_particles) - weights.logsumexp(1)).mean(0)
+
+    @property
+    def title(self) -> str:
+        return f"importance-weighted bound on -log p(x_0), K = {self.num_particles}, T = {self.num_steps}"
+
+    def rows(self) -> dict[str, Tensor]:
+        smaller = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < self.num_particles]
+        return {f"K = {k}": self.at(k) for k in (*smaller[:1], *smaller[-1:], self.num_particles)}
 
 
-def _bytes_a_row(diffusion: Diffusion, x_0: Tensor) -> int:
-    """What one datum's state takes in the kernels, and in the outputs of the modules of the reverse process."""
-    sizes = [16 * x_0.nbytes]
+@torch.no_grad()
+def importance_bound(
+    diffusion: Diffusion,
+    x_0: Tensor | Iterable,
+    num_particles: int,
+    memory_budget: int = 2**28,
+    generator: torch.Generator | int | None = None,
+    progress: bool = False,
+) -> ImportanceBound:
+    r"""The importance-weighted bound: tighter than :func:`bound` the more particles, and -log p(x_0) in the limit.
 
-    def count(module: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.nbytes)
+    The same number as Pyro's ``RenyiELBO(alpha=0)`` of the trajectory pair on one datum; a datum, a batch of
+    trajectories at a time, without a message of Pyro's.
 
-    hooks = [module.register_forward_hook(count) for module in diffusion.reverse.modules()]
-    try:
-        diffusion.model.kernel(x_0, torch.ones(1, dtype=torch.long, device=x_0.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(sizes)
+    Arguments:
+        diffusion: The model.
+        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
+        num_particles: The number K of trajectories a datum: T network evaluations each.
+        memory_budget: What the states and activations of one batch of network calls may take, in bytes.
+        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        progress: Whether to show a progress bar, where there is a terminal.
+
+    Returns:
+        The log weights and the bound made of them.
+
+    Raises:
+        ValueError: As :func:`bound`.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2016), Eq. 8, https://arxiv.org/abs/1509.00519
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=20))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> tighter = pyrodiff.importance_bound(diffusion, torch.randn(50, 2), num_particles=8)
+        >>> tighter.log_weights.shape, tighter.nats.shape, bool(tighter.nats.mean() < tighter.at(1).mean())
+        (torch.Size([8, 50]), torch.Size([50]), True)
+    """
+    checks.instance("diffusion", diffusion, Diffusion)
+    checks.positive_int("num_particles", num_particles)
+    K, T = num_particles, diffusion.num_steps
+    with evaluating(diffusion, generator), progress_bar(progress, "importance bound") as bar:
+        weights = []
+        for batch in batches(diffusion, x_0):
+            B, rows = len(batch), rows_within(memory_budget, diffusion, batch)
+            bar.total = (bar.total or 0) + K * B * T
+            chunks = torch.arange(K * B, device=batch.device).split(rows)
+            weights.append(torch.cat([_log_weights(diffusion, batch[row % B], bar) for row in chunks]).reshape(K, B))
+    return ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T)
+
+
+def _log_weights(diffusion: Diffusion, x_0: Tensor, bar: tqdm) -> Tensor:
+    """log p(x_0:T) - log q(x_1:T | x_0) of one trajectory a datum, with shape (B,)."""
+    model, q, T = diffusion.model, diffusion.forward_process, diffusion.num_steps
+    law = q.marginal(x_0, T)
+    x = law.sample()
+    log_weight = model.top(x_0.dtype).log_prob(x) - law.log_prob(x)
+    for t in range(T, 1, -1):
+        kernel, law = model.kernel(x, t), q.posterior(x, x_0, t)
+        x = law.sample()
+        log_weight += kernel.log_prob(x) - law.log_prob(x)
+        bar.update(len(x))
+    bar.update(len(x))
+    return log_weight + model.decoded(model.kernel(x, 1), x).log_prob(x_0)

@@ -33,6 +33,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -117,6 +118,12 @@ class Diffusion(nn.Module):
     def num_steps(self) -> int:
         """The number of steps T."""
         return self.model.num_steps
+
+    @property
+    def levels(self) -> int | None:
+        """How many values a number of the data may take, where the decoder gives each a probability; else None."""
+        bits = self.forward_process.support is constraints.boolean
+        return 2 if bits else getattr(self.model.decoder, "levels", None)
 
     def one_step(
         self, drawing: Drawing | None = None, weighting: Callable[[Tensor], Tensor] | None = None

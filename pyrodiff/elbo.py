@@ -24,12 +24,12 @@ from torch.distributions import Distribution, Independent, kl_divergence
 __all__ = ["DiffusionELBO", "relative_entropy"]
 
 
-def relative_entropy(q: Distribution, p: Distribution, x: Tensor) -> Tensor:
+def relative_entropy(q: Distribution, p: Distribution, x: Tensor | None = None) -> Tensor:
     """KL(q || p) where it is registered; else its estimate log q(x) - log p(x) at the draw ``x`` of q.
 
     Arguments:
         q, p: Distributions with the same batch_shape (B,) and event_shape.
-        x: A draw of q, with shape (B, *event_shape).
+        x: A draw of q, with shape (B, *event_shape); a fresh one if it is needed and not given.
 
     Returns:
         A tensor with shape (B,), in nats.
@@ -39,6 +39,7 @@ def relative_entropy(q: Distribution, p: Distribution, x: Tensor) -> Tensor:
             return kl_divergence(q, p)
         except NotImplementedError:
             pass
+    x = q.sample() if x is None else x
     return q.log_prob(x) - p.log_prob(x)
 
 

@@ -1,0 +1,143 @@
+"""What every evaluation of a diffusion shares: its mode and its seed, its data batch by batch, its memory, its bar."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checks
+from .diffusion import Diffusion
+
+__all__ = ["batches", "bytes_a_row", "evaluating", "progress_bar", "rows_within"]
+
+
+@contextmanager
+def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None) -> Iterator[None]:
+    """Within: evaluation mode, random weights drawn once, and draws from a source of their own.
+
+    Afterwards each submodule has its own mode again, and, with a generator or a seed, torch's global sources theirs.
+
+    Arguments:
+        diffusion: The diffusion.
+        generator: A seed; or a generator, from which one is drawn; or None, for torch's global source.
+
+    Raises:
+        ValueError: If ``generator`` is something else.
+    """
+    checks.instance("diffusion", diffusion, Diffusion)
+    with _seeded(generator, _device(diffusion)), _evaluation_mode(diffusion), diffusion.model.running():
+        yield
+
+
+@contextmanager
+def _seeded(generator: torch.Generator | int | None, device: torch.device) -> Iterator[None]:
+    if generator is None:
+        yield
+        return
+    if isinstance(generator, torch.Generator):
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    elif isinstance(generator, int) and not isinstance(generator, bool):
+        seed = generator
+    else:
+        raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    training = [submodule for submodule in module.modules() if submodule.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+def _device(diffusion: Diffusion) -> torch.device:
+    return diffusion.forward_process.schedule.noise(0).device
+
+
+def batches(diffusion: Diffusion, x_0: Tensor | Iterable) -> Iterator[Tensor]:
+    """The data batch by batch, checked: a tensor is one batch, anything else is iterated over.
+
+    Arguments:
+        diffusion: The diffusion.
+        x_0: Data with shape (B, *event_shape), or a loader of such batches or of tuples that begin with one; those are
+            moved to the model's device.
+
+    Raises:
+        ValueError: If a batch cannot be data of the model, or there is none.
+    """
+    loads = isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | str | bytes | dict)
+    if not loads or (isinstance(x_0, list | tuple) and x_0 and not isinstance(x_0[0], Tensor | tuple)):
+        diffusion.model.dtype(x_0, wait=True)
+        yield x_0
+        return
+    number = -1
+    for number, batch in enumerate(x_0):
+        batch = batch[0] if isinstance(batch, tuple | list) and len(batch) > 0 else batch
+        try:
+            batch = batch.to(_device(diffusion)) if isinstance(batch, Tensor) else batch
+            diffusion.model.dtype(batch, wait=True)
+        except ValueError as error:
+            raise ValueError(f"{error} (in batch {number} of the loader)") from None
+        yield batch
+    if number < 0:
+        raise ValueError(f"x_0 must have at least one batch, but this {type(x_0).__name__} is empty")
+
+
+def rows_within(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> int:
+    """How many rows of network calls fit a memory budget in bytes.
+
+    Arguments:
+        memory_budget: The budget.
+        diffusion: The diffusion.
+        x_0: Data with shape (B, *event_shape).
+
+    Raises:
+        ValueError: If none does, or it is not a positive int.
+    """
+    checks.positive_int("memory_budget", memory_budget)
+    size = bytes_a_row(diffusion, x_0[:1])
+    if size > memory_budget:
+        raise ValueError(f"memory_budget must hold one datum, which takes {size} bytes here, but it is {memory_budget}")
+    return memory_budget // size
+
+
+def bytes_a_row(diffusion: Diffusion, x_0: Tensor) -> int:
+    """What one datum's state takes in the kernels, and in the outputs of the modules of the reverse process, in bytes.
+
+    Arguments:
+        diffusion: The diffusion.
+        x_0: One datum, with shape (1, *event_shape).
+    """
+    sizes = [16 * x_0.nbytes]
+
+    def count(module: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.nbytes)
+
+    hooks = [module.register_forward_hook(count) for module in diffusion.reverse.modules()]
+    try:
+        diffusion.model.kernel(x_0, torch.ones(1, dtype=torch.long, device=x_0.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(sizes)
+
+
+def progress_bar(progress: bool, description: str, total: int | None = None) -> tqdm:
+    """A bar over rows of network calls; quiet unless asked for, and where there is no terminal.
+
+    Arguments:
+        progress: Whether it is asked for.
+        description: What stands before it.
+        total: The number of rows, if known.
+    """
+    return tqdm(total=total, desc=description, unit="row", unit_scale=True, disable=None if progress else True)

@@ -13,6 +13,7 @@ from .denoisers import (
 )
 from .diffusion import Diffusion, OneStep
 from .elbo import DiffusionELBO
+from .flows import FlowLikelihood, ode_log_prob
 from .forward import BinomialForward, Forward, GaussianForward
 from .likelihoods import Likelihood
 from .quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
@@ -54,6 +55,7 @@ __all__ = [
     "DiscretizedNormal",
     "Drawing",
     "FixedVariance",
+    "FlowLikelihood",
     "Forward",
     "ForwardVariance",
     "GaussianDecoder",
@@ -87,6 +89,7 @@ __all__ = [
     "dequantize",
     "importance_bound",
     "networks",
+    "ode_log_prob",
     "plots",
     "quantize",
 ]

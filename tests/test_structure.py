@@ -31,6 +31,7 @@ SPINE = [
     "evaluation",
     "likelihoods",
     "bounds",
+    "flows",
 ]
 INSIDE = {  # what modules share, and the package does not offer
     "batches",

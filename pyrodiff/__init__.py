@@ -1,6 +1,7 @@
 """Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
 
 from . import datasets, networks, plots
+from .accounting import VarianceAccount, variance_account
 from .bounds import Bound, ImportanceBound, bound, importance_bound
 from .decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .denoisers import (
@@ -34,7 +35,15 @@ from .schedules import (
     Schedule,
     SubSchedule,
 )
-from .steps import BoundWeighting, Drawing, LowDiscrepancyDrawing, SimpleWeighting, UniformDrawing
+from .steps import (
+    BoundWeighting,
+    Drawing,
+    ImportanceDrawing,
+    LossSecondMoment,
+    LowDiscrepancyDrawing,
+    SimpleWeighting,
+    UniformDrawing,
+)
 from .svi import SVI
 
 __version__ = "0.1.0"
@@ -63,11 +72,13 @@ __all__ = [
     "GaussianReverse",
     "GeometricSchedule",
     "ImportanceBound",
+    "ImportanceDrawing",
     "LevelCategorical",
     "Levels",
     "Likelihood",
     "LinearSchedule",
     "LogitPrediction",
+    "LossSecondMoment",
     "LowDiscrepancyDrawing",
     "NoisePrediction",
     "OneStep",
@@ -82,6 +93,7 @@ __all__ = [
     "TransitionDecoder",
     "UniformDrawing",
     "Variance",
+    "VarianceAccount",
     "VelocityPrediction",
     "bin_width",
     "bound",
@@ -92,4 +104,5 @@ __all__ = [
     "ode_log_prob",
     "plots",
     "quantize",
+    "variance_account",
 ]

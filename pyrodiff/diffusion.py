@@ -207,6 +207,7 @@ class OneStep(nn.Module):
         checks.instance("drawing", drawing, Drawing)
         if not callable(weighting):
             raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
+        drawing.to(diffusion.forward_process.schedule.noise(0).device)
         step = _Step(diffusion.forward_process, diffusion.event_shape, drawing, weighting)
         self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)
 
@@ -401,6 +402,10 @@ class _Step(nn.Module):
         with poutine.scale(scale=scale), poutine.mask(mask=where):
             yield
 
+    def told(self, t: Tensor, where: Tensor) -> dict[str, Callable[[Tensor], None]]:
+        """The ``infer`` of a scored site, the guide's where it is latent: the drawing is told its cost."""
+        return {"tell": lambda cost: self.drawing.tell(t, cost, where)}
+
 
 class OneStepGuide(nn.Module):
     """The guide of the one-step pair, called as ``guide(x_0)``: see :class:`OneStep`."""
@@ -417,7 +422,7 @@ class OneStepGuide(nn.Module):
             t, x_t, scale = self.step.draw(x_0)
             if q.num_steps > 1:
                 with self.step.scored(scale, t > 1):  # at t = 1 the posterior is a point: another stands in, unscored
-                    pyro.sample("x_s", q.posterior(x_t, x_0, t.clamp(min=2)))
+                    pyro.sample("x_s", q.posterior(x_t, x_0, t.clamp(min=2)), infer=self.step.told(t, t > 1))
 
 
 class OneStepModel(_Generative):
@@ -444,4 +449,4 @@ class OneStepModel(_Generative):
                 with step.scored(scale, t > 1):
                     pyro.sample("x_s", kernel)
             with step.scored(scale, t == 1):
-                pyro.sample("x_0", law, obs=x_0)
+                pyro.sample("x_0", law, obs=x_0, infer=step.told(t, t == 1))

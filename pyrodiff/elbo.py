@@ -54,8 +54,9 @@ class DiffusionELBO(TraceMeanField_ELBO):
 
     It takes the analytic KL at each latent site where one is registered, and falls back to a Monte Carlo log ratio
     where none is. Beyond Pyro's it takes guide sites that are not reparameterised, the bits of a binomial diffusion
-    say, if they have no parameters to learn. Arguments are Pyro's: ``num_particles``, ``vectorize_particles``, and
-    ``max_plate_nesting`` with it.
+    say, if they have no parameters to learn. While gradients are taken, a site with ``infer={"tell": f}`` (the guide's,
+    where it is latent) has f called with its cost, before scale and mask. Arguments are Pyro's: ``num_particles``,
+    ``vectorize_particles``, and ``max_plate_nesting`` with it.
 
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=3))
@@ -122,6 +123,8 @@ class DiffusionELBO(TraceMeanField_ELBO):
                 cost = -site["fn"].log_prob(site["value"])
             else:
                 cost = relative_entropy(guide_sites[name]["fn"], site["fn"], site["value"])
+            if "tell" in site["infer"] and torch.is_grad_enabled():
+                site["infer"]["tell"](cost.detach())
             yield name, self._of_datum(cost, site)
         for name, site in guide_sites.items():
             if name not in model_sites and site["mask"] is not False:

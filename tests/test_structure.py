@@ -32,6 +32,7 @@ SPINE = [
     "likelihoods",
     "bounds",
     "flows",
+    "accounting",
 ]
 INSIDE = {  # what modules share, and the package does not offer
     "batches",

@@ -45,6 +45,7 @@ from .steps import (
     UniformDrawing,
 )
 from .svi import SVI
+from .verification import Claim, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "BinomialReverse",
     "Bound",
     "BoundWeighting",
+    "Claim",
     "CosineSchedule",
     "DataPrediction",
     "Decoder",
@@ -95,6 +97,7 @@ __all__ = [
     "Variance",
     "VarianceAccount",
     "VelocityPrediction",
+    "Verification",
     "bin_width",
     "bound",
     "datasets",
@@ -105,4 +108,5 @@ __all__ = [
     "plots",
     "quantize",
     "variance_account",
+    "verify",
 ]

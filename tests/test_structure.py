@@ -33,6 +33,7 @@ SPINE = [
     "bounds",
     "flows",
     "accounting",
+    "verification",
 ]
 INSIDE = {  # what modules share, and the package does not offer
     "batches",

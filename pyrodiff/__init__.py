@@ -7,6 +7,7 @@ from .decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecod
 from .denoisers import (
     DataPrediction,
     Denoiser,
+    LevelPrediction,
     LogitPrediction,
     NoisePrediction,
     ScorePrediction,
@@ -76,6 +77,7 @@ __all__ = [
     "ImportanceBound",
     "ImportanceDrawing",
     "LevelCategorical",
+    "LevelPrediction",
     "Levels",
     "Likelihood",
     "LinearSchedule",

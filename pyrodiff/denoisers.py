@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from . import checks
 from .forward import Forward, GaussianForward
+from .quantization import Levels
 from .schedules import SubSchedule
 
 __all__ = [
     "DataPrediction",
     "Denoiser",
+    "LevelPrediction",
     "LogitPrediction",
     "NoisePrediction",
     "ScorePrediction",
@@ -76,10 +78,16 @@ class Denoiser(PyroModule):
     def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """What the network returns, after a check of its shape; arguments, result and errors as of a call."""
         output = self.network(x_t, t)
-        if not isinstance(output, Tensor) or output.shape != x_t.shape:
+        shape = self._output_shape(x_t)
+        if not isinstance(output, Tensor) or output.shape != shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else output
-            raise ValueError(f"network must return a tensor of its input's shape {tuple(x_t.shape)}, but it is {got}")
+            raise ValueError(
+                f"network must return a tensor of shape {shape} for an input of shape {tuple(x_t.shape)}, but it is {got}"
+            )
         return output
+
+    def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
+        return tuple(x_t.shape)
 
     def _check_forward(self, forward: Forward) -> None:
         if not isinstance(forward, GaussianForward):
@@ -204,3 +212,53 @@ class LogitPrediction(Denoiser):
     def _check_forward(self, forward: Forward) -> None:
         if not isinstance(forward, Forward) or forward.support is not constraints.boolean:
             raise ValueError(f"forward must be a process of bits for LogitPrediction, but it is {forward!r}")
+
+
+class LevelPrediction(Denoiser):
+    r"""The network predicts, of quantised data, the log probabilities of each number's level, but for its own noise.
+
+    .. math::
+        \hat p(x_0 = v_k | x_t) \propto e^{f_k(x_t, t)} \, N(x_t; \, a_t v_k, \, b_t^2), \qquad
+        \hat x_0 = \sum_k v_k \, \hat p(x_0 = v_k | x_t)
+
+    What a number's own noisy value says of it is put in by Bayes' rule, in closed form; the network has to know what
+    the others say. Where there is little noise :math:`\hat x_0` snaps to a level by itself, and where f is the same for
+    all k it is right for independent, evenly spread levels.
+
+    Arguments:
+        network: A module called as ``network(x_t, t)`` that returns a tensor of shape (*x_t.shape, levels).
+        forward: The forward process.
+        levels: The number of levels L of the data on [-1, 1], at least 2.
+
+    Raises:
+        ValueError: As :class:`Denoiser`, and if ``levels`` is not an int of at least 2.
+
+    References:
+        Structured Denoising Diffusion Models in Discrete State-Spaces (Austin et al., 2021), section 3.3: a network of
+        log probabilities of :math:`x_0` in a discrete chain, https://arxiv.org/abs/2107.03006
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> class Even(torch.nn.Module):
+        ...     def forward(self, x_t, t):
+        ...         return torch.zeros(*x_t.shape, 3)
+        >>> pyrodiff.LevelPrediction(Even(), forward, levels=3)(torch.tensor([[0.1, -0.7, 0.9]]), t=1).round(decimals=2)
+        tensor([[ 0., -1.,  1.]])
+    """
+
+    def __init__(self, network: nn.Module, forward: GaussianForward, levels: int) -> None:
+        super().__init__(network, forward)
+        self.levels = levels
+        self.register_buffer("points", Levels(levels).points(), persistent=False)
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return self.log_probs(x_t, t).exp() @ self.points.to(x_t.dtype)
+
+    def log_probs(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        r"""The :math:`\log \hat p(x_0 = v_k | x_t)`, with shape (*x_t.shape, levels); arguments as of a call."""
+        signal, noise = (scale[..., None] for scale in self.forward_process.scales(x_t, t))
+        off = (x_t[..., None] - signal * self.points.to(x_t.dtype)) / noise
+        return (self.output(x_t, t) - off**2 / 2).log_softmax(-1)
+
+    def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
+        return (*x_t.shape, self.levels)

@@ -47,7 +47,7 @@ def case(kind, t, shape):
 
 
 def test_every_concrete_denoiser_is_tested_here():
-    assert set(denoisers.__all__) == {*TARGETS, "LogitPrediction", "Denoiser"}
+    assert set(denoisers.__all__) == {*TARGETS, "LogitPrediction", "LevelPrediction", "Denoiser"}
 
 
 @every_target
@@ -145,3 +145,46 @@ def test_the_parameters_are_those_of_the_network(name):
     assert {id(p) for p in denoiser.parameters()} == {id(p) for p in network.parameters()}
     denoiser(torch.ones(5, 3), 3).sum().backward()
     assert network.gate.weight.grad.abs().sum() > 0
+
+
+@every_schedule
+@pytest.mark.parametrize("t", [1, 4, torch.tensor([7, 1, 4, 2, 5, 3])], ids=str)
+@pytest.mark.parametrize("event_shape", [(3,), (2, 2)])
+def test_levels_are_weighed_by_the_network_and_by_their_own_noisy_value(kind, t, event_shape):
+    """Bayes' rule a number by itself, level by level, with the weights of the network as the prior."""
+    levels, shape = 4, (6, *event_shape)
+    _, _, a, b = case(kind, torch.as_tensor(t), shape)
+    logits = torch.randn(*shape, levels, dtype=torch.float64)
+    x_t = 0.4 + 1.7 * torch.randn(shape, dtype=torch.float64)
+    denoiser = pyrodiff.LevelPrediction(Returns(logits), pyrodiff.GaussianForward(SCHEDULES[kind][0]), levels)
+    values = [-1, -1 / 3, 1 / 3, 1]
+    weights = [logits[..., k].exp() * torch.exp(-0.5 * ((x_t - a * v) / b) ** 2) for k, v in enumerate(values)]
+    total = sum(weights)
+    for k, weight in enumerate(weights):
+        torch.testing.assert_close(denoiser.log_probs(x_t, t)[..., k].exp(), weight / total)
+    mean = sum(v * weight for v, weight in zip(values, weights, strict=True)) / total
+    torch.testing.assert_close(denoiser(x_t, t), mean)
+
+
+def test_level_prediction_is_exact_for_independent_levels():
+    """With the log prior as the network, x_0 is the conditional mean, and no other output has a lower squared error."""
+    schedule, levels = SCHEDULES["vp"][0], 3
+    prior = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    k = torch.multinomial(prior, 200_000, replacement=True)
+    x_0 = pyrodiff.dequantize(k, levels, dtype=torch.float64)[:, None]
+    forward = pyrodiff.GaussianForward(schedule)
+    x_t = forward.marginal(x_0, 3).sample()
+    denoiser = pyrodiff.LevelPrediction(Returns(prior.log().expand(len(k), 1, levels)), forward, levels)
+    off = x_0 - denoiser(x_t, 3)
+    for feature in (torch.ones_like(x_t), x_t, x_t**2, x_t.sin()):  # the error of a conditional mean averages out
+        product = off * feature
+        assert abs(float(product.mean())) < 5 * float(product.std()) / len(k) ** 0.5
+
+
+def test_a_network_of_levels_has_to_return_one_number_a_level():
+    forward = pyrodiff.GaussianForward(SCHEDULES["vp"][0])
+    denoiser = pyrodiff.LevelPrediction(Returns(torch.zeros(5, 2)), forward, levels=4)
+    with pytest.raises(ValueError, match=r"network must return a tensor of shape \(5, 2, 4\) .* but it is \(5, 2\)"):
+        denoiser(torch.zeros(5, 2), 1)
+    with pytest.raises(ValueError, match="levels must be an int of at least 2, but it is 1"):
+        pyrodiff.LevelPrediction(Returns(torch.zeros(5, 2)), forward, levels=1)

@@ -82,7 +82,7 @@ class Denoiser(PyroModule):
         if not isinstance(output, Tensor) or output.shape != shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else output
             raise ValueError(
-                f"network must return a tensor of shape {shape} for an input of shape {tuple(x_t.shape)}, but it is {got}"
+                f"network must return a tensor of shape {shape} for input of shape {tuple(x_t.shape)}, but it is {got}"
             )
         return output
 

@@ -222,7 +222,7 @@ def test_the_four_forms_of_the_denoising_term_are_the_divergence(name, t):
     for prediction, terms in forms.items():
         law = kernel(schedule, prediction, output, x_t, t, pyrodiff.PosteriorVariance())
         for term in terms:
-            close(kl_divergence(posterior, law), term.sum(-1), rtol=1e-9)
+            close(kl_divergence(posterior, law), term.sum(-1), rtol=1e-10)
 
 
 @pytest.mark.parametrize("t", range(2, T + 1))
@@ -233,7 +233,7 @@ def test_half_the_fall_of_the_snr_also_where_variance_explodes(t):
     law = kernel(schedule, "data", output, x_t, t, pyrodiff.PosteriorVariance())
     fall = SIGMAS[t - 2] ** -2 - SIGMAS[t - 1] ** -2
     divergence = kl_divergence(pyrodiff.GaussianForward(schedule).posterior(x_t, x_0, t), law)
-    close(divergence, (0.5 * fall * (output - x_0) ** 2).sum(-1), rtol=1e-9)
+    close(divergence, (0.5 * fall * (output - x_0) ** 2).sum(-1), rtol=1e-10)
 
 
 @every_preserving

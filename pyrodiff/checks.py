@@ -26,6 +26,12 @@ def number(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name} must be a number in ({low}, {high}), but it is {value!r}")
 
 
+def probability(name: str, value: object) -> None:
+    """A number in [0, 1)."""
+    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value < 1):
+        raise ValueError(f"{name} must be a number in [0, 1), but it is {value!r}")
+
+
 def event_shape(value: Sequence[int]) -> torch.Size:
     """The shape of one datum, a sequence of ints of at least 1."""
     try:

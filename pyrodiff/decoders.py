@@ -11,16 +11,17 @@ from abc import ABC, abstractmethod
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checks
 from .forward import Forward, GaussianForward
 from .quantization import DiscretizedNormal, LevelCategorical, Levels
+from .schedules import Float64Module
 
 __all__ = ["Decoder", "DiscretizedDecoder", "GaussianDecoder", "SoftmaxDecoder", "TransitionDecoder"]
 
 
-class Decoder(nn.Module, ABC):
+class Decoder(Float64Module, ABC):
     """The last step of the chain.
 
     Attributes:

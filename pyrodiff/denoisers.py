@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from . import checks
 from .forward import Forward, GaussianForward
 from .quantization import Levels
-from .schedules import SubSchedule
+from .schedules import Float64Module, SubSchedule
 
 __all__ = [
     "DataPrediction",
@@ -103,10 +103,14 @@ class Retimed(PyroModule):
 
     Returns:
         On a call, what the module returns.
+
+    Raises:
+        ValueError: If ``schedule`` is not that of a chain of fewer steps.
     """
 
     def __init__(self, module: nn.Module, schedule: SubSchedule) -> None:
         super().__init__()
+        checks.instance("schedule", schedule, SubSchedule)
         self.module, self.schedule = module, schedule
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
@@ -214,7 +218,7 @@ class LogitPrediction(Denoiser):
             raise ValueError(f"forward must be a process of bits for LogitPrediction, but it is {forward!r}")
 
 
-class LevelPrediction(Denoiser):
+class LevelPrediction(Float64Module, Denoiser):
     r"""The network predicts, of quantised data, the log probabilities of each number's level, but for its own noise.
 
     .. math::

@@ -11,12 +11,12 @@ References:
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
-from torch.special import log_ndtr
+from torch.special import erfcx, log_ndtr
 
 from . import checks
 
@@ -85,7 +85,8 @@ def dequantize(
     x = _points(whole, levels)
     if uniform:
         noise = torch.rand(k.shape, generator=generator, dtype=torch.float64, device=k.device)
-        inside = 1 - 2 * torch.finfo(dtype).eps / width  # so that rounding to the dtype does not leave the bin
+        rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in quantize
+        inside = 1 - 2 * rounding / width  # so that it does not leave the bin
         x = x + width * (noise - 0.5) * inside
     return x.to(dtype)
 
@@ -239,7 +240,9 @@ class DiscretizedNormal(_OnLevels):
         super().__init__(levels, self.loc.shape, validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DiscretizedNormal":
-        return type(self)(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
+        return type(self)(
+            self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, self._validate_args
+        )
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         with torch.no_grad():
@@ -255,13 +258,27 @@ class DiscretizedNormal(_OnLevels):
         lower, upper = ((e / (self.levels - 1) - self.loc.double()) / self.scale.double() for e in (edge, edge + 2))
         right = lower + upper > 0  # there 1 - CDF is the small one
         near, far = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
-        log_near = log_ndtr(near)
-        inner = log_near + _log1mexp(log_near - log_ndtr(far))
-        outer = torch.where(k == 0, log_ndtr(upper), log_ndtr(-lower))
+        log_near = _LogCDF.apply(near)
+        inner = log_near + _log1mexp(log_near - _LogCDF.apply(far))
+        outer = _LogCDF.apply(torch.where(k == 0, upper, -lower))
         return torch.where((k == 0) | (k == self.levels - 1), outer, inner).to(value.dtype)
 
     def _like(self) -> Tensor:
         return self.loc
+
+
+class _LogCDF(torch.autograd.Function):
+    """log of the normal CDF. Its gradient by torch, exp(-z^2 / 2 - log CDF), is noise a million scales away."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return log_ndtr(z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return gradient * math.sqrt(2 / math.pi) / erfcx(-z / math.sqrt(2))
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -298,7 +315,7 @@ class LevelCategorical(_OnLevels):
         super().__init__(logits.shape[-1], logits.shape[:-1], validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "LevelCategorical":
-        return type(self)(self.logits.expand((*batch_shape, self.levels)), False)
+        return type(self)(self.logits.expand((*batch_shape, self.levels)), self._validate_args)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         with torch.no_grad():

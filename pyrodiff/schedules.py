@@ -154,7 +154,7 @@ class SubSchedule(Schedule):
         self.register_buffer("_times", torch.tensor([0, *times], device=schedule.noise(0).device), persistent=False)
 
     def beta(self, t: int | Tensor) -> Tensor:
-        now, before = self.time(t), self.time((t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0))
+        now, before = self.time(t), self.time((t.long() - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0))
         noise = self.schedule.step(now, before)[1]
         return torch.where(torch.as_tensor(t == 0, device=noise.device), 0, noise**2)
 

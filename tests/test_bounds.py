@@ -1,14 +1,17 @@
 """The bound, all T terms of it: right term by term, and never better than the data's entropy allows."""
 
+import io
 import math
+import sys
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
+from exact import EightGaussians, Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyrodiff
 from pyrodiff import Bound, DiffusionELBO, bound, networks
@@ -264,29 +267,6 @@ def test_a_prior_without_an_analytic_kl_is_bounded_in_mean():
     assert not far(torch.stack([bound(diffusion, X_0, num_particles=25).prior for _ in range(60)]), expected)
 
 
-class EightGaussians(nn.Module):
-    """E[x_0 | x_t] of eight Gaussians, in closed form."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        angle = math.pi / 4 * torch.arange(8, dtype=torch.float64)
-        self.schedule = schedule
-        self.centers = 4 / math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], -1)
-        self.variance = 0.125
-
-    def log_density(self, x):
-        squares = ((x[:, None] - self.centers) ** 2).sum(-1)
-        return torch.logsumexp(-squares / 2 / self.variance, -1) - math.log(8 * 2 * math.pi * self.variance)
-
-    def forward(self, x_t, t):
-        a, b = self.schedule.signal(t), self.schedule.noise(t)
-        a, b = (c.reshape(-1, 1, 1).expand(len(x_t), 1, 1) for c in (a, b))
-        total = a**2 * self.variance + b**2
-        off = x_t[:, None] - a * self.centers
-        weights = torch.softmax(-(off**2).sum(-1) / 2 / total[..., 0], -1)
-        return (weights[..., None] * (self.centers + a * self.variance / total * off)).sum(1)
-
-
 @pytest.mark.parametrize("variance", [pyrodiff.ForwardVariance(), pyrodiff.PosteriorVariance()])
 def test_no_bound_is_below_the_entropy_and_the_exact_denoiser_comes_near(variance):
     schedule = pyrodiff.CosineSchedule(60)
@@ -340,3 +320,308 @@ def test_a_state_dict_carries_weights_and_schedule(tmp_path):
     assert torch.equal(*numbers)
     with pytest.raises(RuntimeError, match="size mismatch"):
         build(pyrodiff.ReciprocalSchedule(5), 0.5).load_state_dict(saved.state_dict())
+
+
+class Known(nn.Module):
+    """Kernels of known costs: L_{t-1} = costs[t - 1] at every x_t, for data that are all of one value c."""
+
+    def __init__(self, forward, costs, c=0.75):
+        super().__init__()
+        self.forward_process, self.c = forward, c
+        self.register_buffer("costs", torch.as_tensor(costs, dtype=torch.float64))
+
+    def forward(self, x_t, t):
+        t = torch.as_tensor(t).expand(x_t.shape[:-1])
+        c, cost = torch.full_like(x_t, self.c), self.costs[t - 1][..., None]
+        true = self.forward_process.posterior(x_t, c, t.clamp(min=2)).base_dist
+        mean = torch.where(t[..., None] == 1, c, true.mean + (2 * cost).sqrt() * true.stddev)
+        scale = torch.where(t[..., None] == 1, cost.exp() / math.sqrt(2 * math.pi), true.stddev)
+        return dist.Normal(mean, scale).to_event(1)
+
+
+def known_diffusion(costs, c=0.75):
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(len(costs), 0.05, 0.4))
+    return pyrodiff.Diffusion(forward, Known(forward, costs, c), (1,))
+
+
+KNOWN = [3.0, 0.5, 1.25, 0.0625, 7.0, 2.0, 11.0]
+
+
+def test_known_costs_come_out_to_the_last_digit():
+    result = bound(known_diffusion(KNOWN), torch.full((3, 1), 0.75).double(), num_particles=2)
+    expected = torch.tensor(KNOWN).double()[:, None].expand(7, 3)
+    torch.testing.assert_close(stacked(result)[:-1], expected, rtol=1e-10, atol=1e-10)
+
+
+def shifted():
+    return gaussian_diffusion(SCHEDULE, M, V, 0.3, 1.4)
+
+
+def equal(one, other):
+    return torch.equal(stacked(one), stacked(other))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "bits"])
+def test_a_seed_gives_the_same_number_and_leaves_the_global_source_alone(kind):
+    diffusion = shifted() if kind == "gaussian" else bit_diffusion(BETA, 0.2, 2)
+    x_0 = X_0 if kind == "gaussian" else torch.tensor([[1.0, 0.0], [1.0, 1.0]]).double()
+    before = torch.get_rng_state()
+    first = bound(diffusion, x_0, generator=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert equal(bound(diffusion, x_0, generator=3), first)
+    assert not equal(bound(diffusion, x_0, generator=4), first)
+    generator = torch.Generator().manual_seed(5)
+    before = torch.get_rng_state()
+    draws = [bound(diffusion, x_0, generator=generator) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not equal(*draws)  # the generator goes on
+    generator.manual_seed(5)
+    assert equal(bound(diffusion, x_0, generator=generator), draws[0])
+    assert equal(bound(diffusion, x_0, generator=generator), draws[1])
+    bound(diffusion, x_0)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_global_source_comes_back_after_an_error_too():
+    diffusion, before = shifted(), torch.get_rng_state()
+    with pytest.raises(ValueError, match="in batch 1"):
+        bound(diffusion, [X_0, X_0[:, :1]], generator=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert diffusion.training
+
+
+def test_a_seed_does_not_make_the_draws_less_random():
+    draws = torch.stack([stacked(bound(shifted(), X_0, 20, generator=seed)) for seed in range(200)])
+    assert not far(draws, expected_kls(X_0, 0.3, 1.4))
+
+
+@pytest.mark.parametrize("generator", [1.5, True, "3", (3,), np.random.default_rng(3)])
+def test_a_source_of_another_kind_is_refused(generator):
+    with pytest.raises(ValueError, match="generator must be a torch.Generator, a seed or None"):
+        bound(shifted(), X_0, generator=generator)
+
+
+class Told(nn.Module):
+    """N(0, 10^2): L_0 and L_T say exactly which datum it is."""
+
+    def forward(self, x_t, t):
+        return dist.Normal(torch.zeros_like(x_t), 10.0).to_event(1)
+
+
+DATA = torch.arange(1.0, 8).double()[:, None] * torch.tensor([1.0, -3.0]).double()
+LABELS = torch.arange(7)
+LOADERS = {
+    "a tensor's": lambda: DataLoader(DATA, batch_size=3),
+    "a data set's": lambda: DataLoader(TensorDataset(DATA), batch_size=2),
+    "with labels": lambda: DataLoader(TensorDataset(DATA, LABELS), batch_size=4),
+    "batches of one": lambda: DataLoader(TensorDataset(DATA, LABELS), batch_size=1),
+    "one batch": lambda: DataLoader(DATA, batch_size=100),
+    "a list": lambda: list(DATA.split(3)),
+    "a tuple": lambda: DATA.split(3),
+    "a list of tuples": lambda: [(batch, None) for batch in DATA.split(3)],
+    "a list of lists": lambda: list(DataLoader(TensorDataset(DATA, LABELS), batch_size=3)),
+    "a generator": lambda: (batch for batch in DATA.split(2)),
+}
+loaders = pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+
+
+@loaders
+@pytest.mark.parametrize("rows", [1, 4, 10**6])
+def test_a_loader_has_the_terms_of_its_data_in_their_order(loader, rows):
+    diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Told(), (2,))
+    budget = rows * bytes_a_row(diffusion, DATA[:1])
+    result, whole = (bound(diffusion, x_0, 2, budget, generator=1) for x_0 in (loader(), DATA))
+    assert torch.equal(result.prior, whole.prior)
+    torch.testing.assert_close(result.reconstruction, whole.reconstruction, rtol=1e-12, atol=0)
+    assert len(set(result.prior.tolist())) == len(set(result.reconstruction.tolist())) == 7
+    assert result.denoising.shape == whole.denoising.shape == (3, 7)
+    assert result.event_shape == (2,)
+
+
+@loaders
+def test_the_terms_of_a_loader_are_the_closed_form(loader):
+    draws = torch.stack([stacked(bound(shifted(), loader(), num_particles=20)) for _ in range(25)])
+    assert not far(draws, expected_kls(DATA, 0.3, 1.4))
+
+
+def test_a_loader_of_one_batch_is_that_batch():
+    assert equal(bound(shifted(), [X_0], generator=2), bound(shifted(), X_0, generator=2))
+    assert not equal(bound(shifted(), [X_0, X_0], generator=2), bound(shifted(), [X_0, X_0], generator=3))
+
+
+def test_a_loader_that_shuffles_follows_the_seed():
+    diffusion, before = pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Told(), (2,)), torch.get_rng_state()
+    loader = DataLoader(TensorDataset(DATA), batch_size=2, shuffle=True)
+    results = [bound(diffusion, loader, generator=seed) for seed in (1, 1, 2)]
+    assert equal(*results[:2])
+    assert results[0].prior.tolist() != results[2].prior.tolist()
+    assert sorted(results[0].prior.tolist()) == sorted(results[2].prior.tolist())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+BAD_LOADERS = {
+    "empty": (lambda: [], ("x_0", "at least one batch", "list")),
+    "an empty DataLoader": (lambda: DataLoader(DATA[:0]), ("x_0", "at least one batch", "DataLoader")),
+    "an empty batch": (lambda: [DATA, DATA[:0]], ("B >= 1", "in batch 1 of the loader")),
+    "another shape": (lambda: [DATA, DATA, DATA[:, :1]], ("(7, 1)", "in batch 2 of the loader")),
+    "another dtype": (lambda: [DATA.float(), DATA], ("float32", "in batch 0 of the loader")),
+    "whole numbers": (lambda: [(DATA.long(), LABELS)], ("floating", "int64", "in batch 0 of the loader")),
+    "not a number": (lambda: [DATA, DATA * math.nan], ("in batch 1 of the loader",)),
+    "dicts": (lambda: iter([{"x": DATA}]), ("dict", "in batch 0 of the loader")),
+    "ints": (lambda: range(3), ("int", "in batch 0 of the loader")),
+    "nothing": (lambda: iter([None]), ("in batch 0 of the loader",)),
+    "empty tuples": (lambda: iter([()]), ("tuple", "in batch 0 of the loader")),
+    "arrays": (lambda: [(DATA.numpy(),)], ("ndarray", "in batch 0 of the loader")),
+    "a dict": (lambda: {"x": DATA}, ("x_0", "dict")),
+    "a path": (lambda: "data.npz", ("x_0", "str")),
+    "numbers": (lambda: [[0.7, 0.7]], ("x_0", "list")),
+    "integers": (lambda: DATA.long(), ("floating", "int64")),
+    "None": (lambda: None, ("x_0", "NoneType")),
+}
+
+
+@pytest.mark.parametrize("evaluate", [bound, lambda *args: pyrodiff.importance_bound(*args, 2)])
+@pytest.mark.parametrize(("x_0", "words"), BAD_LOADERS.values(), ids=BAD_LOADERS)
+def test_what_cannot_be_data_is_refused_by_name(evaluate, x_0, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        evaluate(shifted(), x_0())
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("num_times", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_each_datum_sees_one_time_of_each_part(num_times, num_particles):
+    """Of T - 1 = 6 times. The costs are known, so that what is not 0 says t, and its scale the size of the part."""
+    diffusion, costs, B = known_diffusion(KNOWN), torch.tensor(KNOWN[1:]).double(), 400
+    x_0 = torch.full((B, 1), 0.75).double()
+    result = bound(diffusion, x_0, num_particles, num_times=num_times)
+    draws = result.denoising / costs[:, None] * num_particles
+    torch.testing.assert_close(draws / draws.round().clamp(min=1), (draws > 0.5).double(), rtol=1e-9, atol=1e-9)
+    draws = draws.round()
+    scale = torch.stack([row[row > 0].min() for row in draws])  # the size of each time's part
+    seen = draws / scale[:, None]
+    assert torch.equal(seen, seen.round())
+    assert (seen.sum(0) == num_times * num_particles).all()
+    sizes, start = [], 0
+    while start < 6:
+        size = int(scale[start])
+        assert (scale[start : start + size] == size).all()
+        assert (seen[start : start + size].sum(0) == num_particles).all()
+        sizes.append(size)
+        start += size
+    assert sum(sizes) == 6
+    assert len(sizes) == num_times
+    assert max(sizes) - min(sizes) <= 1
+    torch.testing.assert_close(result.reconstruction, torch.full((B,), KNOWN[0]).double())
+    assert not far(result.denoising.T, costs)
+
+
+@pytest.mark.parametrize("num_times", [1, 2, 3])
+@pytest.mark.parametrize("rows", [2, 10**6])
+def test_some_of_the_times_are_unbiased_for_all_of_them(num_times, rows):
+    diffusion = shifted()
+    budget = rows * bytes_a_row(diffusion, X_0[:1])
+    draws = [stacked(bound(diffusion, X_0, 4, budget, num_times=num_times)) for _ in range(50 if rows == 2 else 300)]
+    expected = expected_kls(X_0, 0.3, 1.4)
+    draws = torch.stack(draws)
+    assert not far(draws, expected)
+    assert not far(draws.sum(1), expected.sum(0))
+    torch.testing.assert_close(draws[0, -1], expected[-1])
+
+
+def test_some_of_the_times_cost_so_many_network_calls():
+    calls, diffusion = [], known_diffusion(KNOWN)
+    x_0 = torch.full((5, 1), 0.75).double()
+    for num_times, rows in ((1, 2), (4, 5), (6, 7), (None, 7)):
+        hook = diffusion.reverse.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+        bound(diffusion, x_0, num_particles=3, num_times=num_times)
+        hook.remove()
+        assert sum(calls) - 1 == rows * 3 * 5  # one call measures the memory
+        calls.clear()
+
+
+def test_all_of_the_times_are_what_they_are_without_asking():
+    diffusion = shifted()
+    assert equal(bound(diffusion, X_0, 2, num_times=T - 1, generator=6), bound(diffusion, X_0, 2, generator=6))
+    assert bound(gaussian_diffusion(pyrodiff.BetaSchedule([0.4]), M, V), X_0).denoising.shape == (0, 3)
+
+
+@pytest.mark.parametrize("num_times", [0, -1, T, T + 1, True, False, 1.0, "2"])
+def test_a_number_of_times_that_cannot_be_is_refused(num_times):
+    with pytest.raises(ValueError, match=f"num_times must be .*, but it is {num_times!r}"):
+        bound(shifted(), X_0, num_times=num_times)
+
+
+def test_one_step_has_no_times_to_leave_out():
+    with pytest.raises(ValueError, match="num_times must be at most T - 1 = 0, but it is 1"):
+        bound(gaussian_diffusion(pyrodiff.BetaSchedule([0.4]), M, V), X_0, num_times=1)
+
+
+class Terminal(io.StringIO):
+    """Standard error that says whether it is a terminal."""
+
+    def __init__(self, is_one):
+        super().__init__()
+        self.is_one = is_one
+
+    def isatty(self):
+        return self.is_one
+
+
+EVALUATIONS = {
+    "bound": (lambda progress: bound(shifted(), DATA.split(3), 2, num_times=2, progress=progress), 3 * 2 * 7),
+    "importance bound": (
+        lambda progress: pyrodiff.importance_bound(shifted(), DATA.split(3), 5, progress=progress),
+        5 * 7 * T,
+    ),
+}
+
+
+@pytest.mark.parametrize(("evaluate", "rows"), EVALUATIONS.values(), ids=EVALUATIONS)
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_where_it_is_asked_for_and_there_is_a_terminal(evaluate, rows, asked, terminal, monkeypatch):
+    error, out = Terminal(terminal), Terminal(terminal)
+    monkeypatch.setattr(sys, "stderr", error)
+    monkeypatch.setattr(sys, "stdout", out)
+    evaluate(asked)
+    assert out.getvalue() == ""
+    if not (asked and terminal):
+        assert error.getvalue() == ""
+        return
+    last = error.getvalue().strip().split("\r")[-1]
+    assert "bound: 100%" in last
+    assert f"{rows}" in last.replace(".0", "")
+
+
+def test_progress_is_not_shown_unless_asked_for(capsys):
+    bound(shifted(), X_0, progress=True)  # there is no terminal here
+    bound(shifted(), X_0)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("budget", [0, -1, True, 1e6, "1 GB"])
+def test_a_memory_budget_that_cannot_be_is_refused(budget):
+    for evaluate in (bound, pyrodiff.importance_bound):
+        with pytest.raises(ValueError, match="memory_budget must be"):
+            evaluate(shifted(), X_0, 2, memory_budget=budget)
+
+
+@pytest.mark.parametrize("num_times", [None, 1])
+def test_the_standard_error_is_that_of_a_new_data_set(num_times):
+    """Data sets of 40 from the model's own law, whose entropy the bound of exact kernels is."""
+    diffusion = gaussian_diffusion(SCHEDULE, M, V)
+    x_0 = dist.Normal(M, V.sqrt()).sample((500, 40))
+    result = bound(diffusion, x_0.flatten(0, 1), num_times=num_times)
+    nats = result.nats.reshape(500, 40)
+    entropy = float(0.5 * (2 * math.pi * math.e * V).log().sum())
+    assert not far(nats.mean(1), entropy)
+    errors = torch.stack([Bound.standard_error(values) for values in nats])
+    assert not far((nats.mean(1) - entropy) ** 2 - errors**2, 0.0)
+    assert not far((nats.mean(1) - entropy) ** 2 / errors.mean() ** 2, 1.0, 6)
+    first = Bound(result.prior[:40], result.denoising[:, :40], result.reconstruction[:40], diffusion.event_shape)
+    printed = str(first).splitlines()[5].split()
+    assert printed[0] == "bound"
+    assert [float(word) for word in printed[1:3]] == pytest.approx([float(nats[0].mean()), float(errors[0])], abs=1e-4)

@@ -1,6 +1,7 @@
 """Schedules against their definitions, multiplied out one step after another."""
 
 import inspect
+from itertools import pairwise
 
 import numpy as np
 import oracles
@@ -13,6 +14,16 @@ from pyrodiff import schedules
 
 def some_betas(num_steps):
     return [0.05 + 0.4 * ((7 * i) % 11) / 11 if num_steps < 20 else 1e-3 + 1e-5 * i for i in range(num_steps)]
+
+
+def some_times(num_steps):
+    """So many of twice as many times: 1, 4, 5, 8, 9, ..."""
+    return [2 * k - k % 2 for k in range(1, num_steps + 1)]
+
+
+def whole_steps(steps, times):
+    """(gain, variance) of the steps from each of the times to the next, composed."""
+    return [oracles.moments(steps[s:t])[-1] for s, t in pairwise([0, *times])]
 
 
 # name: (schedule of T steps, its (gain, variance) step by step, whether it preserves variance)
@@ -41,6 +52,11 @@ CASES = {
         lambda T: pyrodiff.GeometricSchedule(T, 0.02, 30.0),
         lambda T: oracles.exploding_steps(oracles.geometric_sigmas(T, 0.02, 30.0)),
         False,
+    ),
+    "SubSchedule": (
+        lambda T: pyrodiff.SubSchedule(pyrodiff.LinearSchedule(2 * T, 1e-3, 0.02), some_times(T)),
+        lambda T: whole_steps(oracles.preserving_steps(oracles.linear_betas(2 * T, 1e-3, 0.02)), some_times(T)),
+        True,
     ),
 }
 STEPS = (1, 2, 7, 1000)

@@ -1,0 +1,389 @@
+"""Decoders over levels: what the chain generates and what it bounds are the sums over levels that they should be."""
+
+import math
+
+import numpy as np
+import oracles
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import far, gradient, repeat
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+import pyrodiff
+
+LEVELS = 5
+BETAS = {1: [0.6], 2: [0.3, 0.55], 3: [0.1, 0.3, 0.5]}
+SLOPE, OFFSET, VARIANCE = 0.7, 0.25, 0.11  # of each reverse kernel, p(x_{t-1} | x_t) = N(0.7 x_t + 0.25 t, 0.11 t)
+SCHEDULES = {
+    "preserving": (pyrodiff.BetaSchedule(BETAS[2]), oracles.preserving_steps(BETAS[2])),
+    "exploding": (
+        pyrodiff.GeometricSchedule(2, 0.2, 3.0),
+        oracles.exploding_steps(oracles.geometric_sigmas(2, 0.2, 3.0)),
+    ),
+}
+every_length = pytest.mark.parametrize("T", sorted(BETAS))
+
+
+class Kernel(nn.Module):
+    """The reverse process of constant slope, for one number a datum."""
+
+    def forward(self, x_t, t):
+        t = torch.as_tensor(t, dtype=x_t.dtype)
+        return dist.Normal(SLOPE * x_t + OFFSET * t, (VARIANCE * t).sqrt().expand(x_t.shape))
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x_t, t):
+        return self.weight * x_t
+
+
+def points(levels):
+    return np.array([2 * k / (levels - 1) - 1 for k in range(levels)])
+
+
+def data(levels=LEVELS, copies=1):
+    """All levels, so many times."""
+    return torch.from_numpy(points(levels)).repeat(copies)
+
+
+@np.vectorize
+def below(z):
+    return math.erfc(-z / math.sqrt(2)) / 2
+
+
+def masses(mean, deviation, levels):
+    """What N(mean, deviation^2) gives to the bin of each level, along a new last dimension, from the smaller tail."""
+    edges = np.concatenate([[-np.inf], points(levels)[:-1] + 1 / (levels - 1), [np.inf]])
+    z = (edges - np.asarray(mean)[..., None]) / np.asarray(deviation)[..., None]
+    low, high = z[..., :-1], z[..., 1:]
+    sign = np.where(low + high > 0, -1, 1)
+    return np.abs(below(sign * high) - below(sign * low))
+
+
+def softmax(x_1, gain, variance, levels):
+    """Bayes' rule for a level known through x_1 ~ N(gain v, variance) alone, along a new last dimension."""
+    log_p = oracles.log_normal(np.asarray(x_1)[..., None], gain * points(levels), variance)
+    likelihood = np.exp(log_p - log_p.max(-1, keepdims=True))
+    return likelihood / likelihood.sum(-1, keepdims=True)
+
+
+def last_step(name, T):
+    """p(v_k | x_1) as a function of x_1."""
+    if name == "discretized":
+        return lambda x_1: masses(SLOPE * x_1 + OFFSET, math.sqrt(VARIANCE), LEVELS)
+    (gain, variance), *_ = oracles.preserving_steps(BETAS[T])
+    return lambda x_1: softmax(x_1, gain, variance, LEVELS)
+
+
+def diffusion(name, T, reverse=None):
+    forward = pyrodiff.GaussianForward(pyrodiff.BetaSchedule(BETAS[T]))
+    decoder = {
+        "discretized": lambda: pyrodiff.DiscretizedDecoder(LEVELS),
+        "softmax": lambda: pyrodiff.SoftmaxDecoder(forward, LEVELS),
+    }[name]()
+    return pyrodiff.Diffusion(forward, Kernel() if reverse is None else reverse, (), decoder=decoder)
+
+
+def normal_mean(function, mean, variance):
+    """E f(x) for x ~ N(mean, variance), by quadrature; f returns an array along a new last dimension."""
+    nodes = np.linspace(-9, 9, 801)
+    weights = np.exp(-(nodes**2) / 2)
+    return (weights / weights.sum()) @ function(mean + math.sqrt(variance) * nodes)
+
+
+def generated(name, T):
+    """p(v_k) of each level: x_1 is normal, since every kernel is linear, and then quadrature."""
+    mean, variance = 0.0, 1.0
+    for t in range(T, 1, -1):
+        mean, variance = SLOPE * mean + OFFSET * t, SLOPE**2 * variance + VARIANCE * t
+    return normal_mean(last_step(name, T), mean, variance)
+
+
+def terms(name, T):
+    """L_T, the sum of L_{t-1} and L_0 of each level, exactly: KLs of normal laws, and quadrature."""
+    moments, v = oracles.moments(oracles.preserving_steps(BETAS[T])), points(LEVELS)
+    gain, variance = moments[T]
+    prior, denoising = oracles.normal_kl(gain * v, variance, 0.0, 1.0), 0.0
+    for t in range(2, T + 1):
+        (gain_s, variance_s), (gain_t, variance_t) = moments[t - 1], moments[t]
+        step_gain, step_variance = oracles.preserving_steps(BETAS[T])[t - 1]
+        for noise in (-1.0, 1.0):  # a KL of normal laws is quadratic in the noise, so these two give its mean
+            x_t = gain_t * v + math.sqrt(variance_t) * noise
+            mean, posterior = oracles.condition(gain_s * v, variance_s, step_gain, step_variance, x_t)
+            denoising = denoising + oracles.normal_kl(mean, posterior, SLOPE * x_t + OFFSET * t, VARIANCE * t) / 2
+    gain, variance = moments[1]
+    costs = lambda x_1: -np.log(last_step(name, T)(x_1))  # noqa: E731
+    reconstruction = [normal_mean(costs, gain * v[k], variance)[k] for k in range(LEVELS)]
+    return prior, denoising + 0 * v, np.array(reconstruction)
+
+
+every_decoder = pytest.mark.parametrize("name", ["discretized", "softmax"])
+
+
+# the chain
+
+
+@every_decoder
+@every_length
+def test_the_exact_probabilities_of_all_levels_add_up_to_one(name, T):
+    p = generated(name, T)
+    assert p.sum() == pytest.approx(1, abs=1e-12)
+    assert p.min() > 1e-3
+    if name == "discretized" and T == 1:  # a normal law of a normal mean is normal: quadrature against closed form
+        np.testing.assert_allclose(p, masses(OFFSET, math.sqrt(SLOPE**2 + VARIANCE), LEVELS), rtol=1e-9)
+    assert (sum(terms(name, T)) + np.log(p) > 0).all()  # the bound is above
+
+
+@every_decoder
+@every_length
+def test_generated_data_are_levels_with_their_probabilities(name, T):
+    x_0 = diffusion(name, T).model(num_samples=40_000).double()
+    drawn = (x_0[:, None] - data()).abs() < 1e-6
+    assert (drawn.sum(-1) == 1).all()
+    assert not far(drawn.double(), torch.from_numpy(generated(name, T)))
+
+
+@every_decoder
+@every_length
+def test_terms_of_the_bound_are_those_of_quadrature(name, T):
+    pair, x_0 = diffusion(name, T), data(copies=8000)
+    bound = pyrodiff.bound(pair, x_0)
+    prior, denoising, reconstruction = (torch.from_numpy(term) for term in terms(name, T))
+    torch.testing.assert_close(bound.prior.reshape(-1, LEVELS), prior.expand(8000, LEVELS))
+    assert not far(bound.denoising.sum(0).reshape(-1, LEVELS), denoising)
+    assert not far(bound.reconstruction.reshape(-1, LEVELS), reconstruction)
+    nats = bound.nats.reshape(-1, LEVELS)
+    assert not far(nats, prior + denoising + reconstruction)
+    above = nats.mean(0) + 5 * nats.std(0) / 8000**0.5
+    assert (above > -torch.from_numpy(generated(name, T)).log()).all()
+
+
+@every_decoder
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, pyrodiff.DiffusionELBO])
+def test_both_pairs_have_the_bound_of_quadrature(name, elbo):
+    chain, x_0 = diffusion(name, 2), data(copies=40)
+    expected = 40 * sum(term.sum() for term in terms(name, 2))
+    for pair in (chain, chain.one_step(), chain.one_step(pyrodiff.UniformDrawing())):
+        assert not far(repeat(150, lambda pair=pair: elbo().loss(pair.model, pair.guide, x_0)), expected)
+
+
+def test_vectorised_particles_are_decoded_too():
+    chain, x_0 = diffusion("discretized", 2), data(copies=4)
+    elbo = TraceMeanField_ELBO(num_particles=300, vectorize_particles=True, max_plate_nesting=1)
+    expected = 4 * sum(term.sum() for term in terms("discretized", 2))
+    assert not far(repeat(40, lambda: elbo.loss(chain.model, chain.guide, x_0)), expected)
+
+
+def test_a_network_far_off_still_gets_a_finite_gradient():
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3))
+    for output in (-1e3, 1e3):
+        network = Network()
+        network.weight.data.fill_(output)
+        reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(network, forward))
+        chain = pyrodiff.Diffusion(forward, reverse, (2,), decoder=pyrodiff.DiscretizedDecoder(17))
+        pair, x_0 = chain.one_step(), pyrodiff.dequantize(torch.tensor([[0, 16], [3, 12], [8, 9]]), 17)
+        for programs in (chain, pair):
+            loss = pyrodiff.DiffusionELBO().differentiable_loss(programs.model, programs.guide, x_0)
+            slope = gradient(loss, network)
+            assert loss.isfinite()
+            assert slope.isfinite().all()
+            assert slope.sign() == math.copysign(1, output)  # downhill is back towards the data
+
+
+# the decoders by themselves
+
+
+@pytest.mark.parametrize("event_shape", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decoders_give_each_number_its_masses(event_shape, dtype):
+    x_1 = torch.randn((4, *event_shape), dtype=dtype) * 0.5 + 0.4
+    mean, deviation = 0.8 * x_1 - 0.1, (0.05 + x_1.abs()) / 3
+    kernel = dist.Normal(mean, deviation).to_event(len(event_shape))
+    forward = pyrodiff.GaussianForward(SCHEDULES["preserving"][0])
+    gain, variance = SCHEDULES["preserving"][1][0]
+    cases = [
+        (pyrodiff.DiscretizedDecoder(17), masses(mean.double().numpy(), deviation.double().numpy(), 17)),
+        (pyrodiff.SoftmaxDecoder(forward, 17), softmax(x_1.double().numpy(), gain, variance, 17)),
+    ]
+    for decoder, p in cases:
+        law = decoder(kernel, x_1)
+        assert (law.batch_shape, law.event_shape, decoder.levels) == ((4,), event_shape, 17)
+        assert "levels=17" in repr(decoder)
+        x_0 = law.sample()
+        assert x_0.dtype == dtype
+        k = pyrodiff.quantize(x_0, 17)
+        expected = np.log(np.take_along_axis(p, k[..., None].numpy(), -1)[..., 0]).reshape(4, -1).sum(-1)
+        rtol = 1e-10 if dtype == torch.float64 else 2e-5
+        np.testing.assert_allclose(law.log_prob(x_0).double().numpy(), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_softmax_is_bayes_rule_with_a_flat_prior_over_levels(name):
+    schedule, steps = SCHEDULES[name]
+    forward, levels = pyrodiff.GaussianForward(schedule), 9
+    x_1 = torch.tensor([[0.3, -1.4], [0.9, 6.0], [-0.05, 0.61]], dtype=torch.float64)
+    law = pyrodiff.SoftmaxDecoder(forward, levels)(dist.Normal(x_1, 5.0).to_event(1), x_1)
+    v = [torch.full_like(x_1, point) for point in points(levels)]
+    weights = np.exp([forward.marginal(x, 1).base_dist.log_prob(x_1).numpy() for x in v])
+    p = weights / weights.sum(0)
+    for k in range(levels):
+        np.testing.assert_allclose(law.base_dist.log_prob(v[k]).numpy(), np.log(p[k]), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(p, np.moveaxis(softmax(x_1.numpy(), *steps[0], levels), -1, 0), rtol=1e-9)
+
+
+def test_the_softmax_costs_nothing_where_the_noise_is_below_half_a_bin_and_something_where_it_is_not():
+    for share, low, high in ((0.1, 0.0, 1e-4), (0.5, 0.1, 0.6), (4.0, 1.5, 3.0)):  # b_1 / a_1 over half a bin
+        forward = pyrodiff.GaussianForward(pyrodiff.GeometricSchedule(2, share / 16, 40.0))
+        chain = pyrodiff.Diffusion(forward, Kernel(), (), decoder=pyrodiff.SoftmaxDecoder(forward, 17))
+        cost = pyrodiff.bound(chain, data(17, 400)).reconstruction.mean()
+        inner = points(17) / (share / 16)
+        draws = inner[8] + np.linspace(-8, 8, 4001)
+        density = np.exp(-0.5 * (draws - inner[8]) ** 2)
+        logits = -0.5 * (draws[:, None] - inner) ** 2
+        log_p = logits[:, 8] - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) - logits.max(-1)
+        assert low <= cost <= high
+        if share < 1:  # of a level in the middle, by quadrature; 15 of 17 are like it
+            assert cost == pytest.approx(-(density @ log_p) / density.sum(), rel=0.12, abs=1e-6)
+
+
+def test_more_levels_than_the_data_have_take_the_mass():
+    mean, deviation = np.array([0.3, -0.5, 0.0]), np.array([0.2, 0.04, 1.0])
+    own, every = data(17), np.arange(0, 257, 16)
+    fine = masses(mean, deviation, 257)
+    kernel = dist.Normal(torch.from_numpy(mean), torch.from_numpy(deviation))
+    for levels, expected in ((257, fine[:, every].sum(-1)), (17, np.ones(3))):
+        law = pyrodiff.DiscretizedDecoder(levels)(kernel, torch.zeros(3, dtype=torch.float64))
+        mass = law.log_prob(own[:, None]).exp().sum(0)
+        np.testing.assert_allclose(mass.numpy(), expected, rtol=1e-11)
+    inside = fine[:2, every].sum(-1)
+    assert (inside < 0.1).all()  # about one in sixteen: the rest goes to levels that never occur
+
+
+def test_the_transition_decoder_is_the_first_step_turned_round():
+    for schedule, steps in SCHEDULES.values():
+        forward = pyrodiff.GaussianForward(schedule)
+        x_1 = torch.tensor([[0.3, -1.4], [0.9, 6.0]], dtype=torch.float64)
+        law = pyrodiff.TransitionDecoder(forward)(dist.Normal(x_1 + 3, 5.0).to_event(1), x_1)
+        gain, variance = steps[0]
+        torch.testing.assert_close(law.mean, gain * x_1)
+        torch.testing.assert_close(law.variance, torch.full_like(x_1, variance))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_softmax_decoder_follows_its_diffusion_to_another_dtype(dtype):
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(4))
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(Network(), forward))
+    chain = pyrodiff.Diffusion(forward, reverse, (2,), decoder=pyrodiff.SoftmaxDecoder(forward, 256)).to(dtype)
+    x_0 = chain.model(num_samples=50)
+    assert x_0.dtype == dtype
+    assert pyrodiff.Levels(256).check(x_0).all()
+    assert pyrodiff.bound(chain, x_0).nats.dtype == dtype
+    assert not [key for key in chain.state_dict() if "points" in key]
+
+
+# bad input
+
+Q = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(4))
+REVERSE = pyrodiff.GaussianReverse(Q, pyrodiff.NoisePrediction(Network(), Q))
+GOOD = pyrodiff.dequantize(torch.tensor([[0, 3], [16, 8], [5, 1]]), 17)
+
+
+def programs(decoder):
+    chain = pyrodiff.Diffusion(Q, REVERSE, (2,), decoder=decoder)
+    pair = chain.one_step()
+    return {
+        "model": chain.model,
+        "one-step model": pair.model,
+        "bound": lambda x_0: pyrodiff.bound(chain, x_0),
+    }
+
+
+def changed(value):
+    x_0 = GOOD.clone()
+    x_0[1, 1] = value
+    return x_0
+
+
+BAD_DATA = {
+    "off the grid": (changed(0.013), ("x_0", "17 levels", "levels=17", "0..16", "1 of its 6", "0.013")),
+    "half a bin off": (GOOD + 0.0625, ("x_0", "17 levels", "6 of its 6", "-0.9375", "[-0.9375, 1.0625]")),
+    "a level too many": (changed(1.125), ("x_0", "17 levels", "1.125")),
+    "a level too few": (changed(-1.125), ("x_0", "17 levels", "-1.125")),
+    "33 levels": (pyrodiff.dequantize(torch.tensor([[1, 2], [31, 0]]), 33), ("x_0", "17 levels", "2 of its 4")),
+    "256 levels": (pyrodiff.dequantize(torch.tensor([[1, 200]]), 256), ("x_0", "17 levels", "2 of its 2")),
+    "raw levels": (torch.tensor([[0.0, 3.0], [16.0, 8.0]]), ("x_0", "17 levels", "[0, 16]")),
+    "integers": (torch.tensor([[0, 3], [16, 8]]), ("x_0", "torch.int64")),
+    "bytes": (torch.tensor([[0, 3]], dtype=torch.uint8), ("x_0", "torch.uint8")),
+    "dequantised with noise": (
+        pyrodiff.dequantize(torch.tensor([[0, 3]]), 17, uniform=True, generator=torch.Generator().manual_seed(1)),
+        ("x_0", "17 levels", "2 of its 2"),
+    ),
+    "NaN": (changed(math.nan), ("x_0", "nan")),
+}
+DECODERS = {"discretized": pyrodiff.DiscretizedDecoder(17), "softmax": pyrodiff.SoftmaxDecoder(Q, 17)}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", BAD_DATA)
+@pytest.mark.parametrize("program", ["model", "one-step model", "bound"])
+def test_data_that_are_no_levels_are_refused_before_any_draw(decoder, kind, program):
+    call = programs(DECODERS[decoder])[program]
+    x_0, words = BAD_DATA[kind]
+    call(GOOD)
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match="x_0") as error:
+        call(x_0)
+    for word in words:
+        assert word in str(error.value)
+    assert torch.equal(torch.get_rng_state(), random), "something was drawn"
+
+
+def test_a_density_takes_any_data():
+    for decoder in (pyrodiff.GaussianDecoder(), pyrodiff.TransitionDecoder(Q)):
+        assert decoder.levels is None
+        for call in programs(decoder).values():
+            call(changed(0.013))
+
+
+def test_seventeen_levels_are_no_256_levels():
+    for call in programs(pyrodiff.DiscretizedDecoder(256)).values():
+        with pytest.raises(ValueError, match="x_0 must be one of 256 levels"):
+            call(GOOD)
+    for call in programs(pyrodiff.DiscretizedDecoder(257)).values():  # but they are, by chance, 257
+        call(GOOD)
+
+
+BITS = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(4), 0.2)
+BAD = {
+    "a kernel of bits": (
+        lambda: pyrodiff.DiscretizedDecoder(17)(dist.Bernoulli(torch.full((5, 2), 0.3)).to_event(1), torch.zeros(5, 2)),
+        ("kernel", "Gaussian"),
+    ),
+    "a Laplace kernel": (
+        lambda: pyrodiff.DiscretizedDecoder(17)(dist.Laplace(torch.zeros(5), 1.0), torch.zeros(5)),
+        ("kernel", "Gaussian", "Laplace"),
+    ),
+    "a softmax of bits": (lambda: pyrodiff.SoftmaxDecoder(BITS, 17), ("forward", "GaussianForward")),
+    "a softmax of a schedule": (lambda: pyrodiff.SoftmaxDecoder(Q.schedule, 17), ("forward", "LinearSchedule")),
+    "a softmax for another process": (
+        lambda: pyrodiff.Diffusion(
+            Q, REVERSE, (2,), decoder=pyrodiff.SoftmaxDecoder(pyrodiff.GaussianForward(Q.schedule), 17)
+        ),
+        ("decoder", "SoftmaxDecoder", "another"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name(case):
+    call, words = BAD[case]
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        call()
+    for word in words:
+        assert word in str(error.value)

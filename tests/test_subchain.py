@@ -1,0 +1,738 @@
+"""A chain of fewer steps is a diffusion by itself: the same law of the states that it keeps, its own exact bound."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import oracles
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import Gaussian, GaussianPosterior, far, gradient, repeat
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+
+import pyrodiff
+
+T = 7
+BETAS = [0.1, 0.35, 0.02, 0.6, 0.25, 0.5, 0.8]
+RATE = 0.3
+GAUSSIAN = {  # name: (schedule, its (gain, variance) step by step)
+    "preserving": (pyrodiff.BetaSchedule(BETAS), oracles.preserving_steps(BETAS)),
+    "erasing": (pyrodiff.ReciprocalSchedule(T), oracles.preserving_steps(oracles.reciprocal_betas(T))),
+    "exploding": (
+        pyrodiff.GeometricSchedule(T, 0.3, 20.0),
+        oracles.exploding_steps(oracles.geometric_sigmas(T, 0.3, 20.0)),
+    ),
+}
+TIMES = {"all": tuple(range(1, T + 1)), "some": (2, 3, 7), "the last": (7,), "early": (1, 4, 5), "one": (4,)}
+every_schedule = pytest.mark.parametrize("name", sorted(GAUSSIAN))
+every_times = pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
+M, V = torch.tensor([0.7, -1.3, 2.0], dtype=torch.float64), 0.6
+X_0 = torch.tensor([[0.2, -2.0, 1.5], [1.1, 0.4, 3.0], [-4.0, 5.0, 0.0]], dtype=torch.float64)
+
+
+def close(actual, expected, rtol=1e-10, atol=1e-12):
+    arrays = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (actual, expected))
+    np.testing.assert_allclose(*arrays, rtol=rtol, atol=atol)
+
+
+def spans(times):
+    """(k, j, tau_k, tau_j) of all steps j < k of a sub-chain."""
+    full = (0, *times)
+    return [(k, j, full[k], full[j]) for k in range(1, len(full)) for j in range(k)]
+
+
+def data(*shape):
+    return 0.7 + math.sqrt(2.3) * torch.randn(shape, dtype=torch.float64)
+
+
+def bits(*shape):
+    return torch.randint(2, shape).double()
+
+
+class Timed(nn.Module):
+    """A network that tells the times apart, with two parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor(-0.2, dtype=torch.float64))
+
+    def forward(self, x_t, t):
+        t = torch.as_tensor(t, dtype=x_t.dtype)
+        t = t.reshape(t.shape + (1,) * (x_t.dim() - t.dim()))
+        return self.weight * (x_t + t).sin() + self.bias * t
+
+
+def value(network, x_t, t):
+    """The same in numpy."""
+    weight, bias = network.weight.item(), network.bias.item()
+    return weight * np.sin(x_t + t) + bias * t
+
+
+def diffusion(name="preserving", prediction=pyrodiff.DataPrediction, variance=None, decoder=None, network=None):
+    forward = pyrodiff.GaussianForward(GAUSSIAN[name][0])
+    reverse = pyrodiff.GaussianReverse(
+        forward, prediction(Timed() if network is None else network, forward), variance and variance()
+    )
+    decoder = None if decoder is None else decoder(forward)
+    return pyrodiff.Diffusion(forward, reverse, (3,), decoder=decoder)
+
+
+def bit_diffusion(dims=2, rate=RATE, network=None):
+    forward = pyrodiff.BinomialForward(pyrodiff.BetaSchedule(BETAS), rate)
+    network = Timed() if network is None else network
+    reverse = pyrodiff.BinomialReverse(forward, pyrodiff.LogitPrediction(network, forward))
+    return pyrodiff.Diffusion(forward, reverse, (dims,))
+
+
+# schedules
+
+
+@every_schedule
+@every_times
+def test_the_schedule_is_the_other_at_the_times(name, times):
+    schedule, steps = GAUSSIAN[name]
+    sub = pyrodiff.SubSchedule(schedule, times)
+    moments = oracles.moments(steps)
+    assert (sub.num_steps, sub.times) == (len(times), times)
+    k, tau = torch.arange(len(times) + 1), torch.tensor([0, *times])
+    assert torch.equal(sub.time(k), tau)
+    assert torch.equal(sub.time(k.reshape(-1, 1)), tau.reshape(-1, 1))
+    assert [sub.time(int(i)) for i in k] == tau.tolist()
+    assert type(sub.time(1)) is int
+    for method in ("signal", "noise", "log_snr", "alpha_bar"):
+        assert torch.equal(getattr(sub, method)(k), getattr(schedule, method)(tau))
+    close(sub.signal(k), [moments[i][0] for i in tau.tolist()], atol=1e-15)
+    close(sub.noise(k) ** 2, [moments[i][1] for i in tau.tolist()], atol=1e-15)
+
+
+@every_schedule
+@every_times
+def test_its_steps_are_the_whole_steps_between(name, times):
+    schedule, steps = GAUSSIAN[name]
+    sub = pyrodiff.SubSchedule(schedule, times)
+    assert sub.beta(0) == 0
+    for k, j, t, s in spans(times):
+        gain, variance = oracles.moments(steps, s)[t - s]
+        close(sub.step(k, j)[0], gain, atol=1e-15)
+        close(sub.step(k, j)[1] ** 2, variance, atol=1e-15)
+        if j == k - 1:
+            close(sub.beta(k), variance, atol=1e-15)
+    k = torch.arange(len(times) + 1)
+    assert torch.equal(sub.beta(k), torch.stack([sub.beta(int(i)) for i in k]))
+    assert sub.beta(k.reshape(1, -1).int()).shape == (1, len(times) + 1)
+
+
+def test_a_sub_schedule_reads_the_other_whenever_it_is_asked():
+    schedule = pyrodiff.BetaSchedule(BETAS)
+    sub = pyrodiff.SubSchedule(schedule, (2, 5))
+    schedule._signal[5] = 0.123
+    assert sub.signal(2) == 0.123
+    assert "num_steps=2" in repr(sub)
+    assert "(2, 5)" in repr(sub)
+    assert "..." in repr(pyrodiff.SubSchedule(pyrodiff.LinearSchedule(50), range(1, 51)))
+
+
+@pytest.mark.parametrize(
+    "times", [range(2, 7, 2), [2, 4, 6], torch.tensor([2, 4, 6]), np.array([2, 4, 6]), tuple(np.int32([2, 4, 6]))]
+)
+def test_times_are_any_sequence_of_ints(times):
+    assert pyrodiff.SubSchedule(GAUSSIAN["preserving"][0], times).times == (2, 4, 6)
+    assert diffusion().subchain(times).num_steps == 3
+
+
+# the forward process
+
+
+@every_schedule
+@every_times
+def test_gaussian_kernels_are_those_between_the_times(name, times):
+    schedule, steps = GAUSSIAN[name]
+    q = pyrodiff.GaussianForward(schedule)
+    sub, x_0, x = q.subchain(times), data(5, 3), data(5, 3)
+    assert (type(sub), sub.num_steps) == (pyrodiff.GaussianForward, len(times))
+    for k, j, t, s in spans(times):
+        pairs = [(sub.transition(x, k, j), q.transition(x, t, s))]
+        if j == 0:
+            pairs += [(sub.marginal(x_0, k), q.marginal(x_0, t))]
+        else:
+            pairs += [(sub.posterior(x, x_0, k, j), q.posterior(x, x_0, t, s))]
+        if j == k - 1:
+            pairs += [(sub.transition(x, k), q.transition(x, t, s))]
+        if j == k - 1 > 0:
+            pairs += [(sub.posterior(x, x_0, k), q.posterior(x, x_0, t, s))]
+        for ours, theirs in pairs:
+            close(ours.mean, theirs.mean, rtol=1e-13)
+            close(ours.variance, theirs.variance, rtol=1e-13, atol=0)
+        gain, variance = oracles.moments(steps, s)[t - s]
+        close(sub.transition(x, k, j).mean, gain * x)
+        if j > 0:
+            gain_s, variance_s = oracles.moments(steps)[s]
+            mean, variance = oracles.condition(gain_s * x_0, variance_s, gain, variance, x)
+            close(sub.posterior(x, x_0, k, j).mean, mean)
+            close(sub.posterior(x, x_0, k, j).variance, np.full((5, 3), variance))
+    gain, variance = oracles.moments(steps)[times[-1]]
+    close(sub.prior((3,), torch.float64).variance, np.full(3, gain**2 + variance))
+
+
+@every_times
+@pytest.mark.parametrize("rate", [0.3, torch.tensor([0.1, 0.5, 0.73], dtype=torch.float64)])
+def test_bit_kernels_are_those_between_the_times(times, rate):
+    q = pyrodiff.BinomialForward(pyrodiff.BetaSchedule(BETAS), rate)
+    sub, x_0, x, one = q.subchain(times), bits(8, 3), bits(8, 3), torch.ones(8, 3, dtype=torch.float64)
+    assert torch.equal(sub.rate, q.rate)
+    rates = torch.as_tensor(rate, dtype=torch.float64).expand(3).tolist()
+    for k, j, t, s in spans(times):
+        close(sub.transition(x, k, j).base_dist.probs, q.transition(x, t, s).base_dist.probs)
+        matrices = [np.array(oracles.bit_matrix(BETAS, r, s, t)) for r in rates]
+        expected = np.stack([matrix[x[:, i].long().numpy(), 1] for i, matrix in enumerate(matrices)], -1)
+        close(sub.transition(x, k, j).base_dist.probs, expected)
+        if j == 0:
+            close(sub.marginal(x_0, k).log_prob(one), q.marginal(x_0, t).log_prob(one))
+        else:
+            for ours in [sub.posterior(x, x_0, k, j)] + [sub.posterior(x, x_0, k)] * (j == k - 1):
+                close(ours.base_dist.logits, q.posterior(x, x_0, t, s).base_dist.logits)
+    assert torch.equal(sub.prior((3,), torch.float64).mean, q.prior((3,), torch.float64).mean)
+
+
+def test_times_by_datum_are_those_of_the_sub_chain():
+    q = pyrodiff.GaussianForward(GAUSSIAN["preserving"][0])
+    sub, x_0, x = q.subchain((2, 3, 5, 7)), data(4, 3), data(4, 3)
+    k = torch.tensor([2, 4, 3, 2])
+    t, s = torch.tensor([3, 7, 5, 3]), torch.tensor([2, 5, 3, 2])
+    close(sub.posterior(x, x_0, k).mean, q.posterior(x, x_0, t, s).mean)
+    close(sub.transition(x, k).variance, q.transition(x, t, s).variance)
+
+
+# the reverse process
+
+
+PREDICTIONS = {  # name: (class, x_0 from x_t and the network's output f, by gain a and standard deviation b)
+    "data": (pyrodiff.DataPrediction, lambda x, f, a, b: f),
+    "noise": (pyrodiff.NoisePrediction, lambda x, f, a, b: (x - b * f) / a),
+    "score": (pyrodiff.ScorePrediction, lambda x, f, a, b: (x + b**2 * f) / a),
+    "velocity": (pyrodiff.VelocityPrediction, lambda x, f, a, b: (a * x - b * f) / (a**2 + b**2)),
+}
+
+
+@pytest.mark.parametrize("name", ["preserving", "exploding"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("variance", [pyrodiff.ForwardVariance, pyrodiff.PosteriorVariance])
+@every_times
+def test_the_gaussian_reverse_is_the_posterior_between_the_times_at_the_prediction(name, prediction, variance, times):
+    kind, to_data = PREDICTIONS[prediction]
+    whole = diffusion(name, kind, variance)
+    sub, steps, x = whole.subchain(times), GAUSSIAN[name][1], data(4, 3).numpy()
+    moments, network = oracles.moments(steps), whole.reverse.denoiser.network
+
+    def posterior(k):
+        t, s = (0, *times)[k], (0, *times)[k - 1]
+        a, b = moments[t][0], math.sqrt(moments[t][1])
+        x_0 = to_data(x, value(network, x, t), a, b)
+        gain, spread = oracles.moments(steps, s)[t - s]
+        if s == 0:
+            return x_0, 0.0, spread
+        return *oracles.condition(moments[s][0] * x_0, moments[s][1], gain, spread, x), spread
+
+    for k in range(1, len(times) + 1):
+        mean, narrow, wide = posterior(k)
+        if variance is pyrodiff.ForwardVariance or len(times) == 1:
+            expected = wide
+        else:
+            expected = narrow if k > 1 else posterior(2)[1]
+        for step in (k, torch.full((4,), k)):
+            law = sub.reverse(torch.from_numpy(x), step)
+            close(law.mean, mean, rtol=1e-9, atol=1e-9)
+            close(law.variance, np.full((4, 3), expected), atol=0)
+
+
+@every_times
+@pytest.mark.parametrize("variance", [pyrodiff.ForwardVariance, pyrodiff.PosteriorVariance])
+def test_simple_weights_are_of_the_whole_steps(variance, times):
+    """Weighted, a KL is the squared error of the noise: half (w_0 (x_0 - x_0'))^2 / sigma^2 where they differ."""
+    steps, sub = GAUSSIAN["preserving"][1], diffusion(variance=variance).subchain(times)
+    weights = pyrodiff.SimpleWeighting(sub.reverse)(torch.arange(1, len(times) + 1))
+    for k in range(1, len(times) + 1):
+        t, s = (0, *times)[k], (0, *times)[k - 1]
+        (gain_t, variance_t), (gain_s, variance_s) = oracles.moments(steps)[t], oracles.moments(steps)[s]
+        gain, spread = oracles.moments(steps, s)[t - s]
+        of_x_0 = oracles.condition(gain_s, variance_s, gain, spread, 0)[0] if s else 1.0
+        deviation = sub.reverse.variance(sub.forward_process, k).item() ** 0.5
+        kl = 0.5 * (of_x_0 * 0.3 / deviation) ** 2
+        error = (gain_t * 0.3) ** 2 / variance_t
+        close(weights[k - 1] * kl * len(times), error)
+
+
+# the bound
+
+
+def bounds_of(chain, x_0, seed=3):
+    torch.manual_seed(seed)
+    bound = pyrodiff.bound(chain, x_0, num_particles=2)
+    return torch.cat([bound.prior[None], bound.denoising, bound.reconstruction[None]])
+
+
+def losses_of(pair, x_0, seed=3):
+    torch.manual_seed(seed)
+    elbos = (pyrodiff.DiffusionELBO(), Trace_ELBO())
+    return torch.tensor([elbo.loss(pair.model, pair.guide, x_0) for elbo in elbos], dtype=torch.float64)
+
+
+CHAINS = {
+    **{f"gaussian, {name}": lambda name=name: (diffusion(name), X_0) for name in GAUSSIAN},
+    "posterior variance": lambda: (diffusion(variance=pyrodiff.PosteriorVariance), X_0),
+    "noise prediction": lambda: (diffusion(prediction=pyrodiff.NoisePrediction), X_0),
+    "transition decoder": lambda: (diffusion(decoder=pyrodiff.TransitionDecoder), X_0),
+    "levels": lambda: (diffusion(decoder=lambda q: pyrodiff.SoftmaxDecoder(q, 5)), torch.tensor([[-1, 0.5, 1]] * 3)),
+    "bits": lambda: (bit_diffusion(), torch.tensor([[0, 1], [1, 1], [0, 0.0]])),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_sub_chain_of_all_times_is_the_chain_draw_by_draw(chain):
+    whole, x_0 = CHAINS[chain]()
+    x_0, sub = x_0.double(), whole.subchain(range(1, T + 1))
+    close(bounds_of(sub, x_0), bounds_of(whole, x_0))
+    close(losses_of(sub, x_0), losses_of(whole, x_0))
+    close(losses_of(sub.one_step(), x_0), losses_of(whole.one_step(), x_0))
+    draws = []
+    for each in (whole, sub):
+        torch.manual_seed(4)
+        draws.append(each.model(num_samples=5).double())
+    close(*draws)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_sub_chain_of_a_sub_chain_is_a_sub_chain(chain):
+    whole, x_0 = CHAINS[chain]()
+    nested, direct = whole.subchain((1, 3, 4, 6, 7)).subchain((2, 3, 5)), whole.subchain((3, 4, 7))
+    close(bounds_of(nested, x_0.double()), bounds_of(direct, x_0.double()))
+    k = torch.arange(4)
+    for method in ("beta", "signal", "noise", "log_snr"):
+        ours, theirs = (getattr(each.forward_process.schedule, method)(k) for each in (nested, direct))
+        close(ours, theirs)
+
+
+class Best(nn.Module):
+    """E[x_0 | x_t] of data N(m, v) with v the same in each dimension, by conditioning; t is of the whole chain."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.gains, self.variances = torch.tensor(oracles.moments(steps), dtype=torch.float64).T
+
+    def forward(self, x_t, t):
+        gain, variance = (table[t].reshape(-1, 1) for table in (self.gains, self.variances))
+        return oracles.condition(M, V, gain, variance, x_t)[0]
+
+
+class BestVariance(pyrodiff.Variance):
+    """The variance of x_s given x_t, of data of variance v, for steps between given times."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps, self.times = steps, range(T + 1)
+
+    def forward(self, process, t):
+        variances = [math.nan]
+        for before, now in itertools.pairwise(self.times):
+            gain, variance = oracles.moments(self.steps)[before]
+            step_gain, step_variance = oracles.moments(self.steps, before)[now - before]
+            variances.append(oracles.condition(0.0, gain**2 * V + variance, step_gain, step_variance, 0.0)[1])
+        return torch.tensor(variances, dtype=torch.float64)[t]
+
+
+def exact_diffusion(name, prior=True):
+    """The diffusion whose kernels are those of data N(m, v), and its part that must hear of the times."""
+    schedule, steps = GAUSSIAN[name]
+    forward, variance = pyrodiff.GaussianForward(schedule), BestVariance(steps)
+    reverse = pyrodiff.GaussianReverse(forward, Best(steps), variance)
+    prior = Gaussian(M, torch.full_like(M, V), schedule) if prior else None
+    return pyrodiff.Diffusion(forward, reverse, (3,), prior=prior), variance
+
+
+def log_ratio(chain, x_0):
+    """log p(x_0, x_1, ..., x_K) / q(x_1, ..., x_K | x_0) of one draw, and the x_K drawn."""
+    guide = poutine.trace(chain.guide).get_trace(x_0)
+    model = poutine.trace(poutine.replay(chain.model, trace=guide)).get_trace(x_0)
+    model.compute_log_prob(), guide.compute_log_prob()
+    p, q = (
+        sum(site["log_prob"] for name, site in trace.nodes.items() if name.startswith("x_")) for trace in (model, guide)
+    )
+    return (p - q).detach(), guide.nodes[f"x_{chain.num_steps}"]["value"]
+
+
+def log_data(x_0):
+    return oracles.log_normal(x_0.numpy(), M.numpy(), V).sum(-1)
+
+
+@every_schedule
+@pytest.mark.parametrize("times", [(1, 2, 3, 4, 5, 6, 7), (2, 3, 7), (7,), (1, 7)])
+def test_every_single_draw_is_the_log_density_where_the_kernels_are_exact(name, times):
+    whole, variance = exact_diffusion(name)
+    sub, variance.times = whole.subchain(times), (0, *times)
+    assert sub.model.prior is whole.model.prior
+    for _ in range(3):
+        close(log_ratio(sub, X_0)[0], log_data(X_0), rtol=0, atol=1e-9)
+    x_0 = X_0.repeat(20, 1)
+    for pair in (sub.one_step(), sub.one_step(pyrodiff.UniformDrawing())):
+        draws = repeat(30, lambda pair=pair: pyrodiff.DiffusionELBO().loss(pair.model, pair.guide, x_0) / 20)
+        assert not far(draws, -log_data(X_0).sum())
+
+
+@every_schedule
+@every_times
+def test_a_prior_not_given_is_that_of_the_last_time(name, times):
+    whole, variance = exact_diffusion(name, prior=False)
+    sub, variance.times = whole.subchain(times), (0, *times)
+    assert sub.model.prior is None
+    gain, spread = oracles.moments(GAUSSIAN[name][1])[times[-1]]
+    for _ in range(3):
+        ratio, x_K = log_ratio(sub, X_0)
+        given = oracles.log_normal(x_K.numpy(), 0.0, gain**2 + spread)
+        true = oracles.log_normal(x_K.numpy(), gain * M.numpy(), gain**2 * V + spread)
+        close(ratio, log_data(X_0) + (given - true).sum(-1), rtol=0, atol=1e-9)
+
+
+def test_the_exact_sub_chain_generates_the_data():
+    whole, variance = exact_diffusion("preserving")
+    sub, variance.times = whole.subchain((2, 3, 7)), (0, 2, 3, 7)
+    x_0 = sub.model(num_samples=20_000).double()
+    assert not far(x_0, M)
+    assert not far((x_0 - M) ** 2, V)
+
+
+def test_sites_are_those_of_the_steps():
+    sub = diffusion().subchain((2, 3, 7))
+    guide, model = (poutine.trace(program).get_trace(X_0) for program in (sub.guide, sub.model))
+    assert [name for name in guide.nodes if name.startswith("x_")] == ["x_3", "x_2", "x_1"]
+    assert [name for name in model.nodes if name.startswith("x_") and name[2:].isdigit()] == [
+        "x_3",
+        "x_2",
+        "x_1",
+        "x_0",
+    ]
+
+
+# bits, enumerated
+
+BIT_TIMES = (2, 3, 6)
+STATES = list(itertools.product((0, 1), repeat=2))
+
+
+class Mixed(nn.Module):
+    """Log odds of each of two bits that look at both, and at the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.tensor([[1.7, -0.8], [0.6, 1.1]], dtype=torch.float64))
+
+    def forward(self, x_t, t):
+        t = torch.as_tensor(t, dtype=x_t.dtype)
+        t = t.reshape(t.shape + (1,) * (x_t.dim() - t.dim()))
+        return x_t @ self.mix - 0.3 * t + 0.5
+
+
+def believed(network, x_t, t):
+    """The probability of a 1 in each bit of the data, in numpy."""
+    odds = np.array(x_t) @ network.mix.detach().numpy() - 0.3 * t + 0.5
+    return 1 / (1 + np.exp(-odds))
+
+
+def kernel(network, x_t, k):
+    """p(x_s = 1 | x_t) of each bit, both data weighed; the step k of the sub-chain."""
+    t, s = BIT_TIMES[k - 1], (0, *BIT_TIMES)[k - 1]
+    one = believed(network, x_t, t)
+    if s == 0:
+        return one
+    weighed = [[oracles.bit_posterior(BETAS, RATE, bit, x, t, s)[1] for x in (0, 1)] for bit in x_t]
+    return np.array([p * q[1] + (1 - p) * q[0] for p, q in zip(one, weighed, strict=True)])
+
+
+def chance(x, ones):
+    return math.prod(one if bit else 1 - one for bit, one in zip(x, ones, strict=True))
+
+
+def marginal(x_0, t):
+    return [oracles.bit_matrix(BETAS, RATE, 0, t)[bit][1] for bit in x_0]
+
+
+def bit_terms(network, x_0):
+    """L_T, L_2, L_1 and L_0, summed over all states."""
+    out = []
+    last = marginal(x_0, BIT_TIMES[-1])
+    out.append(sum(chance(x, last) * math.log(chance(x, last) / chance(x, [RATE] * 2)) for x in STATES))
+    for k in (3, 2):
+        t, s, term = BIT_TIMES[k - 1], BIT_TIMES[k - 2], 0.0
+        for x_t, x_s in itertools.product(STATES, STATES):
+            q = [oracles.bit_posterior(BETAS, RATE, i, j, t, s)[1] for i, j in zip(x_t, x_0, strict=True)]
+            ratio = chance(x_s, q) / chance(x_s, kernel(network, x_t, k))
+            term += chance(x_t, marginal(x_0, t)) * chance(x_s, q) * math.log(ratio)
+        out.append(term)
+    first = marginal(x_0, BIT_TIMES[0])
+    out.append(-sum(chance(x, first) * math.log(chance(x_0, kernel(network, x, 1))) for x in STATES))
+    return out
+
+
+def bit_likelihood(network):
+    """p(x_0) of each state, a product of the prior and three 4 x 4 matrices."""
+    p = np.array([chance(x, [RATE] * 2) for x in STATES])
+    for k in (3, 2, 1):
+        p = p @ np.array([[chance(x_s, kernel(network, x_t, k)) for x_s in STATES] for x_t in STATES])
+    return dict(zip(STATES, p, strict=True))
+
+
+@pytest.mark.parametrize("x_0", STATES)
+def test_the_bound_of_a_sub_chain_of_bits_is_the_enumerated_one(x_0):
+    network = Mixed()
+    sub = bit_diffusion(network=network).subchain(BIT_TIMES)
+    expected, x = bit_terms(network, x_0), torch.tensor(x_0, dtype=torch.float64).expand(20_000, 2)
+    assert sum(expected) > -math.log(bit_likelihood(network)[x_0])
+    bound = pyrodiff.bound(sub, x)
+    close(bound.prior, np.full(20_000, expected[0]))
+    assert not far(bound.denoising.T, torch.tensor(expected[2:0:-1], dtype=torch.float64))
+    assert not far(bound.reconstruction, expected[3])
+    assert not far(bound.nats, sum(expected))
+    terms = pyrodiff.DiffusionELBO().terms(sub.model, sub.guide, x)
+    assert list(terms) == ["x_3", "x_2", "x_1", "x_0"]
+    for term, mean in zip(terms.values(), expected, strict=True):
+        assert not far(term.detach(), mean)
+    pair = sub.one_step()
+    draws = repeat(60, lambda: pyrodiff.DiffusionELBO().loss(pair.model, pair.guide, x[:300]) / 300)
+    assert not far(draws, sum(expected))
+
+
+def test_a_sub_chain_of_bits_generates_with_the_enumerated_likelihood():
+    network = Mixed()
+    drawn, p = bit_diffusion(network=network).subchain(BIT_TIMES).model(num_samples=20_000), bit_likelihood(network)
+    assert sum(p.values()) == pytest.approx(1)
+    for x_0, chance_of_it in p.items():
+        assert not far((drawn == torch.tensor(x_0)).all(-1).double(), chance_of_it)
+
+
+# decoders
+
+
+def test_decoders_follow_the_first_step():
+    steps, x_1 = GAUSSIAN["preserving"][1], data(4, 3)
+    gain, variance = oracles.moments(steps)[3]
+    for levels, decoder in (
+        (None, pyrodiff.TransitionDecoder),
+        (5, lambda q: pyrodiff.SoftmaxDecoder(q, 5)),
+        (9, lambda q: pyrodiff.DiscretizedDecoder(9)),
+        (None, lambda q: None),
+    ):
+        whole = diffusion(decoder=decoder)
+        sub = whole.subchain((3, 5, 7))
+        assert type(sub.model.decoder) is type(whole.model.decoder)
+        assert sub.model.decoder.levels == levels
+        if levels in (None, 9):
+            assert sub.model.decoder.subchain(sub.forward_process).levels == levels
+        law = sub.model.decoded(sub.model.kernel(x_1, 1), x_1)
+        if isinstance(sub.model.decoder, pyrodiff.TransitionDecoder):
+            assert sub.model.decoder.forward_process is sub.forward_process
+            close(law.mean, gain * x_1)
+            close(law.variance, np.full((4, 3), variance))
+        elif levels == 5:
+            v = np.linspace(-1, 1, 5)
+            log_p = oracles.log_normal(x_1.numpy()[..., None], gain * v, variance)
+            p = np.exp(log_p) / np.exp(log_p).sum(-1, keepdims=True)
+            for k in range(5):
+                close(law.base_dist.log_prob(torch.full_like(x_1, v[k])).exp(), p[..., k])
+        elif levels == 9:
+            assert sub.model.decoder is whole.model.decoder
+            close(law.base_dist.scale, np.full((4, 3), variance**0.5))  # of the whole step
+
+
+# what is shared
+
+
+def test_a_sub_chain_shares_its_parameters_both_ways():
+    for whole, x_0 in ((diffusion(), X_0), (bit_diffusion(), bits(6, 2))):
+        sub = whole.subchain((2, 3, 7))
+        assert {id(p) for p in sub.parameters()} == {id(p) for p in whole.parameters()}
+        before = bounds_of(whole, x_0), bounds_of(sub, x_0)
+        for trained in (whole, sub):
+            optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+            pair = trained.one_step()
+            pyrodiff.DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0).backward()
+            optimizer.step()
+            after = bounds_of(whole, x_0), bounds_of(sub, x_0)
+            for old, new in zip(before, after, strict=True):
+                assert (old.sum(0) - new.sum(0)).abs().min() > 1e-6
+            before = after
+
+
+def test_the_gradient_of_the_sub_chain_of_all_times_is_the_chains():
+    whole = diffusion()
+    slopes = []
+    for chain in (whole, whole.subchain(range(1, T + 1))):
+        torch.manual_seed(3)
+        loss = pyrodiff.DiffusionELBO().differentiable_loss(chain.model, chain.guide, X_0)
+        slopes.append(gradient(loss, whole))
+    close(*slopes)
+    assert slopes[0].abs().min() > 0.1
+
+
+def test_svi_trains_one_by_the_other():
+    whole = diffusion()
+    sub, start = whole.subchain((3, 7)), copy.deepcopy(whole.state_dict())
+    for trained in (sub, whole, sub):
+        svi = pyrodiff.SVI(trained.model, trained.guide, lambda p: torch.optim.SGD(p, lr=0.01), Trace_ELBO())
+        before = copy.deepcopy(whole.state_dict())
+        svi.step(X_0)
+        name = "model.reverse.denoiser.network.weight"
+        assert whole.state_dict()[name] != before[name]
+        assert sub.reverse.denoiser.module.network.weight is whole.reverse.denoiser.network.weight
+    assert whole.state_dict().keys() == start.keys()
+
+
+def test_a_sub_chain_follows_to_another_dtype_with_its_times_and_tables():
+    for cast_whole in (True, False):
+        network = pyrodiff.networks.MLP(event_shape=(3,), hidden=8)
+        whole = diffusion(prediction=pyrodiff.VelocityPrediction, network=network)
+        sub = whole.subchain((2, 3, 7))
+        assert pyrodiff.bound(sub, X_0.float()).nats.dtype == torch.float32
+        (whole if cast_whole else sub).to(torch.float64)
+        schedule = sub.forward_process.schedule
+        assert torch.equal(schedule.time(torch.arange(4)), torch.tensor([0, 2, 3, 7]))
+        assert (schedule.noise(2).dtype, schedule.beta(torch.tensor([2])).dtype) == (torch.float64, torch.float64)
+        assert pyrodiff.bound(sub, X_0).nats.dtype == torch.float64
+        assert sub.model(num_samples=4).dtype == torch.float64
+        sub.half()
+        assert torch.equal(schedule.time(torch.arange(4)), torch.tensor([0, 2, 3, 7]))
+        assert torch.equal(
+            schedule.signal(torch.arange(4)), GAUSSIAN["preserving"][0].signal(torch.tensor([0, 2, 3, 7]))
+        )
+
+
+def test_a_copy_is_a_sub_chain_of_its_own():
+    sub = diffusion().subchain((2, 3, 7))
+    twin = copy.deepcopy(sub)
+    close(bounds_of(twin, X_0), bounds_of(sub, X_0))
+    assert not {id(p) for p in sub.parameters()} & {id(p) for p in twin.parameters()}
+    twin.load_state_dict(sub.state_dict())
+
+
+class Random(PyroModule):
+    """A network with a random weight."""
+
+    def __init__(self):
+        super().__init__()
+        one = torch.ones((), dtype=torch.float64)
+        self.weight = PyroSample(dist.Normal(0.4 * one, 0.3 * one))
+
+    def forward(self, x_t, t):
+        return self.weight * x_t
+
+
+def test_random_weights_keep_one_value_in_a_sub_chain():
+    sub = diffusion(network=Random()).subchain((2, 3, 7))
+    trace = poutine.trace(sub.model).get_trace(X_0)
+    names = [name for name, site in trace.nodes.items() if site["type"] == "sample" and name.endswith("weight")]
+    assert len(names) == 1
+    assert pyrodiff.bound(sub, X_0).nats.isfinite().all()
+    weights = repeat(200, lambda: poutine.trace(sub.model).get_trace(X_0[:1]).nodes[names[0]]["value"])
+    assert not far(weights, 0.4)
+
+
+# bad input
+
+BAD_TIMES = {
+    "none": (),
+    "0": (0, 3),
+    "negative": (-1, 3),
+    "decreasing": (5, 3),
+    "repeated": (3, 3, 5),
+    "beyond T": (3, 8),
+    "floats": (1.0, 3.0),
+    "bools": (True, 3),
+    "a tensor of floats": torch.tensor([1.0, 3.0]),
+    "a tensor of bools": torch.tensor([True]),
+    "nested": ((1, 2), (3, 4)),
+    "strings": "12",
+    "one int": 3,
+    "None": None,
+}
+WHOLE, BITS = diffusion(), bit_diffusion()
+CUTS = {
+    "SubSchedule": lambda times: pyrodiff.SubSchedule(GAUSSIAN["preserving"][0], times),
+    "a Gaussian process": lambda times: WHOLE.forward_process.subchain(times),
+    "a process of bits": lambda times: BITS.forward_process.subchain(times),
+    "a diffusion": lambda times: WHOLE.subchain(times),
+    "a sub-chain of seven": lambda times: WHOLE.subchain(range(1, 8)).subchain(times),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("times", BAD_TIMES.values(), ids=BAD_TIMES)
+def test_bad_times_are_refused_by_name(cut, times):
+    with pytest.raises(ValueError, match=r"times must be increasing ints in 1\.\.7, at least one") as error:
+        CUTS[cut](times)
+    assert repr(times) in str(error.value)
+
+
+class Walk(pyrodiff.GaussianForward):
+    """A process that does not say how it is cut."""
+
+    subchain = pyrodiff.Forward.subchain
+
+
+def with_parts(forward=None, reverse=None, decoder=None, prior=None):
+    forward = WHOLE.forward_process if forward is None else forward
+    if reverse is None:
+        reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(Timed(), forward))
+    return pyrodiff.Diffusion(forward, reverse, (3,), decoder=decoder, prior=prior)
+
+
+NORMAL = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+GAUSS = Gaussian(M, torch.full_like(M, V), GAUSSIAN["preserving"][0])
+SUB = WHOLE.subchain((2, 3, 7))
+BAD = {
+    "a prior given": (lambda: with_parts(prior=NORMAL).subchain((2, 3)), ("times", "T = 7", "prior", "(2, 3)")),
+    "a prior learned": (lambda: exact_diffusion("erasing")[0].subchain([6]), ("times", "T = 7", "prior", "[6]")),
+    "a reverse of its own": (
+        lambda: with_parts(reverse=GaussianPosterior(GAUSS)).subchain((2, 7)),
+        ("reverse", "subchain(forward)", "GaussianPosterior"),
+    ),
+    "a decoder of its own": (
+        lambda: with_parts(decoder=nn.Identity()).subchain((2, 7)),
+        ("decoder", "subchain(forward)", "Identity"),
+    ),
+    "a process of its own": (
+        lambda: with_parts(Walk(GAUSSIAN["preserving"][0])).subchain((2, 7)),
+        ("Walk", "subchain(times)"),
+    ),
+    "given variances": (
+        lambda: diffusion(variance=lambda: pyrodiff.FixedVariance([0.1] * 7)).subchain((2, 3, 7)),
+        ("variances", "T = 3", "7"),
+    ),
+    "no schedule": (lambda: pyrodiff.SubSchedule(BETAS, (1, 2)), ("schedule", "0.35")),
+    "a process as schedule": (lambda: pyrodiff.SubSchedule(WHOLE.forward_process, (1, 2)), ("schedule", "Gaussian")),
+    "t beyond K": (lambda: SUB.forward_process.schedule.noise(4), ("t must lie in 0..3", "4")),
+    "t below 0": (lambda: SUB.forward_process.schedule.beta(-1), ("t must lie in 0..3", "-1")),
+    "a t beyond K": (lambda: SUB.forward_process.schedule.beta(torch.tensor([1, 4])), ("t must lie in 0..3", "1..4")),
+    "a float t": (lambda: SUB.forward_process.schedule.signal(1.0), ("t must be", "1.0")),
+    "a bool t": (lambda: SUB.forward_process.schedule.beta(True), ("t must be", "True")),
+    "a step beyond K": (lambda: SUB.reverse(X_0, 4), ("t", "3", "4")),
+    "a transition from the whole chain": (lambda: SUB.forward_process.transition(X_0, 7), ("t", "3", "7")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name(case):
+    call, words = BAD[case]
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        call()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_what_is_refused_elsewhere_is_fine_where_it_fits():
+    assert with_parts(prior=NORMAL).subchain((2, 7)).model.prior is NORMAL
+    kept = diffusion(variance=lambda: pyrodiff.FixedVariance([0.1 * k for k in range(1, 8)])).subchain(range(1, 8))
+    close(kept.reverse(X_0, 3).variance, np.full((3, 3), 0.3))

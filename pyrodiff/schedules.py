@@ -35,6 +35,7 @@ __all__ = [
     "CosineSchedule",
     "GeometricSchedule",
     "LinearSchedule",
+    "LogSNRSchedule",
     "ReciprocalSchedule",
     "Schedule",
     "SubSchedule",
@@ -379,3 +380,46 @@ class GeometricSchedule(_FixedSchedule):
 
     def extra_repr(self) -> str:
         return f"num_steps={self.num_steps}, sigma_min={self.sigma_min}, sigma_max={self.sigma_max}"
+
+
+class LogSNRSchedule(_FixedSchedule):
+    r"""The VP schedule with a log signal-to-noise ratio that falls linearly, from ``first`` at t = 1 to ``last`` at T.
+
+    .. math:: a_t^2 = \mathrm{sigmoid}(\lambda_t), \qquad b_t^2 = \mathrm{sigmoid}(-\lambda_t), \qquad
+        \lambda_t = \lambda_1 + \frac{t - 1}{T - 1} (\lambda_T - \lambda_1)
+
+    Every step takes the same part of the signal-to-noise ratio, so no step is much larger than the others: where the
+    bound of a long chain is wanted, of quantised data say, it loses least. ``first`` has to be so high that the noise
+    :math:`e^{-\lambda_1 / 2}` is small against what the data can tell apart.
+
+    Arguments:
+        num_steps: The number of steps :math:`T`, at least 1. With T = 1 only ``first`` is used.
+        first: :math:`\lambda_1`.
+        last: :math:`\lambda_T`, below ``first``.
+
+    Raises:
+        ValueError: If ``num_steps`` is below 1, a number is not finite, or ``last`` is not below ``first``.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), section 3.2: the schedule as :math:`\gamma = -\lambda`,
+        there learned, https://arxiv.org/abs/2107.00630
+
+    Example:
+        >>> pyrodiff.LogSNRSchedule(num_steps=4, first=9.0, last=-9.0).log_snr(torch.arange(5))
+        tensor([inf, 9., 3., -3., -9.], dtype=torch.float64)
+    """
+
+    def __init__(self, num_steps: int, first: float = 9.0, last: float = -9.0) -> None:
+        checks.positive_int("num_steps", num_steps)
+        checks.number("first", first, -math.inf, math.inf)
+        checks.number("last", last, -math.inf, first)
+        log_snr = torch.linspace(first, last, num_steps, dtype=torch.float64)
+        log_alpha_bar = torch.nn.functional.logsigmoid(log_snr)
+        beta = torch.cat([torch.sigmoid(-log_snr[:1]), -torch.expm1(log_alpha_bar.diff())])
+        tables = beta, (log_alpha_bar / 2).exp(), torch.sigmoid(-log_snr).sqrt(), log_snr
+        start = beta.new_tensor([[0.0], [1.0], [0.0], [math.inf]])
+        super().__init__(*torch.cat([start, torch.stack(tables)], 1))
+        self.first, self.last = first, last
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, first={self.first}, last={self.last}"

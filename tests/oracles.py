@@ -25,6 +25,13 @@ def reciprocal_betas(num_steps):
     return [1 / (num_steps - t + 1) for t in range(1, num_steps + 1)]
 
 
+def log_snr_betas(num_steps, first, last):
+    """Of alpha_bar_t = 1 / (1 + exp(-log SNR_t)), with the log SNR on a line."""
+    line = [first + (last - first) * i / max(num_steps - 1, 1) for i in range(num_steps)]
+    alpha_bars = [1.0, *(1 / (1 + np.exp(-value)) for value in line)]
+    return [1 - after / before for before, after in pairwise(alpha_bars)]
+
+
 def geometric_sigmas(num_steps, low, high):
     if num_steps == 1:
         return [high]

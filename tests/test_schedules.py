@@ -48,6 +48,11 @@ CASES = {
         lambda T: oracles.preserving_steps(oracles.reciprocal_betas(T)),
         True,
     ),
+    "LogSNRSchedule": (
+        lambda T: pyrodiff.LogSNRSchedule(T, 6.5, -5.0),
+        lambda T: oracles.preserving_steps(oracles.log_snr_betas(T, 6.5, -5.0)),
+        True,
+    ),
     "GeometricSchedule": (
         lambda T: pyrodiff.GeometricSchedule(T, 0.02, 30.0),
         lambda T: oracles.exploding_steps(oracles.geometric_sigmas(T, 0.02, 30.0)),

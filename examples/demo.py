@@ -8,7 +8,7 @@
 
 import time
 
-import digits
+import binary_digits
 import heartbeat
 import swiss_roll
 from training import output_folder
@@ -17,7 +17,7 @@ from training import output_folder
 def main() -> None:
     out, start = output_folder(__doc__), time.perf_counter()
     for title, example in (
-        ("(a) handwritten digits, binary, 8 x 8: binomial diffusion", digits),
+        ("(a) handwritten digits, binary, 8 x 8: binomial diffusion", binary_digits),
         ("(b) Swiss roll: Gaussian diffusion", swiss_roll),
         ("(c) binary heartbeat: binomial diffusion", heartbeat),
     ):

@@ -17,14 +17,19 @@ import pyrodiff
 from pyrodiff import datasets, networks, plots
 
 
-def main(out: Path, num_steps: int = 3000) -> pyrodiff.Bound:
-    """Train, print the bound, draw the picture; returns the bound."""
+def fit(num_steps: int = 3000) -> pyrodiff.Diffusion:
+    """The diffusion, trained."""
     pyro.set_rng_seed(0)
     forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=2000), rate=0.2)
     denoiser = pyrodiff.LogitPrediction(networks.MLP(event_shape=(20,), hidden=128), forward)
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, denoiser), event_shape=(20,))
     train(diffusion, datasets.heartbeat(5000, seed=1), num_steps, batch_size=256, lr=2e-3, name="heartbeat")
+    return diffusion
 
+
+def main(out: Path, num_steps: int = 3000) -> pyrodiff.Bound:
+    """Train, print the bound, draw the picture; returns the bound."""
+    diffusion = fit(num_steps)
     bound = pyrodiff.bound(diffusion, datasets.heartbeat(500, seed=2))
     print(bound)
     error = float(bound.standard_error(bound.bits))

@@ -2,9 +2,11 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import trange
 
 import pyrodiff
@@ -12,25 +14,30 @@ import pyrodiff
 
 def train(
     diffusion: pyrodiff.Diffusion,
-    x_0: torch.Tensor,
+    x_0: torch.Tensor | Callable[[int], torch.Tensor],
     num_steps: int,
     batch_size: int,
     lr: float,
     weight_decay: float = 0.0,
     name: str = "training",
+    drawing: pyrodiff.Drawing | None = None,
+    average: float = 0.0,
 ) -> None:
     """Train by SVI on the one-step pair, the learning rate falling to 0 as a cosine.
 
     Arguments:
         diffusion: The model, trained in place.
-        x_0: The data, with shape (N, *event_shape).
+        x_0: The data, with shape (N, *event_shape); or a function that draws so many.
         num_steps: The number of gradient steps.
         batch_size: The number of data a step, drawn with replacement.
         lr: The learning rate at the start.
         weight_decay: AdamW's.
         name: What the progress bar is called.
+        drawing: How t is drawn: low discrepancy if not given.
+        average: The decay of the running average of the weights, which replaces them in the end; 0 for none.
     """
-    pair = diffusion.one_step(drawing=pyrodiff.LowDiscrepancyDrawing())
+    draw = x_0 if callable(x_0) else lambda size: x_0[torch.randint(len(x_0), (size,))]
+    pair = diffusion.one_step(drawing=drawing)
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
@@ -38,17 +45,31 @@ def train(
         pyrodiff.DiffusionELBO(),
         clip_norm=10.0 * batch_size,
     )
+    averaged = AveragedModel(diffusion.reverse, multi_avg_fn=_running_average(average))
     diffusion.train()
     running = None
     with trange(num_steps, desc=name, unit="step", mininterval=0.5) as bar:
         for step in bar:
-            loss = svi.step(x_0[torch.randint(len(x_0), (batch_size,))]) / batch_size
+            loss = svi.step(draw(batch_size)) / batch_size
             running = loss if running is None else 0.99 * running + 0.01 * loss
+            averaged.update_parameters(diffusion.reverse)
             for group in svi.optimizer.param_groups:
                 group["lr"] = lr * (1 + math.cos(math.pi * (step + 1) / num_steps)) / 2
             if step % 50 == 49:
                 bar.set_postfix_str(f"bound {float(running):.3f} nats")
     diffusion.eval()
+    if average > 0:
+        for parameter, mean in zip(diffusion.reverse.parameters(), averaged.module.parameters(), strict=True):
+            parameter.data.copy_(mean)
+
+
+def _running_average(decay: float) -> Callable:
+    """As torch.optim.swa_utils has it, but short at the start, so that the first weights are soon forgotten."""
+
+    def update(means: list[torch.Tensor], weights: list[torch.Tensor], number: torch.Tensor) -> None:
+        torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+
+    return update
 
 
 def output_folder(description: str) -> Path:

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
+from .accounting import VarianceAccount
 from .bounds import Bound
 from .diffusion import Diffusion
 
-__all__ = ["bits", "diffusion_process", "terms"]
+__all__ = ["bits", "diffusion_process", "terms", "variances"]
 
 _DATA, _MODEL = "#1f4e79", "#b5452c"
 
@@ -113,6 +114,38 @@ def terms(bound: Bound, axes: Axes | None = None) -> Axes:
         axes.set_yscale("log")
     axes.legend(frameon=False)
     return axes
+
+
+def variances(account: VarianceAccount) -> Figure:
+    r"""The mean and the spread of each term over t, and the variance that each way of drawing t leaves.
+
+    On the left the root of :math:`\mathbb{E}[L_{t-1}^2]`, to which the best probabilities of t are proportional, and
+    the mean; on the right the variances of the one-step estimate and of its gradient, relative to the first drawing,
+    with two standard errors.
+
+    Arguments:
+        account: The account, of :func:`pyrodiff.variance_account`.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    over_time, bars = figure.subplots(1, 2)
+    t = np.arange(1, len(account.mean) + 1)
+    over_time.plot(t, account.second_moment.sqrt().cpu().numpy(), color=_MODEL, label="root mean square")
+    over_time.plot(t, account.mean.abs().cpu().numpy(), color=_DATA, label="|mean|")
+    over_time.set(xlabel="t", ylabel="$L_{t-1}$ in nats", yscale="log")
+    over_time.legend(frameon=False)
+    names = list(account.drawings)
+    for shift, label, color in ((0.2, "value", _DATA), (-0.2, "gradient", _MODEL)):
+        found = [getattr(account, label)[name] for name in names]
+        widths, errors = ([one / found[0][0] for one in column] for column in zip(*found, strict=True))
+        places = np.arange(len(names))[::-1] + shift
+        bars.barh(places, widths, 0.36, xerr=[2 * error for error in errors], color=color, label=label)
+    bars.set_yticks(np.arange(len(names))[::-1], names)
+    bars.set(xlabel=f"variance, relative to {names[0]}")
+    bars.legend(frameon=False, loc="lower right")
+    return figure
 
 
 def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axes:

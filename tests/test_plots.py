@@ -64,3 +64,18 @@ def test_what_cannot_be_drawn_is_refused_by_name():
     bits = pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, denoiser), event_shape=(4,))
     with pytest.raises(ValueError, match=r"diffusion must have event_shape \(2,\), but it is \(4,\)"):
         plots.diffusion_process(bits, datasets.swiss_roll(5))
+
+
+def test_the_variances_are_drawn_as_they_are_accounted():
+    diffusion, x_0 = roll(), datasets.swiss_roll(100)
+    account = pyrodiff.variance_account(diffusion, x_0, num_particles=5, num_pairs=3, batch_size=8)
+    over_time, bars = plots.variances(account).axes
+    np.testing.assert_allclose(over_time.lines[0].get_ydata(), account.second_moment.sqrt())
+    np.testing.assert_allclose(over_time.lines[1].get_ydata(), account.mean.abs())
+    first = account.value["uniform"][0], account.gradient["uniform"][0]
+    for container, found, reference in zip(
+        [bars.containers[1], bars.containers[3]], (account.value, account.gradient), first, strict=True
+    ):
+        widths = [patch.get_width() for patch in container]
+        np.testing.assert_allclose(widths, [variance / reference for variance, _ in found.values()])
+    assert [label.get_text() for label in bars.get_yticklabels()] == list(account.drawings)

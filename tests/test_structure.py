@@ -44,7 +44,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "rows_within",
     "step_costs",
 }
-ASIDE = {"datasets": {"checks"}, "plots": {"bounds", "diffusion"}}
+ASIDE = {"datasets": {"checks"}, "plots": {"accounting", "bounds", "diffusion"}}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 every_module = pytest.mark.parametrize("module", MODULES)
 

@@ -24,6 +24,7 @@ docs: $(VENV)/installed-docs
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/one_step.py
+	$(VENV)/bin/python benchmarks/bound.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

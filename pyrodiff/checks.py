@@ -20,6 +20,14 @@ def levels(value: object) -> None:
         raise ValueError(f"levels must be an int of at least 2, but it is {value!r}")
 
 
+def numbers(name: str, value: object) -> Tensor:
+    """Numbers, as a copy in float64."""
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers, but it is {value!r}") from error
+
+
 def number(name: str, value: object, low: float, high: float) -> None:
     """A number strictly between two others."""
     if isinstance(value, bool) or not (isinstance(value, int | float) and low < value < high):

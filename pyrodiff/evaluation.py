@@ -38,7 +38,7 @@ def _seeded(generator: torch.Generator | int | None, device: torch.device) -> It
         return
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    elif isinstance(generator, int) and not isinstance(generator, bool):
+    elif isinstance(generator, int) and not isinstance(generator, bool) and -(2**63) <= generator < 2**64:
         seed = generator
     else:
         raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
@@ -74,9 +74,8 @@ def batches(diffusion: Diffusion, x_0: Tensor | Iterable) -> Iterator[Tensor]:
     Raises:
         ValueError: If a batch cannot be data of the model, or there is none.
     """
-    loads = isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | str | bytes | dict)
-    if not loads or (isinstance(x_0, list | tuple) and x_0 and not isinstance(x_0[0], Tensor | tuple)):
-        diffusion.model.dtype(x_0, wait=True)
+    if not _loads(x_0):
+        _refuse_what_is_no_data(diffusion, x_0)
         yield x_0
         return
     number = -1
@@ -84,12 +83,28 @@ def batches(diffusion: Diffusion, x_0: Tensor | Iterable) -> Iterator[Tensor]:
         batch = batch[0] if isinstance(batch, tuple | list) and len(batch) > 0 else batch
         try:
             batch = batch.to(_device(diffusion)) if isinstance(batch, Tensor) else batch
-            diffusion.model.dtype(batch, wait=True)
+            _refuse_what_is_no_data(diffusion, batch)
         except ValueError as error:
             raise ValueError(f"{error} (in batch {number} of the loader)") from None
         yield batch
     if number < 0:
         raise ValueError(f"x_0 must have at least one batch, but this {type(x_0).__name__} is empty")
+
+
+def _loads(x_0: object) -> bool:
+    """Whether this is a loader of batches: not a tensor, nor a list of numbers."""
+    first = x_0
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    if isinstance(first, int | float):
+        return False
+    return isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | str | bytes | dict)
+
+
+def _refuse_what_is_no_data(diffusion: Diffusion, x_0: object) -> None:
+    if x_0 is None:
+        raise ValueError("x_0 must be a tensor, but it is a NoneType")
+    diffusion.model.dtype(x_0, wait=True)
 
 
 def rows_within(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> int:

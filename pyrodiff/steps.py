@@ -131,7 +131,7 @@ class ImportanceDrawing(Drawing):
 
     def __init__(self, probabilities: Sequence[float] | Tensor) -> None:
         super().__init__()
-        p = torch.as_tensor(probabilities, dtype=torch.float64).detach().clone()
+        p = checks.numbers("probabilities", probabilities)
         if p.dim() != 1 or len(p) == 0 or not ((p > 0) & p.isfinite()).all() or abs(float(p.sum()) - 1) > 1e-6:
             raise ValueError(f"probabilities must be positive numbers that add up to 1, but they are {p.tolist()}")
         self.register_buffer("probabilities", p / p.sum())
@@ -149,7 +149,7 @@ class ImportanceDrawing(Drawing):
         Raises:
             ValueError: If an argument is none of that.
         """
-        moments = torch.as_tensor(second_moments, dtype=torch.float64).detach()
+        moments = checks.numbers("second_moments", second_moments)
         checks.number("uniform", uniform, 0, 1)
         if moments.dim() != 1 or not ((moments >= 0) & moments.isfinite()).all() or not (moments > 0).any():
             raise ValueError(
@@ -202,7 +202,8 @@ class LossSecondMoment(Drawing):
     def probabilities(self) -> Tensor:
         """p(t) for t = 1..T, in float64 with shape (T,)."""
         known = (self.counts >= self.costs.shape[1]).all() & (self.costs != 0).any()
-        moments = torch.where(known, (self.costs**2).mean(1), 1.0)
+        largest = self.costs.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # so that no square overflows
+        moments = torch.where(known, ((self.costs / largest) ** 2).mean(1), 1.0)
         return _least_variance(moments, self.uniform)
 
     def uniforms(self, like: Tensor) -> dist.Distribution:

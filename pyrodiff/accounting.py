@@ -94,7 +94,7 @@ def variance_account(
         x_0: The data, with shape (B, *event_shape).
         drawings: The ways of drawing t, by name. If not given: "uniform"; "low discrepancy"; "loss second moment",
             which has been told its history of costs at each t; "optimal", from the second moments measured here.
-        num_particles: The number of draws of a datum and :math:`x_t` at each t that the moments come from.
+        num_particles: The number of draws of a datum and :math:`x_t` at each t that the moments come from, at least 2.
         num_pairs: The number of pairs of batches whose differences the variances come from, at least 2.
         batch_size: The number of data in a batch, drawn with replacement.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes.
@@ -117,10 +117,12 @@ def variance_account(
         (torch.Size([20]), ['loss second moment', 'low discrepancy', 'optimal', 'uniform'])
     """
     checks.instance("diffusion", diffusion, Diffusion)
+    checks.instance("x_0", x_0, Tensor)
     for name, value in (("num_particles", num_particles), ("batch_size", batch_size), ("num_pairs", num_pairs)):
         checks.positive_int(name, value)
-    if num_pairs < 2:
-        raise ValueError(f"num_pairs must be at least 2, but it is {num_pairs}")
+    for name, value in (("num_particles", num_particles), ("num_pairs", num_pairs)):
+        if value < 2:
+            raise ValueError(f"{name} must be at least 2, but it is {value}")
     if not any(parameter.requires_grad for parameter in diffusion.model.parameters()):
         raise ValueError("diffusion must have a parameter that requires a gradient, but it has none")
     if drawings is not None and not (drawings and all(isinstance(drawing, Drawing) for drawing in drawings.values())):

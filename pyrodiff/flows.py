@@ -180,7 +180,7 @@ def _check(diffusion: Diffusion, num_probes: int | None, tolerance: float, max_s
     if diffusion.forward_process.schedule.signal(diffusion.num_steps) == 0:
         schedule = diffusion.forward_process.schedule
         raise ValueError(f"diffusion must leave some signal at t = T, but its schedule is {schedule!r}")
-    if num_probes != 0 and num_probes is not None:
+    if num_probes is not None and (num_probes != 0 or isinstance(num_probes, bool)):
         checks.positive_int("num_probes", num_probes)
     checks.number("tolerance", tolerance, 0, 1)
     checks.positive_int("max_steps", max_steps)
@@ -225,13 +225,15 @@ class _Flow:
                 divergence = self._divergence(estimate, y, probes)
             return torch.cat([y.detach() - estimate.detach(), self.D - divergence], 1) / 2
 
-        y_1, integral, first = self._solve(drift, x_0.double().flatten(1), x_0.new_zeros(()), x_0.new_ones(()), datum)
+        y_1, integral, first = self._solve(
+            drift, x_0.double().reshape(len(x_0), -1), x_0.new_zeros(()), x_0.new_ones(()), datum
+        )
         log_p, evaluations = self._log_prob(self.signal[0] / self.scale[0] * y_1, probes, x_0.dtype, datum)
         return log_p + integral + self.D * self.signal[0].log() - self.D * self.scale[0].log(), first + evaluations
 
     def log_prob_of_x_1(self, x_1: Tensor, datum: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x_1), as above."""
-        z_1 = x_1.double().flatten(1) / self.scale[0]
+        z_1 = x_1.double().reshape(len(x_1), -1) / self.scale[0]
         log_p, evaluations = self._log_prob(z_1, self._probes(x_1), x_1.dtype, datum)
         return log_p - self.D * self.scale[0].log(), evaluations
 

@@ -99,6 +99,7 @@ def verify(
         >>> pyrodiff.verify(diffusion, torch.randn(8, 2), num_repeats=10).passed
         True
     """
+    checks.instance("x_0", x_0, Tensor)
     checks.positive_int("num_repeats", num_repeats)
     checks.positive_int("num_particles", num_particles)
     if num_repeats < 10 or num_particles < 2:
@@ -145,7 +146,7 @@ def _bayes(diffusion: Diffusion, x_0: Tensor, any_s: bool) -> tuple[bool | None,
         off = (left[0] + left[1] - right[0] - right[1]).abs().nan_to_num(nan=math.inf)
         worst = max(worst, (float(off.max()), s, t))
         rounding = 10 * math.sqrt(torch.finfo(off.dtype).eps) * (1 + sum(term.abs() for term in (*left, *right)))
-        if bool((off > rounding).any()):
+        if not bool((off <= rounding).all()):
             wrong.append(t)
     if worst[0] < 0:
         return None, f"there is no such step with T = {diffusion.num_steps}"

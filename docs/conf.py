@@ -36,7 +36,7 @@ html_copy_source = False
 
 def literal_shapes(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Show shapes such as (B, *event_shape) as code: the docstrings write them plainly, and * would start emphasis."""
-    shape = re.compile(r"(?<!`)\((?:\w+, )?\*(?:event_shape)?(?:, \w+)?\)(?!`)")
+    shape = re.compile(r"(?<!`)\((?:\w+, )?\*[\w.]*(?:, \w+)?\)(?!`)")
     lines[:] = [shape.sub(r"``\g<0>``", line) for line in lines]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 import types
@@ -224,3 +225,11 @@ def test_no_function_body_is_over_forty_lines(module):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert lines <= 40, f"{node.name} has {lines} lines"
+
+
+def test_the_tests_that_the_docs_name_are_there():
+    text = (FOLDER.parent / "docs" / "equations.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"tests/(\w+\.py)::(\w+)", text))
+    assert len(named) > 50
+    for file, name in sorted(named):
+        assert f"def {name}(" in (FOLDER.parent / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"

@@ -226,11 +226,13 @@ def test_a_posterior_that_knows_one_step_only_fails_nothing_but_the_claim_of_any
     assert "t = 3, 4" in found[ANY_S] if process is StepByStep else "NotImplementedError: one step only" in found[ANY_S]
 
 
-def test_what_is_not_a_number_is_not_within_rounding():
+@pytest.mark.parametrize("value", [math.nan, 1e200])
+def test_what_is_not_finite_is_not_within_rounding(value):
     class Undefined(pyrodiff.GaussianForward):
         def marginal(self, x_0, t):
             law = super().marginal(x_0, t).base_dist
-            loc = torch.where(torch.as_tensor(t == 2).reshape(-1, 1), math.nan, law.loc)
+            two = torch.as_tensor(t == 2).reshape(-1, 1)
+            loc = torch.where(two, torch.tensor(value, dtype=law.loc.dtype), law.loc)
             return dist.Normal(loc, law.scale, validate_args=False).to_event(1)
 
         def transition(self, x_s, t, s=None):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from . import checks
 from .bounds import step_costs
@@ -60,7 +61,7 @@ class VarianceAccount:
             "".join(
                 [
                     f"{'drawing of t':24}",
-                    *(f"{name:>12}{'± s.e.':>11}{'of first':>10}" for name in ("value", "gradient")),
+                    *(f"{name:>12}{'± s.e.':>11}{'relative':>10}" for name in ("value", "gradient")),
                 ]
             ),
         ]
@@ -125,14 +126,15 @@ def variance_account(
             raise ValueError(f"{name} must be at least 2, but it is {value}")
     if not any(parameter.requires_grad for parameter in diffusion.model.parameters()):
         raise ValueError("diffusion must have a parameter that requires a gradient, but it has none")
-    if drawings is not None and not (drawings and all(isinstance(drawing, Drawing) for drawing in drawings.values())):
+    named = isinstance(drawings, dict) and all(isinstance(drawing, Drawing) for drawing in drawings.values())
+    if drawings is not None and not (drawings and named):
         raise ValueError(f"drawings must be drawings by name, at least one, but they are {drawings!r}")
     with evaluating(diffusion, generator), progress_bar(progress, "variance account") as bar:
         (x_0,) = batches(diffusion, x_0)
         costs = _costs(diffusion, x_0, num_particles, memory_budget)
         drawings = _drawings(costs) if drawings is None else drawings
         bar.total = 2 * num_pairs * batch_size * len(drawings)
-        pairs = {name: diffusion.one_step(drawing) for name, drawing in drawings.items()}
+        pairs = {name: diffusion.one_step(_Fixed(drawing)) for name, drawing in drawings.items()}
         halves: dict[str, list[tuple[float, float]]] = {name: [] for name in drawings}
         for _ in range(num_pairs):
             i = torch.randint(len(x_0), (2, batch_size), device=x_0.device)  # the same for all, for a fair ratio
@@ -156,17 +158,33 @@ def _costs(diffusion: Diffusion, x_0: Tensor, num_particles: int, memory_budget:
     return torch.cat(costs).reshape(T, num_particles).double()
 
 
+class _Fixed(Drawing):
+    """A drawing that learns nothing meanwhile."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        super().__init__()
+        self.drawing = drawing
+
+    def uniforms(self, like: Tensor) -> Distribution:
+        return self.drawing.uniforms(like)
+
+    def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        return self.drawing(u, num_steps)
+
+
 def _estimate(pair: OneStep, x_0: Tensor) -> list[Tensor]:
     """The one-step estimate of the bound, the mean over a batch, and its gradient."""
     value = DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0) / len(x_0)
     parameters = [parameter for parameter in pair.parameters() if parameter.requires_grad]
     gradient = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [value.detach(), *(part for part in gradient if part is not None)]
+    return [value.detach(), *(torch.zeros(()) if part is None else part for part in gradient)]
 
 
 def _half_squares(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
     """Half the squared difference of two independent estimates, whose mean is their variance: value and gradient."""
-    squares = [float(((one - other).double() ** 2).sum()) / 2 for one, other in zip(first, second, strict=True)]
+    squares = [
+        float(((one - other.to(one.device)).double() ** 2).sum()) / 2 for one, other in zip(first, second, strict=True)
+    ]
     return squares[0], sum(squares[1:])
 
 

@@ -25,17 +25,15 @@ from tqdm import tqdm
 from . import checks
 from .diffusion import Diffusion
 from .elbo import relative_entropy
-from .evaluation import batches, evaluating, progress_bar, rows_within
+from .evaluation import batches, evaluating, expect, progress_bar, rows_within
 from .likelihoods import Likelihood
 
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound", "step_costs"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Bound(Likelihood):
     """The terms of the bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
-
-    Bounds of batches add up: ``a + b`` is the bound of the data of both.
 
     Arguments:
         prior: L_T, with shape (B,).
@@ -96,26 +94,6 @@ class Bound(Likelihood):
             "bound": self.nats,
         }
 
-    def __add__(self, other: "Bound") -> "Bound":
-        if not isinstance(other, Bound):
-            return NotImplemented
-        return _joined([self, other])
-
-
-def _joined(bounds: list[Bound]) -> Bound:
-    """The bound of the data of all."""
-    first = bounds[0]
-    for other in bounds:
-        for name in ("num_steps", "event_shape", "levels", "prior_entropy"):
-            ours, theirs = getattr(first, name), getattr(other, name)
-            if ours != theirs:
-                raise ValueError(f"bounds must be of one model to add up, but their {name} are {ours} and {theirs}")
-    terms = {name: torch.cat([getattr(bound, name) for bound in bounds], -1) for name in _TERMS}
-    return Bound(**terms, event_shape=first.event_shape, levels=first.levels, prior_entropy=first.prior_entropy)
-
-
-_TERMS = ("prior", "denoising", "reconstruction")
-
 
 @torch.no_grad()
 def bound(
@@ -169,8 +147,9 @@ def bound(
         bounds = []
         for batch in batches(diffusion, x_0):
             rows = rows_within(memory_budget, diffusion, batch)
+            expect(bar, x_0, batch, (len(parts) - 1) * num_particles * len(batch))
             bounds.append(_bound(diffusion, batch, num_particles, parts.to(batch.device), rows, bar))
-    return _joined(bounds)
+    return Bound.joined(bounds)
 
 
 def _parts(T: int, num_times: int) -> Tensor:
@@ -181,7 +160,6 @@ def _parts(T: int, num_times: int) -> Tensor:
 def _bound(diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor, rows: int, bar: tqdm) -> Bound:
     B, P, T, num_parts = len(x_0), num_particles, diffusion.num_steps, len(parts) - 1
     steps = x_0.new_zeros(T * B)
-    bar.total = (bar.total or 0) + num_parts * P * B
     for start in range(0, num_parts * P * B, rows):
         row = torch.arange(start, min(start + rows, num_parts * P * B), device=x_0.device)
         part, i = row // (P * B), row % B
@@ -236,7 +214,7 @@ def step_costs(diffusion: Diffusion, x_0: Tensor, t: Tensor) -> Tensor:
     return cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class ImportanceBound(Likelihood):
     r"""The importance-weighted bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
 
@@ -289,7 +267,8 @@ class ImportanceBound(Likelihood):
 
     @property
     def title(self) -> str:
-        return f"importance-weighted bound on -log p(x_0), K = {self.num_particles}, T = {self.num_steps}"
+        size = f"effective sample size {float(self.effective_sample_size.mean()):.3g} of K = {self.num_particles}"
+        return f"importance-weighted bound on -log p(x_0), {size}, T = {self.num_steps}"
 
     def rows(self) -> dict[str, Tensor]:
         smaller = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < self.num_particles]
@@ -342,7 +321,7 @@ def importance_bound(
         weights = []
         for batch in batches(diffusion, x_0):
             B, rows = len(batch), rows_within(memory_budget, diffusion, batch)
-            bar.total = (bar.total or 0) + K * B * T
+            expect(bar, x_0, batch, K * B * T)
             chunks = torch.arange(K * B, device=batch.device).split(rows)
             weights.append(torch.cat([_log_weights(diffusion, batch[row % B], bar) for row in chunks]).reshape(K, B))
     return ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T)

@@ -69,7 +69,8 @@ def described(value: object) -> str:
     """What an argument is, in few words."""
     if isinstance(value, Tensor):
         return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)
+    large = isinstance(value, nn.Module) or hasattr(value, "__array__")
+    return f"a {type(value).__name__}" if large else repr(value)
 
 
 def instance(name: str, value: object, kind: type) -> None:

@@ -42,6 +42,18 @@ class Decoder(Float64Module, ABC):
             A distribution with the same shapes.
         """
 
+    def check_kind(self, x_0: Tensor) -> None:
+        """Refuse integers, and say what to make of them.
+
+        Raises:
+            ValueError: If so.
+        """
+        if self.levels is not None and isinstance(x_0, Tensor) and not x_0.is_floating_point():
+            raise ValueError(
+                f"x_0 must have a floating dtype, the levels on [-1, 1] that "
+                f"pyrodiff.dequantize(k, levels={self.levels}) gives, but its dtype is {x_0.dtype}"
+            )
+
     def check(self, x_0: Tensor, wait: bool = False) -> None:
         """Refuse data that are no levels; those on an accelerator are read only if told to ``wait`` for them.
 
@@ -52,11 +64,13 @@ class Decoder(Float64Module, ABC):
             return
         valid = Levels(self.levels).check(x_0)
         if not (bool(valid.all()) if wait else checks.holds(valid)):
+            whole = bool(((x_0 == x_0.round()) & (x_0 >= 0) & (x_0 < self.levels)).all()) and float(x_0.max()) > 1
+            hint = f": they look like such k, so give pyrodiff.dequantize(x_0, levels={self.levels})" if whole else ""
             raise ValueError(
                 f"x_0 must be one of {self.levels} levels on [-1, 1] everywhere, the values that "
                 f"pyrodiff.dequantize(k, levels={self.levels}) gives for k in 0..{self.levels - 1}, but "
                 f"{int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0].item():.6g}; "
-                f"they lie in [{x_0.min().item():.6g}, {x_0.max().item():.6g}]"
+                f"they lie in [{x_0.min().item():.6g}, {x_0.max().item():.6g}]{hint}"
             )
 
     def subchain(self, forward: Forward) -> "Decoder":

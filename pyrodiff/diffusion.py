@@ -63,8 +63,8 @@ class Diffusion(nn.Module):
             ``forward.prior(event_shape)`` if not given.
 
     Raises:
-        ValueError: If an argument is of another kind or made for another forward process, or the prior has another
-            event_shape. On a call of the programs,
+        ValueError: If an argument is of another kind or made for another forward process, the prior has another
+            event_shape, or denoiser and decoder are of another number of levels. On a call of the programs,
             before any draw: if ``x_0`` has another shape than (B, *event_shape), another dtype or device than the
             model, or a value outside the support of ``forward``; also if the reverse process, the decoder or the prior
             returns no distribution, or one of another event_shape.
@@ -93,6 +93,7 @@ class Diffusion(nn.Module):
         checks.instance("decoder", decoder, nn.Module)
         checks.same_process("reverse", reverse, forward)
         checks.same_process("decoder", decoder, forward)
+        _check_levels(reverse, decoder)
         event_shape = checks.event_shape(event_shape)
         if not isinstance(prior, nn.Module | None):
             _check_law(prior, "prior", event_shape)
@@ -131,7 +132,8 @@ class Diffusion(nn.Module):
         """The one-step pair: one network call of the batch, whatever T, and the same bound in the mean.
 
         Arguments:
-            drawing: How t is drawn: :class:`LowDiscrepancyDrawing` if not given, which varies less than uniform draws.
+            drawing: How t is drawn: :class:`LowDiscrepancyDrawing` if not given, which mostly varies less than uniform
+                draws.
             weighting: What the step weighs: called with integers of shape (B,), it returns positive numbers of that
                 shape; the bound's weighting, 1, if not given.
 
@@ -210,6 +212,12 @@ class OneStep(nn.Module):
         drawing.to(diffusion.forward_process.schedule.noise(0).device)
         step = _Step(diffusion.forward_process, diffusion.event_shape, drawing, weighting)
         self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)
+
+
+def _check_levels(reverse: nn.Module, decoder: nn.Module) -> None:
+    ours, theirs = (getattr(part, "levels", None) for part in (getattr(reverse, "denoiser", None), decoder))
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ValueError(f"decoder must have the {ours} levels that the denoiser predicts, but it has {theirs}")
 
 
 def _check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dist.Distribution:
@@ -294,6 +302,8 @@ class _Generative(nn.Module):
     def dtype(self, x_0: Tensor | None = None, wait: bool = False) -> torch.dtype:
         """The dtype of the states: that of the parameters, if there are any. Data are checked, and must share it."""
         if x_0 is not None:
+            if isinstance(self.decoder, Decoder):
+                self.decoder.check_kind(x_0)
             self.forward_process.check(x_0, self.event_shape, wait)
             if isinstance(self.decoder, Decoder):
                 self.decoder.check(x_0, wait)
@@ -384,7 +394,7 @@ class _Step(nn.Module):
     def draw(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The times, with shape (B,), the states x_t and the scale w(t) / p(t); within the plate, in both programs."""
         uniforms = self.drawing.uniforms(
-            torch.zeros(len(x_0), dtype=torch.promote_types(x_0.dtype, torch.float32), device=x_0.device)
+            torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)  # so that a rare t has its probability
         )
         with poutine.mask(mask=False):
             u = pyro.sample("u", uniforms)

@@ -1,16 +1,19 @@
 """What every evaluation of a diffusion shares: its mode and its seed, its data batch by batch, its memory, its bar."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import checks
 from .diffusion import Diffusion
 
-__all__ = ["batches", "bytes_a_row", "evaluating", "progress_bar", "rows_within"]
+__all__ = ["batches", "bytes_a_row", "evaluating", "expect", "progress_bar", "rows_within"]
 
 
 @contextmanager
@@ -38,13 +41,17 @@ def _seeded(generator: torch.Generator | int | None, device: torch.device) -> It
         return
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    elif isinstance(generator, int) and not isinstance(generator, bool) and -(2**63) <= generator < 2**64:
-        seed = generator
+    elif isinstance(generator, Integral) and not isinstance(generator, bool) and -(2**63) <= generator < 2**64:
+        seed = int(generator)
     else:
         raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if not on_cpu:
+            accelerator = getattr(torch, device.type)
+            with accelerator.device(device):
+                accelerator.manual_seed(seed)
         yield
 
 
@@ -105,6 +112,8 @@ def _refuse_what_is_no_data(diffusion: Diffusion, x_0: object) -> None:
     if x_0 is None:
         raise ValueError("x_0 must be a tensor, but it is a NoneType")
     diffusion.model.dtype(x_0, wait=True)
+    if torch.finfo(x_0.dtype).bits < 32:
+        raise ValueError(f"x_0 must be float32 or float64, for a likelihood, but its dtype is {x_0.dtype}")
 
 
 def rows_within(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> int:
@@ -126,33 +135,63 @@ def rows_within(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> int:
 
 
 def bytes_a_row(diffusion: Diffusion, x_0: Tensor) -> int:
-    """What one datum's state takes in the kernels, and in the outputs of the modules of the reverse process, in bytes.
+    """What one datum takes in a network call and in the kernels and the decoder around it, in bytes.
+
+    It is the sum of all results on the way, whether they live at the same time or not.
 
     Arguments:
         diffusion: The diffusion.
         x_0: One datum, with shape (1, *event_shape).
     """
-    sizes = [16 * x_0.nbytes]
-
-    def count(module: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.nbytes)
-
-    hooks = [module.register_forward_hook(count) for module in diffusion.reverse.modules()]
-    try:
-        diffusion.model.kernel(x_0, torch.ones(1, dtype=torch.long, device=x_0.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(sizes)
+    with torch.no_grad(), _Results() as results:
+        kernel = diffusion.model.kernel(x_0, torch.ones(1, dtype=torch.long, device=x_0.device))
+        diffusion.model.decoded(kernel, x_0).log_prob(x_0)
+    return 16 * x_0.nbytes + results.nbytes
 
 
-def progress_bar(progress: bool, description: str, total: int | None = None) -> tqdm:
+class _Results(TorchDispatchMode):
+    """Counts the bytes of what operations return, but for views of what they were given."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in given:
+                self.nbytes += leaf.nbytes
+        return results
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def expect(bar: tqdm, x_0: Tensor | Iterable, batch: Tensor, rows: int) -> None:
+    """Tell the bar, at the first batch, how many rows all data will take, where a loader says how many batches it has.
+
+    Arguments:
+        bar: The bar.
+        x_0: The data, or a loader.
+        batch: The first batch.
+        rows: The rows that the batch takes.
+    """
+    if bar.total is None:
+        try:
+            bar.total = rows * (1 if isinstance(x_0, Tensor) else len(x_0))
+        except TypeError:  # it does not know
+            bar.total = None
+
+
+@contextmanager
+def progress_bar(progress: bool, description: str) -> Iterator[tqdm]:
     """A bar over rows of network calls; quiet unless asked for, and where there is no terminal.
 
     Arguments:
         progress: Whether it is asked for.
         description: What stands before it.
-        total: The number of rows, if known.
     """
-    return tqdm(total=total, desc=description, unit="row", unit_scale=True, disable=None if progress else True)
+    with tqdm(desc=description, unit="row", unit_scale=True, disable=None if progress else True) as bar:
+        yield bar
+        bar.total = bar.n  # a last batch may have been shorter
+        bar.refresh()

@@ -35,17 +35,17 @@ from tqdm import tqdm
 from . import checks
 from .decoders import GaussianDecoder
 from .diffusion import Diffusion
-from .evaluation import batches, evaluating, progress_bar, rows_within
+from .evaluation import batches, evaluating, expect, progress_bar, rows_within
 from .forward import GaussianForward
 from .likelihoods import Likelihood
 from .reverse import GaussianReverse
 
 __all__ = ["FlowLikelihood", "ode_log_prob"]
 
-_EXACT_UP_TO = 100  # dimensions
+_EXACT_UP_TO = 20  # dimensions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class FlowLikelihood(Likelihood):
     """-log p(x_0) of the probability flow, or, where it is followed by a decoder, a bound on it, in nats.
 
@@ -73,9 +73,10 @@ class FlowLikelihood(Likelihood):
 
     @property
     def noise(self) -> Tensor:
-        """The standard error of each datum's cost, from the draws and probes, with shape (B,); NaN where there is one.
+        """The standard error of each datum's cost, with shape (B,): from the draws of x_1, or else from the probes.
 
-        Where the divergence is exact and no decoder follows, nothing is drawn and it is 0.
+        NaN where there is but one of them: of a bound, ask for several ``num_particles``. Where the divergence is exact
+        and no decoder follows, nothing is drawn and it is 0.
         """
         if len(self.estimates) == 1:
             return torch.full_like(self.estimates[0], math.nan if self.is_bound or self.num_probes else 0.0)
@@ -110,17 +111,17 @@ def ode_log_prob(
     .. math:: -\log p(x_0) \le -\mathbb{E}_{q(x_1 | x_0)} \left[
         \log p_\mathrm{flow}(x_1) + \log p_\theta(x_0 | x_1) - \log q(x_1 | x_0) \right].
 
-    The error is controlled for each datum by itself, so its number does not depend on the data beside it, but for the
-    rounding of the network. The flow is another model than the chain: the two agree where the denoiser is exact and the
-    steps are small, and else the bound may lie on either side. The solver is torchode's, in the extra
-    ``pyrodiff[ode]``.
+    The error is controlled for each datum by itself, so its number does not depend on the data beside it, but for what
+    is drawn (probes and :math:`x_1`) and the rounding of the network. The flow is another model than the chain: the two
+    agree where the denoiser is exact and the steps are small, and else the bound may lie on either side. The solver is
+    torchode's, in the extra ``pyrodiff[ode]``.
 
     Arguments:
         diffusion: A Gaussian diffusion. Its :math:`\hat x_0` is the denoiser's, or, of a reverse process of another
             kind, what the mean of its kernel says.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
         num_probes: The number of random signs whose mean estimates the divergence; 0 to compute it, D gradients an
-            evaluation. If not given, 0 up to 100 dimensions and 10 above.
+            evaluation. If not given, 0 up to 20 dimensions and 10 above.
         num_particles: The number of draws of :math:`x_1`, where a decoder follows; 1 if not given.
         tolerance: The error allowed in a step, absolute and relative, of each number and of log p.
         max_steps: The number of steps after which a datum is given up.
@@ -163,7 +164,7 @@ def ode_log_prob(
         for batch in batches(diffusion, x_0):
             rows = max(1, rows_within(memory_budget, diffusion, batch) // 4)  # two times, and their gradients
             draws, B = (num_particles or 1) if is_bound else 1, len(batch)
-            bar.total = (bar.total or 0) + draws * B
+            expect(bar, x_0, batch, draws * B)
             row = torch.arange(draws * B, device=batch.device) % B
             parts = [_costs(flow, batch[chunk], chunk, is_bound, bar) for chunk in row.split(rows)]
             costs, evaluations = (torch.cat(part, -1) for part in zip(*parts, strict=True))
@@ -181,8 +182,8 @@ def _check(diffusion: Diffusion, num_probes: int | None, tolerance: float, max_s
     if diffusion.forward_process.schedule.signal(diffusion.num_steps) == 0:
         schedule = diffusion.forward_process.schedule
         raise ValueError(f"diffusion must leave some signal at t = T, but its schedule is {schedule!r}")
-    if num_probes is not None and (num_probes != 0 or isinstance(num_probes, bool)):
-        checks.positive_int("num_probes", num_probes)
+    if num_probes is not None and (isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 0):
+        raise ValueError(f"num_probes must be an int of at least 0, or None, but it is {num_probes!r}")
     checks.number("tolerance", tolerance, 0, 1)
     checks.positive_int("max_steps", max_steps)
 
@@ -255,8 +256,9 @@ class _Flow:
             longest = float(self.log_snr[0] - self.log_snr[-1]) / 20
             z_T, integral, evaluations = self._solve(drift, z_1, -self.log_snr[0], -self.log_snr[-1], datum, longest)
         x_T = (self.scale[-1] * z_T).reshape((len(z_T), *self.diffusion.event_shape))
-        top = self.diffusion.model.top(torch.float64).log_prob(x_T) + self.D * self.scale[-1].log()
-        return top + integral, evaluations
+        prior = self.diffusion.model.top(torch.float64)
+        top = prior.log_prob(x_T.to(prior.sample().dtype)).double()  # a given prior has a dtype of its own
+        return top + self.D * self.scale[-1].log() + integral, evaluations
 
     def _between(self, z: Tensor, log_snr: Tensor, dtype: torch.dtype) -> Tensor:
         """The estimate of x_0 at any log SNR: linear between the two times around it."""
@@ -272,7 +274,7 @@ class _Flow:
         """The estimate of x_0, flat and in float64."""
         x_t = x.to(dtype).reshape((len(x), *self.diffusion.event_shape))
         reverse, process = self.diffusion.reverse, self.diffusion.forward_process
-        if isinstance(reverse, GaussianReverse):
+        if isinstance(reverse, GaussianReverse) and type(reverse).forward is GaussianReverse.forward:
             return reverse.denoiser(x_t, t).double().reshape(x.shape)
         weight_t, weight_0, _ = process.posterior_weights(t, t - 1)
         mean = self.diffusion.model.kernel(x_t, t).mean.double().reshape(x.shape)

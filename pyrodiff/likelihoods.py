@@ -34,6 +34,8 @@ Self = TypeVar("Self", bound="Likelihood")
 class Likelihood(ABC):
     """An estimate of -log p(x_0), or a bound on it, for each of B data. Printed, it is a table.
 
+    Estimates of different data add up: ``a + b`` is that of the data of both, and ``sum`` adds many.
+
     Attributes:
         event_shape: The shape of one datum.
         levels: How many values a dimension of a datum may take, where p is a probability; None where it is a density.
@@ -76,7 +78,7 @@ class Likelihood(ABC):
         """The cost in bits a pixel with all its channels, with shape (B,): a place of the last two dimensions."""
         return self.bits / self.event_shape[-2:].numel()
 
-    def bits_per_dim_in_bins(self, width: float) -> Tensor:
+    def bits_per_dim_in_bins(self, *, width: float) -> Tensor:
         r"""The cost in bits a dimension of data rounded to bins, from a density of the data with uniform noise added.
 
         .. math:: -\frac1D \log_2 P \le -\frac1D \log_2 p - \log_2 \Delta
@@ -125,6 +127,39 @@ class Likelihood(ABC):
             lines.append(f"{name:24}" + "".join(f" {n:{w}.4f}" for n, w in zip(numbers, (10, 9, 10, 9), strict=True)))
         return "\n".join([*lines, self.convention])
 
+    def __repr__(self) -> str:
+        mean, error = float(self.nats.mean()), float(self.standard_error(self.nats))
+        return f"<{type(self).__name__}: {self.title}, mean of {len(self.nats)} data: {mean:.6g} ± {error:.2g} nats>"
+
+    def __add__(self: Self, other: Self) -> Self:
+        return self.joined([self, other]) if type(other) is type(self) else NotImplemented
+
+    def __radd__(self: Self, other: int) -> Self:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum starts
+
+    @classmethod
+    def joined(cls: type[Self], parts: list[Self]) -> Self:
+        """The estimate of the data of all of the estimates, by one model.
+
+        Arguments:
+            parts: The estimates, of this class, at least one.
+
+        Raises:
+            ValueError: If they cannot be of one model: of other numbers of steps, draws or levels, or other shapes.
+        """
+        values = {}
+        for field in dataclasses.fields(cls):
+            name, found = field.name, [getattr(part, field.name) for part in parts]
+            if isinstance(found[0], Tensor):
+                shapes = [tuple(value.shape[:-1]) for value in found]  # the data are the last dimension
+                found, values[name] = shapes, torch.cat(found, -1) if len(set(shapes)) == 1 else None
+            else:
+                values[name] = found[0]
+            for value in found:
+                if value != found[0]:
+                    raise ValueError(f"estimates must be of one model to add up, but {name} is {found[0]} and {value}")
+        return cls(**values)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write it to a file, a compressed .npz of its numbers, whole or not at all.
 
@@ -135,6 +170,8 @@ class Likelihood(ABC):
             OSError: If it cannot be written; then what was there still is.
         """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path must lie in a folder that is there, but {path.parent} is not one")
         arrays, rest = {}, {"class": type(self).__name__}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
+from . import checks
 from .accounting import VarianceAccount
 from .bounds import Bound
 from .diffusion import Diffusion
@@ -104,7 +105,11 @@ def terms(bound: Bound, axes: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: If ``bound`` is something else.
     """
+    checks.instance("bound", bound, Bound)
     axes = Figure(figsize=(5, 3.2), layout="constrained").subplots() if axes is None else axes
     means = bound.denoising.mean(1).cpu().numpy()
     label = f"$L_0$ = {float(bound.reconstruction.mean()):.3f}, $L_T$ = {float(bound.prior.mean()):.3f}"
@@ -128,7 +133,11 @@ def variances(account: VarianceAccount) -> Figure:
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: If ``account`` is something else.
     """
+    checks.instance("account", account, VarianceAccount)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     over_time, bars = figure.subplots(1, 2)
     t = np.arange(1, len(account.mean) + 1)

@@ -45,7 +45,7 @@ def dequantize(
     levels: int,
     uniform: bool = False,
     dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""The points :math:`v_k` of whole levels, or, for a model with a density, uniform draws from the bins around them.
 
@@ -58,14 +58,14 @@ def dequantize(
             data, less :math:`\log \Delta` a dimension, is one on the probability of the levels
             (:meth:`Likelihood.bits_per_dim_in_bins`).
         dtype: The dtype of the result, floating; torch's default if not given.
-        generator: The source of the noise; torch's own if not given.
+        generator: A generator or a seed of the noise; torch's global source if not given.
 
     Returns:
         A tensor with the shape of ``k``.
 
     Raises:
         ValueError: If ``k`` has a value that is not a whole number in 0..levels-1; if ``levels`` is below 2, or more
-            than the dtype tells apart.
+            than the dtype tells apart, or a thousandth of that with noise.
 
     References:
         A note on the evaluation of generative models (Theis et al., 2016), section 3.1: uniform dequantisation,
@@ -81,9 +81,15 @@ def dequantize(
         raise ValueError(f"dtype must be a floating dtype, but it is {dtype}")
     if torch.finfo(dtype).eps > width / 4:
         raise ValueError(f"levels must be few enough for {dtype} to tell them apart, but there are {levels}")
+    if uniform and torch.finfo(dtype).eps > 1e-3 * width:
+        raise ValueError(
+            f"dtype must resolve the noise in a bin of width {width:.3g} for uniform=True, but it is {dtype}"
+        )
     whole = _whole_levels("k", k, levels)
     x = _points(whole, levels)
     if uniform:
+        if isinstance(generator, int):
+            generator = torch.Generator(k.device).manual_seed(generator)
         noise = torch.rand(k.shape, generator=generator, dtype=torch.float64, device=k.device)
         rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in quantize
         inside = 1 - 2 * rounding / width  # so that it does not leave the bin

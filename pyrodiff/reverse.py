@@ -44,7 +44,8 @@ class Variance(Float64Module, ABC):
         r"""The variance of :math:`p_\theta(x_{t-1} | x_t)`.
 
         Arguments:
-            process: The forward process.
+            process: The forward process; in a chain of fewer steps, that of these (:meth:`Diffusion.subchain`), so that
+                a variance has to be a function of it, and not of the number t alone.
             t: The time, in 1..T: an int, or an integer tensor with shape (B,).
 
         Returns:

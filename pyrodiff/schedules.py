@@ -390,7 +390,8 @@ class LogSNRSchedule(_FixedSchedule):
 
     Every step takes the same part of the signal-to-noise ratio, so no step is much larger than the others: where the
     bound of a long chain is wanted, of quantised data say, it loses least. ``first`` has to be so high that the noise
-    :math:`e^{-\lambda_1 / 2}` is small against what the data can tell apart.
+    :math:`e^{-\lambda_1 / 2}` is small against what tells the data apart: for L levels on [-1, 1] it is a quarter of
+    half a bin at :math:`\lambda_1 = 2 \log(4 (L - 1))`, which is 8.3 for 17 levels and 13.9 for 256.
 
     Arguments:
         num_steps: The number of steps :math:`T`, at least 1. With T = 1 only ``first`` is used.

@@ -140,11 +140,11 @@ def test_where_only_t_is_random_each_way_of_drawing_it_has_its_sum():
     ):
         assert abs(found[0] - (T * (terms**2).sum() - terms.sum() ** 2)) <= 5 * found[1]
         assert least["low discrepancy"][0] < 1e-20 * found[0]  # a batch of a multiple of T has every t as often
-    p = 0.999 * costs / costs.sum() + 0.001 / T
+    p = 0.9 * costs / costs.sum() + 0.1 / T
     for name in ("loss second moment", "optimal"):
         torch.testing.assert_close(account.drawings[name].probabilities, torch.from_numpy(p))
-        assert account.value[name][0] <= (costs**2 / p).sum() - costs.sum() ** 2  # spread draws vary less still
-        assert account.value[name][0] < 1e-4 * account.value["uniform"][0]
+        assert account.value[name][0] <= (costs**2 / p).sum() - costs.sum() ** 2  # that of independent draws
+        assert account.value[name][0] < 1e-2 * account.value["uniform"][0]
 
 
 class Blind(nn.Module):
@@ -191,7 +191,7 @@ def test_the_optimal_drawing_is_in_proportion_to_root_second_moments_and_lowers_
     diffusion = gaussian_diffusion(schedule, m, v, shift=0.3, widen=1.4)
     account = variance_account(diffusion, x_0, num_particles=400, num_pairs=30, batch_size=20)
     root = account.second_moment.sqrt()
-    expected = 0.999 * root / root.sum() + 0.001 / 20
+    expected = 0.9 * root / root.sum() + 0.1 / 20
     torch.testing.assert_close(account.drawings["optimal"].probabilities, expected, atol=0, rtol=5e-3)
     learned = account.drawings["loss second moment"].probabilities
     assert float((learned / expected - 1).abs().max()) < 1.0
@@ -226,7 +226,7 @@ def test_it_prints_its_table():
     account = variance_account(diffusion, x_0, drawings, 2, 20, 3)
     lines = str(account).splitlines()
     assert lines[0].startswith("variance of one-step estimates, T = 4, batches of 3 (the terms vary most at t = ")
-    assert lines[1].split() == ["drawing", "of", "t", *("value", "±", "s.e.", "of", "first"), *("gradient", "±", "s.e.", "of", "first")]  # fmt: skip # noqa: E501
+    assert lines[1].split() == ["drawing", "of", "t", *("value", "±", "s.e.", "relative"), *("gradient", "±", "s.e.", "relative")]  # fmt: skip # noqa: E501
     assert len(lines) == 4
     for line, name in zip(lines[2:], drawings, strict=True):
         numbers = [float(word) for word in line.removeprefix(name).split()]
@@ -396,7 +396,7 @@ def test_training_tells_the_drawing_the_unweighted_costs():
         pyrodiff.DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0.repeat(4))
     costs, _ = Known.costs()
     torch.testing.assert_close(drawing.costs[:, 0], torch.from_numpy(costs))
-    p = 0.999 * costs / costs.sum() + 0.001 / 4
+    p = 0.9 * costs / costs.sum() + 0.1 / 4
     torch.testing.assert_close(drawing.probabilities, torch.from_numpy(p))
     before = drawing.costs.clone()
     diffusion.reverse.weight.data.mul_(2)

@@ -622,3 +622,55 @@ def test_the_standard_error_is_that_of_a_new_data_set(num_times):
     printed = str(first).splitlines()[5].split()
     assert printed[0] == "bound"
     assert [float(word) for word in printed[1:3]] == pytest.approx([float(nats[0].mean()), float(errors[0])], abs=1e-4)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Data that do not say how many they are."""
+
+    def __iter__(self):
+        return iter(X_0)
+
+
+def test_a_loader_that_does_not_know_its_length_is_taken_too():
+    diffusion = gaussian_diffusion(SCHEDULE, M, V)
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=2)
+    for evaluate in (bound, lambda *args: pyrodiff.importance_bound(*args, 2), pyrodiff.ode_log_prob):
+        assert len(evaluate(diffusion, loader).nats) == len(X_0)
+
+
+def test_a_decoder_and_a_denoiser_of_other_levels_are_refused():
+    forward = pyrodiff.GaussianForward(SCHEDULE)
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.LevelPrediction(nn.Identity(), forward, 17))
+    with pytest.raises(ValueError, match="decoder must have the 17 levels that the denoiser predicts, but it has 256"):
+        pyrodiff.Diffusion(forward, reverse, (2,), pyrodiff.DiscretizedDecoder(256))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_for_a_likelihood(dtype):
+    forward = pyrodiff.GaussianForward(SCHEDULE)
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(nn.Identity(), forward))
+    with pytest.raises(ValueError, match="x_0 must be float32 or float64, for a likelihood"):
+        bound(pyrodiff.Diffusion(forward, reverse, (2,)), X_0.to(dtype))
+
+
+class Same(nn.Module):
+    def forward(self, x_t, t):
+        return x_t
+
+
+def test_the_memory_of_a_decoder_counts():
+    forward = pyrodiff.GaussianForward(SCHEDULE)
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(Same(), forward))
+    x_0 = torch.ones(1, 50, dtype=torch.float64)
+    plain, levels = (
+        bytes_a_row(pyrodiff.Diffusion(forward, reverse, (50,), decoder), x_0)
+        for decoder in (pyrodiff.GaussianDecoder(), pyrodiff.SoftmaxDecoder(forward, 256))
+    )
+    assert levels - plain > 3 * 50 * 256 * 8
+
+
+def test_a_sum_of_bounds_is_that_of_all_data():
+    diffusion = gaussian_diffusion(SCHEDULE, M, V)
+    parts = [bound(diffusion, x[None], generator=0) for x in X_0]
+    assert sum(parts).nats.tolist() == [float(part.nats) for part in parts]
+    assert "mean of 3 data" in repr(sum(parts))

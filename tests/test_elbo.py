@@ -43,7 +43,7 @@ def test_value_and_gradient_are_those_of_pyros_elbo(options, one_step):
         loss = elbo.differentiable_loss(pair.model, pair.guide, X_0)
         losses.append(loss.detach())
         gradients.append(gradient(loss, diffusion))
-    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0].float(), losses[1])  # Pyro's adds the zeros of the masked u, in float64
     torch.testing.assert_close(gradients[0], gradients[1])
     assert gradients[0].abs().max() > 0.1
 

@@ -352,8 +352,8 @@ def test_one_number_a_datum_has_no_need_of_more_than_one_sign():
     torch.testing.assert_close(probed.estimates, exact.estimates.expand(2, -1), atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize(("size", "num_probes"), [(100, 0), (101, 10)])
-def test_the_divergence_is_computed_up_to_a_hundred_dimensions(size, num_probes):
+@pytest.mark.parametrize(("size", "num_probes"), [(20, 0), (21, 10)])
+def test_the_divergence_is_computed_up_to_twenty_dimensions(size, num_probes):
     schedule, _ = chain("preserving", 1)
     result = ode_log_prob(diffusion_of(Constant(torch.tensor(0.3)), schedule, (size,)), torch.full((2, size), 0.5))
     assert result.num_probes == num_probes
@@ -633,7 +633,7 @@ def test_what_has_no_flow_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_probes": -1}, "num_probes must be an int of at least 1, but it is -1"),
+        ({"num_probes": -1}, "num_probes must be an int of at least 0, or None, but it is -1"),
         ({"num_probes": 2.5}, "num_probes must be an int"),
         ({"num_probes": True}, "num_probes must be an int"),
         ({"num_probes": False}, "num_probes must be an int"),

@@ -40,12 +40,13 @@ INSIDE = {  # what modules share, and the package does not offer
     "batches",
     "bytes_a_row",
     "evaluating",
+    "expect",
     "progress_bar",
     "relative_entropy",
     "rows_within",
     "step_costs",
 }
-ASIDE = {"datasets": {"checks"}, "plots": {"accounting", "bounds", "diffusion"}}
+ASIDE = {"datasets": {"checks"}, "plots": {"accounting", "bounds", "checks", "diffusion"}}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 every_module = pytest.mark.parametrize("module", MODULES)
 

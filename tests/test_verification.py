@@ -514,8 +514,8 @@ def test_a_long_list_of_times_is_cut_short():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_repeats": 9}, "num_repeats must be at least 10, num_particles 2, but are 9 and 16"),
-        ({"num_particles": 1}, "num_repeats must be at least 10, num_particles 2, but are 50 and 1"),
+        ({"num_repeats": 9}, "num_repeats must be at least 10, but it is 9"),
+        ({"num_particles": 1}, "num_particles must be at least 2, but it is 1"),
         ({"num_repeats": 10.0}, "num_repeats must be an int"),
         ({"num_particles": True}, "num_particles must be an int"),
         ({"x_0": torch.ones(3, 5)}, "x_0 must have shape"),

@@ -45,20 +45,21 @@ def train(
         pyrodiff.DiffusionELBO(),
         clip_norm=10.0 * batch_size,
     )
-    averaged = AveragedModel(diffusion.reverse, multi_avg_fn=_running_average(average))
+    averaged = AveragedModel(diffusion.reverse, multi_avg_fn=_running_average(average)) if average > 0 else None
     diffusion.train()
     running = None
     with trange(num_steps, desc=name, unit="step", mininterval=0.5) as bar:
         for step in bar:
             loss = svi.step(draw(batch_size)) / batch_size
             running = loss if running is None else 0.99 * running + 0.01 * loss
-            averaged.update_parameters(diffusion.reverse)
+            if averaged is not None:
+                averaged.update_parameters(diffusion.reverse)
             for group in svi.optimizer.param_groups:
                 group["lr"] = lr * (1 + math.cos(math.pi * (step + 1) / num_steps)) / 2
             if step % 50 == 49:
                 bar.set_postfix_str(f"bound {float(running):.3f} nats")
     diffusion.eval()
-    if average > 0:
+    if averaged is not None:
         for parameter, mean in zip(diffusion.reverse.parameters(), averaged.module.parameters(), strict=True):
             parameter.data.copy_(mean)
 

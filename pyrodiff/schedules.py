@@ -399,7 +399,8 @@ class LogSNRSchedule(_FixedSchedule):
         last: :math:`\lambda_T`, below ``first``.
 
     Raises:
-        ValueError: If ``num_steps`` is below 1, a number is not finite, or ``last`` is not below ``first``.
+        ValueError: If ``num_steps`` is below 1, a number lies outside (-700, 700), where float64 ends, or ``last`` is not
+            below ``first``.
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), section 3.2: the schedule as :math:`\gamma = -\lambda`,
@@ -412,8 +413,8 @@ class LogSNRSchedule(_FixedSchedule):
 
     def __init__(self, num_steps: int, first: float = 9.0, last: float = -9.0) -> None:
         checks.positive_int("num_steps", num_steps)
-        checks.number("first", first, -math.inf, math.inf)
-        checks.number("last", last, -math.inf, first)
+        checks.number("first", first, -700, 700)
+        checks.number("last", last, -700, first)
         log_snr = torch.linspace(first, last, num_steps, dtype=torch.float64)
         log_alpha_bar = torch.nn.functional.logsigmoid(log_snr)
         beta = torch.cat([torch.sigmoid(-log_snr[:1]), -torch.expm1(log_alpha_bar.diff())])

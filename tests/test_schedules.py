@@ -228,3 +228,12 @@ def test_betas_given_as_a_float32_tensor_are_taken_as_they_are():
 def test_the_last_beta_may_be_one_and_leaves_no_signal():
     schedule = pyrodiff.BetaSchedule([0.3, 1.0])
     assert [schedule.signal(2).item(), schedule.noise(2).item(), schedule.log_snr(2).item()] == [0, 1, -float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [(9.0, 9.0, "last must be a number in"), (9.0, -2000.0, "last must be"), (float("inf"), -9.0, "first must be")],
+)
+def test_a_line_of_log_snr_has_to_fall_within_float64(first, last, words):
+    with pytest.raises(ValueError, match=words):
+        pyrodiff.LogSNRSchedule(5, first, last)

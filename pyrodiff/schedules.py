@@ -399,8 +399,8 @@ class LogSNRSchedule(_FixedSchedule):
         last: :math:`\lambda_T`, below ``first``.
 
     Raises:
-        ValueError: If ``num_steps`` is below 1, a number lies outside (-700, 700), where float64 ends, or ``last`` is not
-            below ``first``.
+        ValueError: If ``num_steps`` is below 1, a number lies outside (-700, 700), where float64 ends, or ``last`` is
+            not below ``first``.
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), section 3.2: the schedule as :math:`\gamma = -\lambda`,

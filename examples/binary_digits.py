@@ -121,7 +121,7 @@ def main(out: Path, num_steps: int = 3000) -> pyrodiff.Bound:
     for axes, (title, x) in zip(figure.subplots(1, 2), pictures.items(), strict=True):
         plots.bits(x, axes, columns=8).set_title(title)
     figure.savefig(out / "binary_digits.png", dpi=130)
-    print(f"  picture: {out / 'digits.png'}")
+    print(f"  picture: {out / 'binary_digits.png'}")
     return bound
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pyro.distributions as dist
 import torch
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
 import pyrodiff
@@ -113,6 +114,19 @@ class EightGaussians(nn.Module):
         law = torch.distributions.Independent(torch.distributions.Normal(a * self.centers, scale), 1)
         even = torch.distributions.Categorical(torch.ones(8, dtype=torch.float64))
         return torch.distributions.MixtureSameFamily(even, law)
+
+
+class Drift(PyroModule):
+    """A kernel with a random weight, and a record of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = PyroSample(dist.Normal(0.0, 1.0))
+        self.seen = []
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
+        self.seen.append(float(self.weight))
+        return dist.Normal(x_t * self.weight, 1.0).to_event(1)
 
 
 class BitTable(nn.Module):

@@ -8,8 +8,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import EightGaussians, Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
-from pyro.nn import PyroModule, PyroSample
+from exact import Drift, EightGaussians, Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -283,16 +282,6 @@ def test_no_bound_is_below_the_entropy_and_the_exact_denoiser_comes_near(varianc
 
 
 def test_a_random_weight_is_drawn_once_for_the_whole_bound():
-    class Drift(PyroModule):
-        def __init__(self):
-            super().__init__()
-            self.weight = PyroSample(dist.Normal(0.0, 1.0))
-            self.seen = []
-
-        def forward(self, x_t, t):
-            self.seen.append(float(self.weight))
-            return dist.Normal(x_t * self.weight, 1.0).to_event(1)
-
     process = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(5, 0.1, 0.3))
     diffusion = pyrodiff.Diffusion(process, Drift(), event_shape=(2,))
     x_0 = torch.full((4, 2), 0.7)

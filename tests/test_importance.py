@@ -7,10 +7,9 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
+from exact import Drift, Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
 from oracles import bit_matrix
 from pyro.infer import RenyiELBO
-from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 import pyrodiff
@@ -308,19 +307,6 @@ def test_the_effective_sample_size_counts_the_weights_that_matter():
         assert result.effective_sample_size.tolist() == pytest.approx(expected)
         mean_log = [math.log(sum(column) / 4) + offset for column in weights.T.tolist()]
         assert result.nats.tolist() == pytest.approx([-number for number in mean_log], rel=1e-12)
-
-
-class Drift(PyroModule):
-    """A kernel with a random weight, and a record of its values."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = PyroSample(dist.Normal(0.0, 1.0))
-        self.seen = []
-
-    def forward(self, x_t, t):
-        self.seen.append(float(self.weight))
-        return dist.Normal(x_t * self.weight, 1.0).to_event(1)
 
 
 def test_a_random_weight_is_drawn_once_for_all_particles_batches_and_steps():

@@ -276,7 +276,7 @@ class _Flow:
         reverse, process = self.diffusion.reverse, self.diffusion.forward_process
         if isinstance(reverse, GaussianReverse) and type(reverse).forward is GaussianReverse.forward:
             return reverse.denoiser(x_t, t).double().reshape(x.shape)
-        weight_t, weight_0, _ = process.posterior_weights(t, t - 1)
+        weight_t, weight_0, _ = process.schedule.posterior(t)
         mean = self.diffusion.model.kernel(x_t, t).mean.double().reshape(x.shape)
         return (mean - weight_t[:, None] * x) / weight_0[:, None]  # E[x_{t-1}] is that of the posterior's mean
 

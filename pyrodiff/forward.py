@@ -135,6 +135,8 @@ class Forward(Float64Module, ABC):
         Raises:
             ValueError: If so, or if there is no datum.
         """
+        if checks.trusted() and not wait:
+            return
         if not isinstance(x_0, Tensor):
             raise ValueError(f"x_0 must be a tensor, but it is a {type(x_0).__name__}")
         if x_0.dim() != 1 + len(event_shape) or x_0.shape[1:] != event_shape or len(x_0) == 0:
@@ -158,6 +160,8 @@ class Forward(Float64Module, ABC):
         Raises:
             ValueError: As for :meth:`transition`.
         """
+        if checks.trusted():
+            return t - 1 if s is None else s
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
             raise ValueError(f"the state must be a tensor with a floating dtype, but it {got}")
@@ -177,6 +181,8 @@ class Forward(Float64Module, ABC):
 
     def _earlier_of_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None) -> int | Tensor:
         s = self.earlier(x_t, t, s, first=1)
+        if checks.trusted():
+            return s
         if not isinstance(x_0, Tensor) or x_0.shape != x_t.shape[x_t.dim() - x_0.dim() :]:
             shape = tuple(x_0.shape) if isinstance(x_0, Tensor) else x_0
             raise ValueError(f"x_0 must have the shape {tuple(x_t.shape)} of the state x_t, but its shape is {shape}")
@@ -186,6 +192,40 @@ class Forward(Float64Module, ABC):
 def event_dim(x: Tensor, t: int | Tensor) -> int:
     """The number of event dimensions of x: all but the batch dimensions, which are those of t, or one."""
     return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
+
+
+class Isotropic(dist.Independent):
+    """A Gaussian with one standard deviation for all numbers of a datum, and a KL that makes use of it.
+
+    Attributes:
+        deviation: The standard deviation in float64, with the batch shape of the law, or of shape ().
+    """
+
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, deviation: Tensor, event_dim: int) -> dist.Distribution:
+        """The Gaussian with a mean of shape (*batch_shape, *event_shape)."""
+        base = dist.Normal(mean, like(deviation, mean))
+        if event_dim == 0:
+            return base
+        law = cls(base, event_dim)
+        law.deviation = deviation
+        return law
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "Isotropic":
+        law = super().expand(batch_shape, _instance)
+        law.deviation = self.deviation.expand(batch_shape)
+        return law
+
+
+@register_kl(Isotropic, Isotropic)
+def _kl_isotropic(q: Isotropic, p: Isotropic) -> Tensor:
+    """The terms that all numbers share are computed once a datum, in float64: near 0 they cancel."""
+    shift = (q.base_dist.loc - p.base_dist.loc).flatten(len(q.batch_shape))
+    ratio = (q.deviation / p.deviation) ** 2
+    shared = shift.shape[-1] * (ratio - 1 - ratio.log())
+    return (shift.square().sum(-1) / p.deviation**2 + shared).to(shift.dtype) / 2
 
 
 class Bits(dist.Bernoulli):
@@ -241,24 +281,14 @@ class GaussianForward(Forward):
         signal, noise = self.schedule.step(t, s)
         return self._normal(like(signal, x_s) * x_s, noise, t)
 
+    def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.Distribution:
+        self.earlier(x_0, t, 0)
+        return self._normal(like(self.schedule.signal(t), x_0) * x_0, self.schedule.noise(t), t)
+
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = self._earlier_of_posterior(x_t, x_0, t, s)
-        weight_t, weight_0, noise = self.posterior_weights(t, s)
+        self._earlier_of_posterior(x_t, x_0, t, s)
+        weight_t, weight_0, noise = self.schedule.posterior(t, s)
         return self._normal(like(weight_t, x_t) * x_t + like(weight_0, x_t) * x_0, noise, t)
-
-    def posterior_weights(self, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights of x_t and of x_0 in the posterior's mean, and its standard deviation.
-
-        Arguments:
-            t: The time, in 1..T, an int or an integer tensor.
-            s: The earlier time, in 0..t-1. At s = 0 they are 0, 1 and 0.
-
-        Returns:
-            Three float64 tensors with the shape of ``t``.
-        """
-        schedule = self.schedule
-        (signal, noise), noise_s, noise_t = schedule.step(t, s), schedule.noise(s), schedule.noise(t)
-        return signal * (noise_s / noise_t) ** 2, schedule.signal(s) * (noise / noise_t) ** 2, noise_s * noise / noise_t
 
     def noise(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The noise :math:`\epsilon = (x_t - a_t x_0) / b_t` that leads from ``x_0`` to ``x_t``, of their shape."""
@@ -277,15 +307,16 @@ class GaussianForward(Forward):
 
     def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
         T, dtype = self.num_steps, dtype or torch.get_default_dtype()
-        scale = (self.schedule.signal(T) ** 2 + self.schedule.noise(T) ** 2).sqrt().to(dtype)
-        return dist.Normal(scale.new_zeros(tuple(event_shape)), scale).to_event(len(event_shape))
+        scale = (self.schedule.signal(T) ** 2 + self.schedule.noise(T) ** 2).sqrt()
+        mean = torch.zeros(tuple(event_shape), dtype=dtype, device=scale.device)
+        return Isotropic.of(mean, scale, len(event_shape))
 
     def scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """The signal and the noise at t, in the dtype of ``x_t`` and broadcastable against it."""
         return like(self.schedule.signal(t), x_t), like(self.schedule.noise(t), x_t)
 
     def _normal(self, mean: Tensor, noise: Tensor, t: int | Tensor) -> dist.Distribution:
-        return dist.Normal(mean, like(noise, mean)).to_event(event_dim(mean, t))
+        return Isotropic.of(mean, noise, event_dim(mean, t))
 
 
 class BinomialForward(Forward):

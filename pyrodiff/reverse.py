@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid
 
 from . import checks
 from .denoisers import LogitPrediction, Retimed
-from .forward import BinomialForward, Bits, GaussianForward, event_dim
+from .forward import BinomialForward, Bits, GaussianForward, Isotropic, event_dim
 from .schedules import Float64Module, like
 
 __all__ = [
@@ -91,7 +91,7 @@ class PosteriorVariance(Variance):
         if process.num_steps == 1:
             return process.schedule.beta(t)
         t = t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2)
-        return process.posterior_weights(t, t - 1)[2] ** 2
+        return process.schedule.posterior(t)[2] ** 2
 
 
 class FixedVariance(Variance):
@@ -167,10 +167,10 @@ class GaussianReverse(PyroModule):
         Raises:
             ValueError: If t is not an integer or lies outside 1..T.
         """
-        weight_t, weight_0, _ = self.forward_process.posterior_weights(t, self.forward_process.earlier(x_t, t))
+        self.forward_process.earlier(x_t, t)
+        weight_t, weight_0, _ = self.forward_process.schedule.posterior(t)
         mean = like(weight_t, x_t) * x_t + like(weight_0, x_t) * self.denoiser(x_t, t)
-        scale = like(self.variance(self.forward_process, t).sqrt(), mean)
-        return dist.Normal(mean, scale).to_event(event_dim(x_t, t))
+        return Isotropic.of(mean, self.variance(self.forward_process, t).sqrt(), event_dim(x_t, t))
 
     def subchain(self, forward: GaussianForward) -> "GaussianReverse":
         r"""The reverse process of fewer steps, :math:`p_\theta(x_{\tau_{k-1}} | x_{\tau_k})`, of the same denoiser.

@@ -106,9 +106,25 @@ class Schedule(Float64Module, ABC):
         remaining = -torch.expm1(self.log_snr(t) - self.log_snr(s))
         return self.signal(t) / self.signal(s), self.noise(t) * remaining.sqrt()
 
+    def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Of :math:`q(x_s | x_t, x_0)` the weights of x_t and of x_0 in the mean, and the standard deviation.
+
+        .. math:: \frac{a_{t|s} b_s^2}{b_t^2}, \qquad \frac{a_s b_{t|s}^2}{b_t^2}, \qquad \frac{b_s b_{t|s}}{b_t}
+
+        s is t - 1 if not given; at s = 0 they are 0, 1 and 0.
+
+        References:
+            Variational Diffusion Models (Kingma et al., 2021), Eqs. 25-26, https://arxiv.org/abs/2107.00630
+        """
+        s = t - 1 if s is None else s
+        (signal, noise), noise_s, noise_t = self.step(t, s), self.noise(s), self.noise(t)
+        return signal * (noise_s / noise_t) ** 2, self.signal(s) * (noise / noise_t) ** 2, noise_s * noise / noise_t
+
 
 def _lookup(table: Tensor, t: int | Tensor) -> Tensor:
     """The value at t of a table of T + 1 values."""
+    if checks.trusted() and isinstance(t, Tensor):
+        return table[t.long()] if t.dim() != 1 else table.index_select(0, t)
     num_steps = len(table) - 1
     checks.integer("t", t, num_steps)
     expected = f"t must lie in 0..{num_steps}"
@@ -191,6 +207,22 @@ class _FixedSchedule(Schedule):
             raise ValueError(f"betas must leave some signal before the last step, but alpha_bar({t}) is 0 in float64")
         for name, table in (("beta", beta), ("signal", signal), ("noise", noise), ("log_snr", log_snr)):
             self.register_buffer(f"_{name}", table.double())
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        """The posterior's weights of all t, which every step of training asks for."""
+        t = torch.arange(1, self.num_steps + 1, device=self._noise.device)
+        weights = torch.stack(super().posterior(t, t - 1))
+        self.register_buffer("_posterior", torch.cat([weights[:, :1], weights], 1), persistent=False)
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._tabulate()
+
+    def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if s is not None or not (isinstance(t, Tensor) and t.dim() == 1 and checks.trusted()):
+            return super().posterior(t, s)
+        return self._posterior.index_select(1, t).unbind()
 
     def beta(self, t: int | Tensor) -> Tensor:
         return _lookup(self._beta, t)

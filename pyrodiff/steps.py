@@ -317,7 +317,7 @@ class SimpleWeighting(Float64Module):
         if process.schedule.signal(process.num_steps) == 0:
             raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")
         t = torch.arange(1, process.num_steps + 1, device=process.schedule.noise(0).device)
-        _, weight_0, _ = process.posterior_weights(t, t - 1)
+        _, weight_0, _ = process.schedule.posterior(t)
         variance = reverse.variance(process, t).detach()
         weight = 2 * variance / weight_0**2 * process.schedule.log_snr(t).exp() / process.num_steps
         self.register_buffer("weight", weight, persistent=False)

@@ -123,7 +123,7 @@ def test_gaussian_posterior_is_the_marginal_conditioned_on_x_t(name):
 def test_posterior_weights_are_those_of_conditioning(name):
     q, steps = gaussian(name)
     for s, t in PAIRS:
-        weights = q.posterior_weights(t, s)
+        weights = q.schedule.posterior(t, s)
         if s == 0:
             close(weights, [0, 1, 0], rtol=0, atol=0)
             continue
@@ -132,9 +132,9 @@ def test_posterior_weights_are_those_of_conditioning(name):
         of_x_t, _ = oracles.condition(0, variance_s, gain_ts, variance_ts, 1)
         close(weights, [of_x_t, of_x_0, variance**0.5])
     t, s = torch.tensor([7, 3, 2]), torch.tensor([4, 1, 1])
-    together = q.posterior_weights(t, s)
+    together = q.schedule.posterior(t, s)
     for i in range(3):
-        assert [w[i].item() for w in together] == [w.item() for w in q.posterior_weights(int(t[i]), int(s[i]))]
+        assert [w[i].item() for w in together] == [w.item() for w in q.schedule.posterior(int(t[i]), int(s[i]))]
 
 
 @every_preserving

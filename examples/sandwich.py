@@ -57,7 +57,7 @@ class Shifted(nn.Module):
 def exact_variances(forward: pyrodiff.GaussianForward) -> Tensor:
     """The variance of x_{t-1} given x_t alone, of N(M, V): the posterior's, and what is not known of x_0."""
     t = torch.arange(1, forward.num_steps + 1)
-    _, weight_0, scale = forward.posterior_weights(t, t - 1)
+    _, weight_0, scale = forward.schedule.posterior(t)
     left = 1 / (1 / V + forward.schedule.log_snr(t).exp())
     return scale**2 + weight_0**2 * left
 

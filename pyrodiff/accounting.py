@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import checks
-from .bounds import step_costs
 from .diffusion import Diffusion, OneStep
 from .elbo import DiffusionELBO
 from .evaluation import batches, evaluating, progress_bar, rows_within
 from .steps import Drawing, ImportanceDrawing, LossSecondMoment, LowDiscrepancyDrawing, UniformDrawing
+from .terms import step_costs
 
 __all__ = ["VarianceAccount", "variance_account"]
 
@@ -154,7 +154,10 @@ def _costs(diffusion: Diffusion, x_0: Tensor, num_particles: int, memory_budget:
     T, rows = diffusion.num_steps, rows_within(memory_budget, diffusion, x_0)
     i = torch.randint(len(x_0), (T * num_particles,), device=x_0.device)
     t = torch.arange(T * num_particles, device=x_0.device) // num_particles + 1
-    costs = [step_costs(diffusion, x_0[part], now) for part, now in zip(i.split(rows), t.split(rows), strict=True)]
+    costs = [
+        step_costs(diffusion.model, x_0[part], now, first=bool(now[0] == 1), later=bool(now[-1] > 1))
+        for part, now in zip(i.split(rows), t.split(rows), strict=True)
+    ]
     return torch.cat(costs).reshape(T, num_particles).double()
 
 

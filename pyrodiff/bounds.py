@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from . import checks
 from .diffusion import Diffusion
-from .elbo import relative_entropy
 from .evaluation import batches, evaluating, expect, progress_bar, rows_within
 from .likelihoods import Likelihood
+from .terms import prior_cost, step_costs
 
-__all__ = ["Bound", "ImportanceBound", "bound", "importance_bound", "step_costs"]
+__all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -163,13 +163,15 @@ def _bound(diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor,
     for start in range(0, num_parts * P * B, rows):
         row = torch.arange(start, min(start + rows, num_parts * P * B), device=x_0.device)
         part, i = row // (P * B), row % B
-        first, size = parts[part], parts[part + 1] - parts[part]
-        t = first + (torch.rand(len(row), device=x_0.device, dtype=torch.float64) * size).long()
-        steps.index_add_(0, (t - 1) * B + i, step_costs(diffusion, x_0[i], t) * size.to(x_0.dtype))
+        start_of, size = parts[part], parts[part + 1] - parts[part]
+        t = start_of + (torch.rand(len(row), device=x_0.device, dtype=torch.float64) * size).long()
+        first, later = start < P * B, start + len(row) > P * B
+        costs = step_costs(diffusion.model, x_0[i], t, first=first, later=later)
+        steps.index_add_(0, (t - 1) * B + i, costs * size.to(x_0.dtype))
         bar.update(len(row))
     steps = steps.reshape(T, B) / P
     return Bound(
-        prior=_prior_cost(diffusion, x_0, P),
+        prior=torch.stack([prior_cost(diffusion.model, x_0) for _ in range(P)]).mean(0),
         denoising=steps[1:],
         reconstruction=steps[0],
         event_shape=diffusion.event_shape,
@@ -178,40 +180,11 @@ def _bound(diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor,
     )
 
 
-def _prior_cost(diffusion: Diffusion, x_0: Tensor, num_particles: int) -> Tensor:
-    """L_T, with shape (B,)."""
-    q = diffusion.forward_process.marginal(x_0, diffusion.num_steps)
-    p = diffusion.model.top(x_0.dtype).expand(q.batch_shape)
-    return torch.stack([relative_entropy(q, p) for _ in range(num_particles)]).mean(0)
-
-
 def _prior_entropy(diffusion: Diffusion) -> float | None:
     try:
         return float(diffusion.model.top(torch.float64).entropy())
     except NotImplementedError:
         return None
-
-
-def step_costs(diffusion: Diffusion, x_0: Tensor, t: Tensor) -> Tensor:
-    """L_{t-1} where t > 1 and L_0 where t = 1, one fresh draw of x_t a datum; it can be differentiated.
-
-    Arguments:
-        diffusion: The model, whose ``model.running()`` holds around the call if it has random weights.
-        x_0: The data, with shape (B, *event_shape).
-        t: The times, ascending, with shape (B,).
-
-    Returns:
-        Costs in nats, with shape (B,).
-    """
-    model, q = diffusion.model, diffusion.forward_process
-    x_t = q.marginal(x_0, t).sample()
-    kernel = model.kernel(x_t, t)
-    cost = x_0.new_zeros(len(t))
-    if t[-1] > 1:
-        cost = relative_entropy(q.posterior(x_t, x_0, t.clamp(min=2)), kernel)
-    if t[0] == 1:
-        cost = torch.where(t == 1, -model.decoded(kernel, x_t).log_prob(x_0), cost)
-    return cost
 
 
 @dataclass(frozen=True, repr=False, eq=False)

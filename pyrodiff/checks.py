@@ -9,23 +9,39 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-
 _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
+_blind: ContextVar[bool] = ContextVar("blind", default=False)
 
 
 @contextmanager
-def trusting(trust: bool = True) -> Iterator[None]:
-    """Within, what was checked before is taken on trust: shapes, dtypes and values of states, times and data."""
-    token = _trusting.set(trust)
+def trusting(blind: bool | None = None) -> Iterator[None]:
+    """Within, what was checked before is taken on trust: shapes, dtypes and values of states, times and data.
+
+    Arguments:
+        blind: Whether no value of a tensor may be read either, as while a program is traced into a graph; as before,
+            if not given.
+    """
+    tokens = _trusting.set(True), _blind.set(_blind.get() if blind is None else blind)
     try:
         yield
     finally:
-        _trusting.reset(token)
+        _trusting.reset(tokens[0])
+        _blind.reset(tokens[1])
 
 
 def trusted() -> bool:
     """Whether states, times and data are to be taken on trust."""
     return _trusting.get()
+
+
+def blind() -> bool:
+    """Whether no value of a tensor may be read, as while a program is traced."""
+    return _blind.get()
+
+
+def legible(x: Tensor) -> bool:
+    """Whether values may be read: not while a program is traced, nor on an accelerator, which that would stall."""
+    return x.device.type == "cpu" and not _blind.get()
 
 
 def positive_int(name: str, value: object, *, even: bool = False) -> None:
@@ -52,6 +68,12 @@ def number(name: str, value: object, low: float, high: float) -> None:
     """A number strictly between two others."""
     if isinstance(value, bool) or not (isinstance(value, int | float) and low < value < high):
         raise ValueError(f"{name} must be a number in ({low}, {high}), but it is {value!r}")
+
+
+def one_of(name: str, value: object, values: Sequence) -> None:
+    """One of a few values."""
+    if not any(value is one or (isinstance(value, str) and value == one) for one in values):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, but it is {value!r}")
 
 
 def probability(name: str, value: object) -> None:
@@ -120,8 +142,8 @@ def integer(name: str, value: object, high: int, low: int = 0) -> None:
 
 
 def holds(condition: bool | Tensor) -> bool:
-    """Whether a condition holds everywhere. On an accelerator it is taken to: reading it would stall every step."""
-    return (condition.device.type != "cpu" or bool(condition.all())) if isinstance(condition, Tensor) else condition
+    """Whether a condition holds everywhere; it is taken to where it is not to be read."""
+    return (not legible(condition) or bool(condition.all())) if isinstance(condition, Tensor) else condition
 
 
 def step(t: int | Tensor, num_steps: int) -> None:

@@ -22,6 +22,7 @@ References:
 
 from abc import abstractmethod
 
+import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ class NoisePrediction(_DividesBySignal):
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return (x_t - noise * self.output(x_t, t)) / signal
+        return torch.addcmul(x_t / signal, self.output(x_t, t), -noise / signal)
 
 
 class ScorePrediction(_DividesBySignal):
@@ -179,7 +180,7 @@ class ScorePrediction(_DividesBySignal):
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return (x_t + noise**2 * self.output(x_t, t)) / signal
+        return torch.addcmul(x_t / signal, self.output(x_t, t), noise**2 / signal)
 
 
 class VelocityPrediction(Denoiser):
@@ -195,7 +196,8 @@ class VelocityPrediction(Denoiser):
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return (signal * x_t - noise * self.output(x_t, t)) / (signal**2 + noise**2)
+        total = signal**2 + noise**2
+        return torch.addcmul(signal / total * x_t, self.output(x_t, t), -noise / total)
 
 
 class LogitPrediction(Denoiser):

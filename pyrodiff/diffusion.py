@@ -28,6 +28,7 @@ References:
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -256,7 +257,15 @@ class TrajectoryGuide(nn.Module):
                 x = pyro.sample(f"x_{t - 1}", q.posterior(x, x_0, _time(x, t, self.event_shape)))
 
 
-class _Generative(nn.Module):
+class Parts(NamedTuple):
+    """Modules below a program: Pyro's, those with statistics of the batch, and whether its decoder learns."""
+
+    of_pyro: list[PyroModule]
+    of_batch: list[nn.Module]
+    decoder_learns: bool
+
+
+class Generative(nn.Module):
     """The parts of p_θ(x_0:T), checked as they are used."""
 
     def __init__(
@@ -270,6 +279,17 @@ class _Generative(nn.Module):
         super().__init__()
         self.forward_process, self.reverse, self.event_shape = forward, reverse, event_shape
         self.decoder, self.prior = decoder, prior
+        self._parts: Parts | None = None
+
+    def parts(self) -> "Parts":
+        """What is below, as of when the program last ran."""
+        if self._parts is None:
+            self._parts = Parts(
+                [module for module in self.modules() if isinstance(module, PyroModule)],
+                [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)],
+                next(self.decoder.parameters(), None) is not None,
+            )
+        return self._parts
 
     @property
     def num_steps(self) -> int:
@@ -291,6 +311,8 @@ class _Generative(nn.Module):
         return self._checked(self.decoder(kernel, x_1), "decoder", x_1)
 
     def _checked(self, law: dist.Distribution, name: str, x: Tensor) -> dist.Distribution:
+        if checks.trusted():
+            return law
         batch_shape = x.shape[: x.dim() - len(self.event_shape)]
         if _check_law(law, name, self.event_shape).batch_shape not in (batch_shape, torch.Size()):
             raise ValueError(
@@ -307,6 +329,8 @@ class _Generative(nn.Module):
             self.forward_process.check(x_0, self.event_shape, wait)
             if isinstance(self.decoder, Decoder):
                 self.decoder.check(x_0, wait)
+            if checks.trusted() and not wait:
+                return x_0.dtype
         dtypes = [parameter.dtype for parameter in self.reverse.parameters() if parameter.is_floating_point()]
         if x_0 is None:
             return dtypes[0] if dtypes else torch.get_default_dtype()
@@ -321,6 +345,7 @@ class _Generative(nn.Module):
         Random weights (each ``PyroSample``) are drawn now, before the chain and outside its plate. A ``PyroModule``
         forgets them when its outermost call returns, so the modules' contexts are kept open for all of the chain.
         """
+        self._parts = None
         for name, part in self.named_children():
             _claim_names(name, part)
             if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
@@ -352,7 +377,7 @@ def _claim_names(name: str, part: nn.Module) -> None:
             del store[key]
 
 
-class TrajectoryModel(_Generative):
+class TrajectoryModel(Generative):
     """The model p_θ(x_0:T): sites ``x_T .. x_1`` and ``x_0``, in the plate "data".
 
     Called as ``model(x_0)``, with data of shape (B, *event_shape), it observes them; called as
@@ -367,6 +392,10 @@ class TrajectoryModel(_Generative):
         dtype = self.dtype(x_0)
         with self.running():
             return self._chain(x_0, num_samples if x_0 is None else len(x_0), dtype)
+
+    def matches(self, guide: nn.Module) -> bool:
+        """Whether this is the guide of the same diffusion."""
+        return isinstance(guide, TrajectoryGuide) and guide.forward_process is self.forward_process
 
     def _chain(self, x_0: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
         data, T = pyro.plate("data", size, dim=-1), self.num_steps
@@ -391,15 +420,13 @@ class _Step(nn.Module):
         self.forward_process, self.event_shape = forward, event_shape
         self.drawing, self.weighting = drawing, weighting
 
-    def draw(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The times, with shape (B,), the states x_t and the scale w(t) / p(t); within the plate, in both programs."""
-        uniforms = self.drawing.uniforms(
-            torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)  # so that a rare t has its probability
-        )
-        with poutine.mask(mask=False):
-            u = pyro.sample("u", uniforms)
-            t, probability = self.drawing(u, self.forward_process.num_steps)
-            x_t = pyro.sample("x_t", self.forward_process.marginal(x_0.expand(t.shape + self.event_shape), t))
+    def draw(self, x_0: Tensor, sample: Callable[[str, dist.Distribution], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The times, with shape (B,), the states x_t and the scale w(t) / p(t); ``sample`` draws from a law by name."""
+        like = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)  # so that a rare t has its probability
+        t, probability = self.drawing(sample("u", self.drawing.uniforms(like)), self.forward_process.num_steps)
+        x_t = sample("x_t", self.forward_process.marginal(x_0.expand(t.shape + self.event_shape), t))
+        if type(self.weighting) is BoundWeighting:
+            return t, x_t, (1 / probability).to(x_0.dtype)
         weight = self.weighting(t)
         if not isinstance(weight, Tensor) or weight.shape != t.shape:
             raise ValueError(f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is {weight!r}")
@@ -429,13 +456,14 @@ class OneStepGuide(nn.Module):
         q.check(x_0, self.step.event_shape)
         with pyro.plate("data", len(x_0), dim=-1):
             pyro.sample("x_T", q.marginal(x_0, q.num_steps))
-            t, x_t, scale = self.step.draw(x_0)
+            with poutine.mask(mask=False):
+                t, x_t, scale = self.step.draw(x_0, pyro.sample)
             if q.num_steps > 1:
                 with self.step.scored(scale, t > 1):  # at t = 1 the posterior is a point: another stands in, unscored
                     pyro.sample("x_s", q.posterior(x_t, x_0, t.clamp(min=2)), infer=self.step.told(t, t > 1))
 
 
-class OneStepModel(_Generative):
+class OneStepModel(Generative):
     """The model of the one-step pair, called as ``model(x_0)``: see :class:`OneStep`."""
 
     def __init__(self, model: TrajectoryModel, step: _Step) -> None:
@@ -447,11 +475,16 @@ class OneStepModel(_Generative):
         with self.running():
             self._score(x_0, dtype)
 
+    def matches(self, guide: nn.Module) -> bool:
+        """Whether this is the guide of the same pair."""
+        return isinstance(guide, OneStepGuide) and guide.step is self.step
+
     def _score(self, x_0: Tensor, dtype: torch.dtype) -> None:
         data, step = pyro.plate("data", len(x_0), dim=-1), self.step
         with data:
             pyro.sample("x_T", self.top(dtype))
-            t, x_t, scale = step.draw(x_0)
+            with poutine.mask(mask=False):
+                t, x_t, scale = step.draw(x_0, pyro.sample)
         kernel = self.kernel(x_t, t)
         law = self.decoded(kernel, x_t)
         with data:

@@ -19,34 +19,12 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution, Independent
 
-__all__ = ["DiffusionELBO", "relative_entropy"]
+from . import checks
+from .terms import innermost, is_listened_to, pair_costs, precisely, relative_entropy
 
-
-def relative_entropy(q: Distribution, p: Distribution, x: Tensor | None = None) -> Tensor:
-    """KL(q || p) where it is registered; else its estimate log q(x) - log p(x) at the draw ``x`` of q.
-
-    Arguments:
-        q, p: Distributions with the same batch_shape (B,) and event_shape.
-        x: A draw of q, with shape (B, *event_shape); a fresh one if it is needed and not given.
-
-    Returns:
-        A tensor with shape (B,), in nats.
-    """
-    if not isinstance(_innermost(q), Delta):  # Pyro's KL of a Delta leaves out its log density
-        try:
-            return kl_divergence(q, p)
-        except NotImplementedError:
-            pass
-    x = q.sample() if x is None else x
-    return q.log_prob(x) - p.log_prob(x)
-
-
-def _innermost(law: Distribution) -> Distribution:
-    while isinstance(law, Independent | MaskedDistribution):
-        law = law.base_dist
-    return law
+__all__ = ["DiffusionELBO"]
 
 
 class DiffusionELBO(TraceMeanField_ELBO):
@@ -92,6 +70,9 @@ class DiffusionELBO(TraceMeanField_ELBO):
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, the negative bound in nats summed over the data, as a tensor that can be differentiated."""
+        costs = self._direct_costs(model, guide, args, kwargs)
+        if costs is not None:
+            return costs.sum()
         return sum((term.sum() for term in self.terms(model, guide, *args, **kwargs).values()), torch.zeros(()))
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -106,11 +87,18 @@ class DiffusionELBO(TraceMeanField_ELBO):
             loss.backward(retain_graph=self.retain_graph)
         return loss.detach()
 
+    def _direct_costs(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor | None:
+        """The costs without a message, of a pair that was checked before and has nobody listening."""
+        if not checks.trusted() or self.num_particles > 1 or is_listened_to():
+            return None
+        return pair_costs(model, guide, args, kwargs)
+
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        _check_pair(_sites(model_trace), _sites(guide_trace))
+        if not checks.trusted():
+            _check_pair(_sites(model_trace), _sites(guide_trace))
         return model_trace, guide_trace
 
     def _costs(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
@@ -119,10 +107,11 @@ class DiffusionELBO(TraceMeanField_ELBO):
         for name, site in model_sites.items():
             if site["mask"] is False:
                 continue
-            if site["is_observed"]:
-                cost = -site["fn"].log_prob(site["value"])
-            else:
-                cost = relative_entropy(guide_sites[name]["fn"], site["fn"], site["value"])
+            with precisely():
+                if site["is_observed"]:
+                    cost = -site["fn"].log_prob(site["value"])
+                else:
+                    cost = relative_entropy(guide_sites[name]["fn"], site["fn"], site["value"])
             if "tell" in site["infer"] and torch.is_grad_enabled():
                 site["infer"]["tell"](cost.detach())
             yield name, self._of_datum(cost, site)
@@ -176,7 +165,7 @@ def _check_pair(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> N
         _check_site(name, model_sites[name], guide_sites[name])
     for name in auxiliary:
         _check_reparameterised(name, guide_sites[name])
-        if not any(isinstance(_innermost(guide_sites[other]["fn"]), Delta) for other in latent):
+        if not any(isinstance(innermost(guide_sites[other]["fn"]), Delta) for other in latent):
             raise ValueError(
                 f"guide must draw an auxiliary site only to put a Delta at a latent site of the model, as Pyro's "
                 f"automatic guides do, but no site of it is a Delta and {name!r} is auxiliary: its entropy would count "
@@ -216,7 +205,7 @@ def _check_reparameterised(name: str, guide_site: dict) -> None:
     if not q.has_rsample and q.log_prob(guide_site["value"]).requires_grad:
         raise ValueError(
             f"guide must not learn the law of a site that is not reparameterised, but the parameters of {name!r} "
-            f"({type(_innermost(q)).__name__}) require a gradient, which would be wrong: detach them, or use "
+            f"({type(innermost(q)).__name__}) require a gradient, which would be wrong: detach them, or use "
             f"pyro.infer.TraceGraph_ELBO"
         )
 

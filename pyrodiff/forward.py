@@ -33,7 +33,7 @@ from torch.distributions import register_kl
 from torch.nn.functional import softplus
 
 from . import checks
-from .schedules import Float64Module, Schedule, SubSchedule, like
+from .schedules import Float64Module, Schedule, SubSchedule, like, tabulated
 
 __all__ = ["BinomialForward", "Forward", "GaussianForward"]
 
@@ -110,6 +110,23 @@ class Forward(Float64Module, ABC):
         Returns:
             A distribution with batch_shape () and the given event_shape, on the schedule's device.
         """
+
+    def trajectory(self, x_0: Tensor) -> Tensor:
+        """A draw of all states, x_1, ..., x_T of q(x_1:T | x_0).
+
+        Arguments:
+            x_0: The data, with shape (B, *event_shape).
+
+        Returns:
+            A tensor with shape (T, B, *event_shape).
+
+        Raises:
+            ValueError: As for :meth:`transition`.
+        """
+        states = [x_0]
+        for t in range(1, self.num_steps + 1):
+            states.append(self.transition(states[-1], t)())
+        return torch.stack(states[1:])
 
     def subchain(self, times: Sequence[int]) -> "Forward":
         r"""The forward process of fewer steps, :math:`q(x_{\tau_1}, \dots, x_{\tau_K} | x_0)`, the same law of these.
@@ -195,37 +212,64 @@ def event_dim(x: Tensor, t: int | Tensor) -> int:
 
 
 class Isotropic(dist.Independent):
-    """A Gaussian with one standard deviation for all numbers of a datum, and a KL that makes use of it.
+    """A Gaussian with one standard deviation for all numbers of a datum, which makes it cheap.
 
-    Attributes:
-        deviation: The standard deviation in float64, with the batch shape of the law, or of shape ().
+    It is ``Normal(mean, deviation).to_event(...)``, but that is built only if somebody asks for it.
+
+    Arguments:
+        mean: The mean, with shape (*batch_shape, *event_shape).
+        deviation: The standard deviation in float64, with shape batch_shape or ().
+        event_dim: The number of dimensions of the event, at least 1.
     """
 
-    deviation: Tensor
+    has_rsample = True
+    _validate_args = False  # the normal law below does that
 
-    @classmethod
-    def of(cls, mean: Tensor, deviation: Tensor, event_dim: int) -> dist.Distribution:
-        """The Gaussian with a mean of shape (*batch_shape, *event_shape)."""
-        base = dist.Normal(mean, like(deviation, mean))
-        if event_dim == 0:
-            return base
-        law = cls(base, event_dim)
-        law.deviation = deviation
-        return law
+    def __init__(self, mean: Tensor, deviation: Tensor, event_dim: int) -> None:
+        split = mean.dim() - event_dim
+        self.loc, self.deviation, self.reinterpreted_batch_ndims = mean, deviation, event_dim
+        dist.TorchDistribution.__init__(self, mean.shape[:split], mean.shape[split:])
+        if torch.distributions.Distribution._validate_args:
+            self._base()
+
+    @property
+    def base_dist(self) -> dist.Distribution:
+        return self._base()
+
+    def _base(self) -> dist.Distribution:
+        return dist.Normal(self.loc, like(self.deviation, self.loc))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "Isotropic":
-        law = super().expand(batch_shape, _instance)
-        law.deviation = self.deviation.expand(batch_shape)
-        return law
+        batch_shape = torch.Size(batch_shape)
+        mean, deviation = self.loc.expand(batch_shape + self.event_shape), self.deviation
+        return type(self)(mean, deviation.expand(batch_shape) if deviation.dim() else deviation, len(self.event_shape))
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        shape = self._extended_shape(sample_shape)
+        epsilon = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return torch.addcmul(self.loc, like(self.deviation, self.loc), epsilon)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+def isotropic(mean: Tensor, deviation: Tensor, event_dim: int) -> dist.Distribution:
+    """:class:`Isotropic`, or just a normal where a datum is one number."""
+    return Isotropic(mean, deviation, event_dim) if event_dim else dist.Normal(mean, like(deviation, mean))
 
 
 @register_kl(Isotropic, Isotropic)
 def _kl_isotropic(q: Isotropic, p: Isotropic) -> Tensor:
-    """The terms that all numbers share are computed once a datum, in float64: near 0 they cancel."""
-    shift = (q.base_dist.loc - p.base_dist.loc).flatten(len(q.batch_shape))
-    ratio = (q.deviation / p.deviation) ** 2
-    shared = shift.shape[-1] * (ratio - 1 - ratio.log())
-    return (shift.square().sum(-1) / p.deviation**2 + shared).to(shift.dtype) / 2
+    """What all numbers of a datum share is computed once, in float64: near 0 it cancels."""
+    shift = (q.loc - p.loc).flatten(len(q.batch_shape))
+    ratio, weight = (q.deviation / p.deviation) ** 2, 0.5 / p.deviation**2
+    shared = (ratio - ratio.log() - 1) * (shift.shape[-1] / 2)
+    return torch.addcmul(shared.to(shift.dtype), shift.square().sum(-1), weight.to(shift.dtype))
 
 
 class Bits(dist.Bernoulli):
@@ -273,6 +317,21 @@ class GaussianForward(Forward):
 
     support = constraints.real
 
+    def trajectory(self, x_0: Tensor) -> Tensor:
+        r"""As of :meth:`Forward.trajectory`, all at once: :math:`x_t / a_t` is a Brownian motion at time b_t^2 / a_t^2.
+
+        It is followed in float64; where no signal is left (t = T alone) the state is noise by itself.
+        """
+        self.earlier(x_0, self.num_steps)
+        t = torch.arange(1, self.num_steps + 1, device=x_0.device)
+        signal, noise = self.schedule.signal(t), self.schedule.noise(t)
+        clock = torch.where(signal > 0, -self.schedule.log_snr(t), -torch.inf).exp()
+        pace = torch.cat([clock[:1], clock.diff()]).clamp(min=0).sqrt()
+        signal, noise, pace = (value.reshape((-1,) + (1,) * x_0.dim()) for value in (signal, noise, pace))
+        epsilon = torch.randn((self.num_steps, *x_0.shape), dtype=torch.float64, device=x_0.device)
+        walk = x_0 + (pace * epsilon).cumsum(0)
+        return torch.where(signal > 0, signal * walk, noise * epsilon).to(x_0.dtype)
+
     def subchain(self, times: Sequence[int]) -> "GaussianForward":
         return type(self)(SubSchedule(self.schedule, times))
 
@@ -283,7 +342,8 @@ class GaussianForward(Forward):
 
     def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.Distribution:
         self.earlier(x_0, t, 0)
-        return self._normal(like(self.schedule.signal(t), x_0) * x_0, self.schedule.noise(t), t)
+        signal, noise = self.schedule.scales(t).unbind()
+        return self._normal(like(signal, x_0) * x_0, noise, t)
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
         self._earlier_of_posterior(x_t, x_0, t, s)
@@ -309,14 +369,41 @@ class GaussianForward(Forward):
         T, dtype = self.num_steps, dtype or torch.get_default_dtype()
         scale = (self.schedule.signal(T) ** 2 + self.schedule.noise(T) ** 2).sqrt()
         mean = torch.zeros(tuple(event_shape), dtype=dtype, device=scale.device)
-        return Isotropic.of(mean, scale, len(event_shape))
+        return isotropic(mean, scale, len(event_shape))
+
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        r"""KL(q(x_T | x_0) || p(x_T)), L_T under :meth:`prior`.
+
+        .. math:: \frac{a_T^2}{2 \sigma^2} \| x_0 \|^2
+            + \frac{D}{2} \left(\frac{b_T^2}{\sigma^2} - 1 - \log \frac{b_T^2}{\sigma^2}\right),
+            \qquad \sigma^2 = a_T^2 + b_T^2
+
+        Arguments:
+            x_0: The data, with shape (B, *event_shape).
+
+        Returns:
+            A tensor with shape (B,), in nats.
+        """
+        table = tabulated(self, "_ending", [self.schedule], self._last)
+        weight, shared = (self._last() if table is None else table).to(x_0.dtype)
+        x = x_0.flatten(1)
+        return x.square().sum(-1) * weight + shared * x.shape[-1]
+
+    def _last(self) -> Tensor:
+        """The weight of the square of the data in L_T, and what L_T is for a number that is 0."""
+        T = self.num_steps
+        signal, noise = self.schedule.signal(T) ** 2, self.schedule.noise(T) ** 2
+        ratio = noise / (signal + noise)
+        return torch.stack([signal / (signal + noise), ratio - 1 - ratio.log()]) / 2
 
     def scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """The signal and the noise at t, in the dtype of ``x_t`` and broadcastable against it."""
-        return like(self.schedule.signal(t), x_t), like(self.schedule.noise(t), x_t)
+        scales = self.schedule.scales(t).to(x_t.dtype)
+        missing = x_t.dim() - scales.dim() + 1 if scales.dim() > 1 else 0
+        return (scales[(..., *(None,) * missing)] if missing else scales).unbind()
 
     def _normal(self, mean: Tensor, noise: Tensor, t: int | Tensor) -> dist.Distribution:
-        return Isotropic.of(mean, noise, event_dim(mean, t))
+        return isotropic(mean, noise, event_dim(mean, t))
 
 
 class BinomialForward(Forward):
@@ -358,6 +445,16 @@ class BinomialForward(Forward):
         if schedule.alpha_bar(schedule.num_steps) >= 1:
             raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
         self.register_buffer("rate", rate)
+
+    def trajectory(self, x_0: Tensor) -> Tensor:
+        """As of :meth:`Forward.trajectory`, all at once: a bit is what it was at its last redrawing, or at t = 0."""
+        self.earlier(x_0, self.num_steps)
+        t = torch.arange(1, self.num_steps + 1, device=x_0.device)
+        beta = self.schedule.beta(t).reshape((-1,) + (1,) * x_0.dim())
+        redrawn = torch.rand((self.num_steps, *x_0.shape), dtype=torch.float64, device=x_0.device) < beta
+        bits = torch.bernoulli(self.rate.expand((self.num_steps, *x_0.shape))).to(x_0.dtype)
+        last = torch.where(redrawn, t.reshape(beta.shape), 0).cummax(0).values
+        return torch.cat([x_0[None], bits]).gather(0, last)
 
     def subchain(self, times: Sequence[int]) -> "BinomialForward":
         return type(self)(SubSchedule(self.schedule, times), self.rate)

@@ -19,12 +19,12 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, mse_loss
 
 from . import checks
 from .denoisers import LogitPrediction, Retimed
-from .forward import BinomialForward, Bits, GaussianForward, Isotropic, event_dim
-from .schedules import Float64Module, like
+from .forward import BinomialForward, Bits, GaussianForward, event_dim, isotropic
+from .schedules import Float64Module, like, tabulated
 
 __all__ = [
     "BinomialReverse",
@@ -168,9 +168,51 @@ class GaussianReverse(PyroModule):
             ValueError: If t is not an integer or lies outside 1..T.
         """
         self.forward_process.earlier(x_t, t)
+        return self.at(x_t, self.denoiser(x_t, t), t)
+
+    def at(self, x_t: Tensor, estimate: Tensor, t: int | Tensor) -> dist.Distribution:
+        r"""The law at an estimate :math:`\hat x_0` that is given, with the shape of ``x_t``; as of a call otherwise."""
         weight_t, weight_0, _ = self.forward_process.schedule.posterior(t)
-        mean = like(weight_t, x_t) * x_t + like(weight_0, x_t) * self.denoiser(x_t, t)
-        return Isotropic.of(mean, self.variance(self.forward_process, t).sqrt(), event_dim(x_t, t))
+        mean = like(weight_t, x_t) * x_t + like(weight_0, x_t) * estimate
+        return isotropic(mean, self.variance(self.forward_process, t).sqrt(), event_dim(x_t, t))
+
+    def divergence(self, x_0: Tensor, estimate: Tensor, t: Tensor) -> Tensor:
+        r"""KL of the forward posterior and this at an estimate :math:`\hat x_0`, which does not depend on :math:`x_t`.
+
+        .. math:: KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t))
+            = \frac{w_0(t)^2}{2 \sigma_t^2} \| x_0 - \hat x_0 \|^2
+            + \frac{D}{2} \left(\frac{\tilde\beta_t}{\sigma_t^2} - 1 - \log \frac{\tilde\beta_t}{\sigma_t^2}\right)
+
+        with the weight :math:`w_0(t)` of :math:`x_0` in the posterior's mean.
+
+        Arguments:
+            x_0: The data, with shape (B, *event_shape).
+            estimate: The estimate of it, with the same shape.
+            t: The times, in 2..T, with shape (B,).
+
+        Returns:
+            A tensor with shape (B,), in nats.
+
+        References:
+            Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 92 and 99.
+        """
+        parts = [self.forward_process.schedule, self.variance]
+        table = tabulated(self, "_divergences", parts, self._divergence_of_all)
+        weights = self._weights(t) if table is None else table.index_select(1, t)
+        weight, shared = weights.to(x_0.dtype)
+        squares = mse_loss(estimate, x_0, reduction="none").flatten(1)
+        return torch.addcmul(shared * squares.shape[-1], squares.sum(-1), weight)
+
+    def _weights(self, t: Tensor) -> Tensor:
+        """The weight of the squared error in the divergence, and what a number adds to it without any, at times t."""
+        _, weight_0, noise = self.forward_process.schedule.posterior(t)
+        variance = self.variance(self.forward_process, t)
+        ratio = noise**2 / variance
+        return torch.stack([weight_0**2 / variance, ratio - 1 - ratio.log()]) / 2
+
+    def _divergence_of_all(self) -> Tensor:
+        t = torch.arange(self.forward_process.num_steps + 1, device=self.forward_process.schedule.noise(0).device)
+        return self._weights(t.clamp(min=min(2, self.forward_process.num_steps)))
 
     def subchain(self, forward: GaussianForward) -> "GaussianReverse":
         r"""The reverse process of fewer steps, :math:`p_\theta(x_{\tau_{k-1}} | x_{\tau_k})`, of the same denoiser.

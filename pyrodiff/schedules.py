@@ -23,7 +23,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +44,52 @@ __all__ = [
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """A float64 coefficient, of shape () or the batch shape of x, in x's dtype and broadcastable against x."""
-    return coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.dim() - max(coefficient.dim(), 1)))
+    coefficient, missing = coefficient.to(x.dtype), x.dim() - coefficient.dim()
+    return coefficient if missing == 0 or not coefficient.dim() else coefficient[(..., *(None,) * missing)]
 
 
 class Float64Module(nn.Module):
-    """A module whose buffers are float64 and stay so: they follow it to another device, but not to another dtype."""
+    """A module whose buffers are float64 and stay so: they follow it to another device, but not to another dtype.
+
+    Attributes:
+        version: How often its buffers were replaced or loaded.
+    """
+
+    version = 0
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self.version += 1
 
     def _apply(self, fn, recurse: bool = True) -> "Float64Module":  # noqa: ANN001 - torch's own signature
+        self.version += 1
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in buffers.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+
+def tabulated(owner: nn.Module, name: str, parts: Sequence[nn.Module], table: Callable[[], Tensor]) -> Tensor | None:
+    """A table that depends on parts without parameters: made when they have changed, and kept.
+
+    Arguments:
+        owner: The module that keeps it.
+        name: Its name there.
+        parts: What it depends on.
+        table: Makes it.
+
+    Returns:
+        The table; None where there is nothing to keep: a part may learn, or what comes of it is being traced.
+    """
+    if not all(isinstance(part, Float64Module) and not part._parameters for part in parts) or checks.blind():
+        return None
+    versions = [part.version for part in parts]
+    kept = owner.__dict__.get(name)
+    if kept is None or kept[0] != versions:
+        with torch.no_grad():
+            kept = owner.__dict__[name] = versions, table()
+    return kept[1]
 
 
 class Schedule(Float64Module, ABC):
@@ -94,6 +128,10 @@ class Schedule(Float64Module, ABC):
     def alpha_bar(self, t: int | Tensor) -> Tensor:
         r""":math:`\bar\alpha_t = a_t^2`, the product of the :math:`1 - \beta_s` up to t if VP, and 1 if VE."""
         return self.signal(t) ** 2
+
+    def scales(self, t: int | Tensor) -> Tensor:
+        """Signal and noise, with shape (2, *t.shape)."""
+        return torch.stack([self.signal(t), self.noise(t)])
 
     def step(self, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
         r"""Signal and noise of the step from s to t > s, :math:`x_t = a_{t|s} x_s + b_{t|s} \epsilon`.
@@ -207,22 +245,27 @@ class _FixedSchedule(Schedule):
             raise ValueError(f"betas must leave some signal before the last step, but alpha_bar({t}) is 0 in float64")
         for name, table in (("beta", beta), ("signal", signal), ("noise", noise), ("log_snr", log_snr)):
             self.register_buffer(f"_{name}", table.double())
-        self._tabulate()
 
-    def _tabulate(self) -> None:
-        """The posterior's weights of all t, which every step of training asks for."""
-        t = torch.arange(1, self.num_steps + 1, device=self._noise.device)
-        weights = torch.stack(super().posterior(t, t - 1))
-        self.register_buffer("_posterior", torch.cat([weights[:, :1], weights], 1), persistent=False)
-
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)
-        self._tabulate()
+    def scales(self, t: int | Tensor) -> Tensor:
+        found = self._tabulated("_scales", super().scales, t)
+        return super().scales(t) if found is None else found
 
     def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        if s is not None or not (isinstance(t, Tensor) and t.dim() == 1 and checks.trusted()):
-            return super().posterior(t, s)
-        return self._posterior.index_select(1, t).unbind()
+        found = self._tabulated("_weights", self._posteriors, t) if s is None else None
+        return super().posterior(t, s) if found is None else found.unbind()
+
+    def _posteriors(self, t: Tensor) -> Tensor:
+        """The posterior's weights, with those of t = 1 also at t = 0."""
+        t = t.clamp(min=1)
+        return torch.stack(super().posterior(t, t - 1))
+
+    def _tabulated(self, name: str, function: Callable[[Tensor], Tensor], t: int | Tensor) -> Tensor | None:
+        """The columns at t of a function of all times, which every step of training asks for."""
+        if not (isinstance(t, Tensor) and t.dim() == 1 and checks.trusted()):
+            return None
+        size, device = len(self._noise), self._noise.device
+        table = tabulated(self, name, [self], lambda: function(torch.arange(size, device=device)))
+        return None if table is None else table.index_select(1, t)
 
     def beta(self, t: int | Tensor) -> Tensor:
         return _lookup(self._beta, t)

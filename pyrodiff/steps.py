@@ -37,7 +37,25 @@ __all__ = [
 
 
 class Drawing(Float64Module, ABC):
-    """How one t a datum is drawn: a law of u in [0, 1), and a map from u to t and its probability."""
+    """How one t a datum is drawn: a law of u in [0, 1), and a map from u to t and its probability.
+
+    Attributes:
+        share: Of several processes with a batch each, which this is; None if it is the only one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share: _Share | None = None
+
+    def spread(self, number: int, count: int, key: int) -> None:
+        """Draw for one of several processes, whose batches are one large batch: its draws are spread over that.
+
+        Arguments:
+            number: Which process this is, in 0..count-1.
+            count: How many there are.
+            key: What the draws that they have in common are made from, the same number for all.
+        """
+        self.share = _Share(number, count, key).to(next(self.buffers(), torch.zeros(())).device)
 
     @abstractmethod
     def uniforms(self, like: Tensor) -> dist.Distribution:
@@ -69,7 +87,7 @@ class Drawing(Float64Module, ABC):
 
 def _equal_parts(u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
     t = (u * num_steps).long().clamp(max=num_steps - 1) + 1
-    return t, torch.full_like(u, 1 / num_steps)
+    return t, torch.full((), 1 / num_steps, dtype=u.dtype, device=u.device).expand(t.shape)
 
 
 class UniformDrawing(Drawing):
@@ -104,7 +122,7 @@ class LowDiscrepancyDrawing(Drawing):
     """
 
     def uniforms(self, like: Tensor) -> dist.Distribution:
-        return _SpreadUniform(like)
+        return _SpreadUniform(like, self.share)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         return _equal_parts(u, num_steps)
@@ -161,7 +179,7 @@ class ImportanceDrawing(Drawing):
         return cls(_least_variance(moments, uniform))
 
     def uniforms(self, like: Tensor) -> dist.Distribution:
-        return _SpreadUniform(like)
+        return _SpreadUniform(like, self.share)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         return _by_probability(u, self.probabilities, num_steps)
@@ -216,7 +234,7 @@ class LossSecondMoment(Drawing):
         return _least_variance(moments, self.uniform)
 
     def uniforms(self, like: Tensor) -> dist.Distribution:
-        return _SpreadUniform(like)
+        return _SpreadUniform(like, self.share)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         return _by_probability(u, self.probabilities, num_steps)
@@ -257,24 +275,48 @@ def _by_probability(u: Tensor, probabilities: Tensor, num_steps: int) -> tuple[T
     return index + 1, probabilities[index].to(u.dtype)
 
 
+class _Share(nn.Module):
+    """Uniform numbers that all processes have in common, without a message: the hash of a key and a counter."""
+
+    def __init__(self, number: int, count: int, key: int) -> None:
+        super().__init__()
+        self.number, self.count, self.key = number, count, key
+        self.register_buffer("drawn", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def uniform(self) -> Tensor:
+        """The next one, in float64: a multiple of 2^-32."""
+        x = (self.drawn * 0x9E3779B9 + self.key) & 0xFFFFFFFF
+        for _ in range(2):
+            x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        self.drawn += 1
+        return (x ^ (x >> 16)).double() / 2**32
+
+
 class _SpreadUniform(TorchDistribution):
-    """u_i = (u + i / B) mod 1 with one uniform u: each u_i is uniform, and together they cover [0, 1) evenly."""
+    """u_i = (u + i / B) mod 1 with one uniform u: each u_i is uniform, and together they cover [0, 1) evenly.
+
+    Of P processes, the k-th has the part u_i = (u + (k + i / B) / P) mod 1.
+    """
 
     arg_constraints: ClassVar[dict] = {}
     support = constraints.unit_interval
     has_rsample = True
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
+    def __init__(self, like: Tensor, share: _Share | None = None) -> None:
+        self.like, self.share = like, share
         super().__init__(like.shape, validate_args=False)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "_SpreadUniform":
-        return type(self)(self.like.expand(batch_shape))
+        return type(self)(self.like.expand(batch_shape), self.share)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         shape = self._extended_shape(sample_shape)
-        ranks = torch.arange(shape.numel(), device=self.like.device, dtype=self.like.dtype).reshape(shape)
-        return (torch.rand((), device=self.like.device, dtype=self.like.dtype) + ranks / shape.numel()) % 1
+        size = shape.numel()
+        places = torch.linspace(0, 1 - 1 / size, size, device=self.like.device, dtype=self.like.dtype).reshape(shape)
+        if self.share is None:
+            return (torch.rand((), device=self.like.device, dtype=self.like.dtype) + places) % 1
+        u = self.share.uniform().to(self.like.device, self.like.dtype)
+        return (u + (self.share.number + places) / self.share.count) % 1
 
     def log_prob(self, value: Tensor) -> Tensor:
         """0, the log density of each u_i by itself; the draws of a batch hang together and have no joint density."""

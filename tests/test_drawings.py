@@ -385,7 +385,9 @@ def test_a_step_of_training_tells_the_costs_before_it(kind):
     diffusion, x_0 = make(kind)
     drawing = Recorded()
     pair = diffusion.one_step(drawing)
-    svi = SVI(pair.model, pair.guide, lambda parameters: torch.optim.Adam(parameters, 0.1), DiffusionELBO())
+    svi = SVI(
+        pair.model, pair.guide, lambda parameters: torch.optim.Adam(parameters, 0.1), DiffusionELBO(), validate=True
+    )
     for seed in range(2):
         t, x_t = step_of(pair, x_0, seed)
         with torch.no_grad():

@@ -18,6 +18,7 @@ import pyrodiff
 FOLDER = Path(pyrodiff.__file__).parent
 SPINE = [
     "checks",
+    "processes",
     "schedules",
     "quantization",
     "forward",
@@ -27,6 +28,8 @@ SPINE = [
     "decoders",
     "steps",
     "diffusion",
+    "terms",
+    "compilation",
     "elbo",
     "svi",
     "evaluation",
@@ -37,14 +40,28 @@ SPINE = [
     "verification",
 ]
 INSIDE = {  # what modules share, and the package does not offer
+    "Compiled",
+    "Recorder",
+    "agree",
     "batches",
     "bytes_a_row",
+    "count",
     "evaluating",
     "expect",
+    "innermost",
+    "is_listened_to",
+    "is_sharded",
+    "kind_of",
+    "number",
+    "pair_costs",
+    "precisely",
+    "prior_cost",
     "progress_bar",
     "relative_entropy",
     "rows_within",
+    "set_apart",
     "step_costs",
+    "together",
 }
 ASIDE = {"datasets": {"checks"}, "plots": {"accounting", "bounds", "checks", "diffusion"}}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")

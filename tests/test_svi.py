@@ -106,7 +106,7 @@ def test_steps_equal_a_torch_loop(one_step, clip_norm):
     ours, theirs = make(), make()
     theirs.load_state_dict(ours.state_dict())
     pairs = [pair_of(diffusion, one_step) for diffusion in (ours, theirs)]
-    svi = SVI(pairs[0].model, pairs[0].guide, adam, DiffusionELBO(), clip_norm=clip_norm)
+    svi = SVI(pairs[0].model, pairs[0].guide, adam, DiffusionELBO(), clip_norm=clip_norm, validate=True)
     optimizer = adam(list(theirs.parameters()))
     for seed in range(10):
         pyro.set_rng_seed(seed)

@@ -2,7 +2,8 @@ r"""A function of tensors as one compiled graph: whatever Python it runs through
 
 A function is run once with its tensors tracked, which sees through Pyro's handlers as through any other Python: what
 is left is a graph of tensor operations, forward and backward. Random draws stay draws: with the same seed a graph
-draws what the function would. The graph is compiled by inductor, one graph for each shape of the arguments.
+draws what the function would, except that draws which nothing depends on are left out. The graph is compiled by
+inductor, one graph for each shape of the arguments.
 """
 
 import re
@@ -121,16 +122,21 @@ class _Graph:
         self.module = make_fx(run)(*given, *known)
         self.inputs = _lifted(self.module, len(given), known)
         self.num_given, self.given = len(given), given
+        self._alike: list[int] | None = None
         self._flags = [(module, module.training) for module in modules]
         self._parts = [(part, name, value) for module in modules for part, name, value in _parts(module)]
         self._learned = [(tensor, tensor.requires_grad) for tensor in known]
 
     def compile(self) -> None:
         """Compile it, for tensors like those that it was made with."""
-        options = {"fallback_random": True}  # so that a seed draws what it does in the function
+        options = {  # with fallback_random a seed draws what it does in the function
+            "fallback_random": True,
+            "post_grad_custom_pre_pass": _pass(),
+        }
         if all(tensor.device.type == "cpu" for tensor in (*self.given, *self.inputs)):
             options["layout_optimization"] = False  # measured: slower by 5 % for convolutions forward and backward
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch has to say of itself
             self.code = torch._inductor.compile(self.module, [*self.given, *self.inputs], options=options)
         self.module, self.given = None, None
 
@@ -147,9 +153,46 @@ class _Graph:
             and all(tensor.requires_grad is flag for tensor, flag in self._learned)
         )
 
-    def __call__(self, args: tuple) -> tuple:
+    def __call__(self, args: tuple) -> list[Tensor | None]:
         with torch.no_grad():
-            return self.code(*_tensors(args), *self.inputs)
+            results = list(self.code(*_tensors(args), *self.inputs))
+        if self._alike is None:
+            self._alike = _alike(results)
+        for i in self._alike:
+            results[i] = results[i].clone()
+        return results
+
+
+def _alike(results: list[Tensor | None]) -> list[int]:
+    """Which results share the memory of an earlier one, as equal gradients do in a compiled graph."""
+    places = [None if result is None else result.untyped_storage().data_ptr() for result in results]
+    return [i for i, place in enumerate(places) if place is not None and place in places[:i]]
+
+
+def _merge_alike(graph: fx.Graph) -> None:
+    """Compute once what is computed twice: gradients often are, and inductor 2.13 fails on a bfloat16 sum so stored."""
+    found: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.is_impure():
+            continue
+        first = found.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _pass() -> object:
+    """:func:`_merge_alike` as inductor takes it; made late, since inductor takes seconds to import."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            _merge_alike(graph)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return Pass()
 
 
 def _tensors(args: tuple) -> list[Tensor]:

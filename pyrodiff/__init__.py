@@ -27,6 +27,7 @@ from .reverse import (
     PosteriorVariance,
     Variance,
 )
+from .samplers import AncestralSampler
 from .schedules import (
     BetaSchedule,
     CosineSchedule,
@@ -52,6 +53,7 @@ from .verification import Claim, Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "AncestralSampler",
     "BetaSchedule",
     "BinomialForward",
     "BinomialReverse",

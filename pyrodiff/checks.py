@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from itertools import pairwise
 from numbers import Integral
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +18,16 @@ _blind: ContextVar[bool] = ContextVar("blind", default=False)
 def trusting(blind: bool | None = None) -> Iterator[None]:
     """Within, what was checked before is taken on trust: shapes, dtypes and values of states, times and data.
 
+    Pyro and torch do not validate distributions meanwhile.
+
     Arguments:
         blind: Whether no value of a tensor may be read either, as while a program is traced into a graph; as before,
             if not given.
     """
     tokens = _trusting.set(True), _blind.set(_blind.get() if blind is None else blind)
     try:
-        yield
+        with pyro.validation_enabled(False):
+            yield
     finally:
         _trusting.reset(tokens[0])
         _blind.reset(tokens[1])

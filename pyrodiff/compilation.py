@@ -68,15 +68,23 @@ class Compiled:
         self._graphs: dict[Hashable, _Graph] = {}
 
     def __call__(self, *args: Any) -> Any:
-        key = (kind_of(args), torch.is_grad_enabled(), torch.get_default_dtype())
+        key = self._key(args)
         graph = self._graphs.get(key)
         if graph is not None and graph.is_fresh():
-            return graph(args)
+            return graph(*args)
         if self.failure or self.made >= self.limit:
             if not self.failure:
                 self._give_up(f"{self.limit} graphs were made for it, and this would be one more")
             return self.function(*args)
         return self._make(key, args)
+
+    def graph_for(self, *args: Any) -> Callable | None:
+        """The graph for arguments of this kind, if there is one: for a loop in which nothing else changes."""
+        return self._graphs.get(self._key(args))
+
+    @staticmethod
+    def _key(args: tuple) -> Hashable:
+        return kind_of(args), torch.is_grad_enabled(), torch.get_default_dtype()
 
     def _make(self, key: Hashable, args: tuple) -> Any:
         """The graph of these arguments; what the function returns as it is traced is the result."""
@@ -153,7 +161,7 @@ class _Graph:
             and all(tensor.requires_grad is flag for tensor, flag in self._learned)
         )
 
-    def __call__(self, args: tuple) -> list[Tensor | None]:
+    def __call__(self, *args: Any) -> list[Tensor | None]:
         with torch.no_grad():
             results = list(self.code(*_tensors(args), *self.inputs))
         if self._alike is None:

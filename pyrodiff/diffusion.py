@@ -257,6 +257,15 @@ class TrajectoryGuide(nn.Module):
                 x = pyro.sample(f"x_{t - 1}", q.posterior(x, x_0, _time(x, t, self.event_shape)))
 
 
+class _Silence:
+    """In the place of a PyroModule's context: nothing is told to Pyro."""
+
+    active, used = 0, True
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
 class Parts(NamedTuple):
     """Modules below a program: Pyro's, those with statistics of the batch, and whether its decoder learns."""
 
@@ -358,6 +367,27 @@ class Generative(nn.Module):
                 for name in module._pyro_samples:
                     getattr(module, name)
             yield
+
+    def is_random(self) -> bool:
+        """Whether there are random weights, each a ``PyroSample``."""
+        return any(part._pyro_samples for part in self.parts().of_pyro)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within, the parts are used without a message to Pyro for every parameter below; :meth:`running` if random."""
+        if self.is_random():
+            with self.running():
+                yield
+            return
+        modules, silence = self.parts().of_pyro, _Silence()
+        contexts = [module._pyro_context for module in modules]
+        for module in modules:
+            module.__dict__["_pyro_context"] = silence
+        try:
+            yield
+        finally:
+            for module, context in zip(modules, contexts, strict=True):
+                module.__dict__["_pyro_context"] = context
 
 
 def _claim_names(name: str, part: nn.Module) -> None:

@@ -30,7 +30,7 @@ def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None) ->
         ValueError: If ``generator`` is something else.
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    with _seeded(generator, _device(diffusion)), _evaluation_mode(diffusion), diffusion.model.running():
+    with _seeded(generator, _device(diffusion)), _evaluation_mode(diffusion), diffusion.model.quiet():
         yield
 
 

@@ -13,13 +13,12 @@ References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 58, https://arxiv.org/abs/2208.11970
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import Delta, MaskedDistribution
-from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
@@ -172,39 +171,14 @@ def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> T
     kind, costs = kinds.get(type(model), (None, None))
     if type(guide) is not kind or not model.matches(guide) or _hooked(model) or _hooked(guide):
         return None
-    parts = model.parts()
-    if any(part._pyro_samples for part in parts.of_pyro):
+    if model.is_random() or (kind is TrajectoryGuide and any(part.training for part in model.parts().of_batch)):
         return None
-    if kind is TrajectoryGuide and any(part.training for part in parts.of_batch):
-        return None
-    with _unheard(parts.of_pyro):
+    with model.quiet():
         return costs(model, *args)
 
 
 def _hooked(program: nn.Module) -> bool:
     return bool(program._forward_hooks or program._forward_pre_hooks)
-
-
-class _Silence:
-    """In the place of a PyroModule's context: nothing is told to Pyro."""
-
-    active, used = 0, True
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: object) -> None: ...
-
-
-@contextmanager
-def _unheard(modules: list[PyroModule]) -> Iterator[None]:
-    """Within, attributes of the modules are read without a message for every parameter below."""
-    contexts, silence = [module._pyro_context for module in modules], _Silence()
-    for module in modules:
-        module.__dict__["_pyro_context"] = silence
-    try:
-        yield
-    finally:
-        for module, context in zip(modules, contexts, strict=True):
-            module.__dict__["_pyro_context"] = context
 
 
 def _drawn(name: str, law: dist.Distribution) -> Tensor:

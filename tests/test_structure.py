@@ -33,6 +33,7 @@ SPINE = [
     "elbo",
     "svi",
     "evaluation",
+    "samplers",
     "likelihoods",
     "bounds",
     "flows",

@@ -23,8 +23,7 @@ docs: $(VENV)/installed-docs
 	@echo "docs/_build/html/index.html"
 
 bench: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/one_step.py
-	$(VENV)/bin/python benchmarks/bound.py
+	$(VENV)/bin/python benchmarks/speed.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,11 @@
 """What the examples share: a loop of SVI with a progress bar, and a folder for the pictures."""
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import trange
 
@@ -22,6 +22,7 @@ def train(
     name: str = "training",
     drawing: pyrodiff.Drawing | None = None,
     average: float = 0.0,
+    compile: bool = False,
 ) -> None:
     """Train by SVI on the one-step pair, the learning rate falling to 0 as a cosine.
 
@@ -35,6 +36,7 @@ def train(
         name: What the progress bar is called.
         drawing: How t is drawn: low discrepancy if not given.
         average: The decay of the running average of the weights, which replaces them in the end; 0 for none.
+        compile: Whether the step runs as one compiled graph.
     """
     draw = x_0 if callable(x_0) else lambda size: x_0[torch.randint(len(x_0), (size,))]
     pair = diffusion.one_step(drawing=drawing)
@@ -44,24 +46,21 @@ def train(
         lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
         pyrodiff.DiffusionELBO(),
         clip_norm=10.0 * batch_size,
+        scheduler=lambda optimizer: CosineAnnealingLR(optimizer, num_steps),
+        average=(lambda model: AveragedModel(model, multi_avg_fn=_running_average(average))) if average > 0 else None,
+        compile=compile,
     )
-    averaged = AveragedModel(diffusion.reverse, multi_avg_fn=_running_average(average)) if average > 0 else None
     diffusion.train()
     running = None
     with trange(num_steps, desc=name, unit="step", mininterval=0.5) as bar:
         for step in bar:
             loss = svi.step(draw(batch_size)) / batch_size
             running = loss if running is None else 0.99 * running + 0.01 * loss
-            if averaged is not None:
-                averaged.update_parameters(diffusion.reverse)
-            for group in svi.optimizer.param_groups:
-                group["lr"] = lr * (1 + math.cos(math.pi * (step + 1) / num_steps)) / 2
             if step % 50 == 49:
                 bar.set_postfix_str(f"bound {float(running):.3f} nats")
     diffusion.eval()
-    if averaged is not None:
-        for parameter, mean in zip(diffusion.reverse.parameters(), averaged.module.parameters(), strict=True):
-            parameter.data.copy_(mean)
+    if average > 0:
+        svi.adopt_average()
 
 
 def _running_average(decay: float) -> Callable:

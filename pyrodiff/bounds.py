@@ -15,14 +15,15 @@ References:
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checks
+from . import checks, processes
 from .diffusion import Diffusion
 from .evaluation import batches, evaluating, expect, progress_bar, rows_within
 from .likelihoods import Likelihood
@@ -104,6 +105,7 @@ def bound(
     num_times: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
+    sharded: bool = False,
 ) -> Bound:
     """The bound on -log p(x_0), each of its T terms estimated with fresh draws.
 
@@ -120,6 +122,8 @@ def bound(
             of so many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given.
         generator: A generator or a seed, for the same number each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
+        sharded: Whether the processes of ``torch.distributed`` share the work. All call it with the same model and
+            data, and get the same bound, that of one process alone with the same seed.
 
     Returns:
         The terms, in nats, a datum each.
@@ -142,13 +146,14 @@ def bound(
         checks.positive_int("num_times", num_times)
         if num_times >= T:
             raise ValueError(f"num_times must be at most T - 1 = {T - 1}, but it is {num_times}")
+    checks.one_of("sharded", sharded, (False, True))
     parts = _parts(T, T - 1 if num_times is None else num_times)
-    with evaluating(diffusion, generator), progress_bar(progress, "bound") as bar:
-        bounds = []
+    with evaluating(diffusion, generator, agreed=sharded), progress_bar(progress, "bound") as bar:
+        bounds, share, rows = [], _Share(sharded), 0
         for batch in batches(diffusion, x_0):
-            rows = rows_within(memory_budget, diffusion, batch)
+            rows = rows or rows_within(memory_budget, diffusion, batch)
             expect(bar, x_0, batch, (len(parts) - 1) * num_particles * len(batch))
-            bounds.append(_bound(diffusion, batch, num_particles, parts.to(batch.device), rows, bar))
+            bounds.append(_bound(diffusion, batch, num_particles, parts.to(batch.device), rows, share, bar))
     return Bound.joined(bounds)
 
 
@@ -157,19 +162,23 @@ def _parts(T: int, num_times: int) -> Tensor:
     return torch.cat([torch.ones(1, dtype=torch.long), 2 + torch.arange(num_times + 1) * (T - 1) // max(num_times, 1)])
 
 
-def _bound(diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor, rows: int, bar: tqdm) -> Bound:
-    B, P, T, num_parts = len(x_0), num_particles, diffusion.num_steps, len(parts) - 1
+def _bound(
+    diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor, rows: int, share: "_Share", bar: tqdm
+) -> Bound:
+    B, P, T = len(x_0), num_particles, diffusion.num_steps
     steps = x_0.new_zeros(T * B)
-    for start in range(0, num_parts * P * B, rows):
-        row = torch.arange(start, min(start + rows, num_parts * P * B), device=x_0.device)
+    ends = (0, P * B, (len(parts) - 1) * P * B)  # rows of t = 1, which the decoder scores, and all others
+    chunks = [(start, min(start + rows, end)) for first, end in pairwise(ends) for start in range(first, end, rows)]
+    for start, stop in share.of(chunks):
+        row = torch.arange(start, stop, device=x_0.device)
         part, i = row // (P * B), row % B
-        start_of, size = parts[part], parts[part + 1] - parts[part]
-        t = start_of + (torch.rand(len(row), device=x_0.device, dtype=torch.float64) * size).long()
-        first, later = start < P * B, start + len(row) > P * B
-        costs = step_costs(diffusion.model, x_0[i], t, first=first, later=later)
+        first, size = parts[part], parts[part + 1] - parts[part]
+        t = first + (torch.rand(len(row), device=x_0.device, dtype=torch.float64) * size).long()
+        with checks.trusting():  # the laws were checked as their bytes were counted
+            costs = step_costs(diffusion.model, x_0.index_select(0, i), t, first=start < P * B, later=start >= P * B)
         steps.index_add_(0, (t - 1) * B + i, costs * size.to(x_0.dtype))
-        bar.update(len(row))
-    steps = steps.reshape(T, B) / P
+        bar.update((stop - start) * share.count)
+    (steps,) = share.joined([steps.reshape(T, B) / P])
     return Bound(
         prior=torch.stack([prior_cost(diffusion.model, x_0) for _ in range(P)]).mean(0),
         denoising=steps[1:],
@@ -178,6 +187,30 @@ def _bound(diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor,
         levels=diffusion.levels,
         prior_entropy=_prior_entropy(diffusion),
     )
+
+
+class _Share:
+    """Of several processes, the part of the work that this one does; all of it, if it is not shared.
+
+    Each piece of work draws from a source of its own, so that it does not matter who does it.
+    """
+
+    def __init__(self, sharded: bool) -> None:
+        self.number, self.count = (processes.number(), processes.count()) if sharded else (0, 1)
+        self.source = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+    def of(self, work: list) -> Iterator:
+        """The pieces of this process, the random source seeded for each."""
+        for k, piece in enumerate(work):
+            seed = int(torch.randint(2**62, (), generator=self.source))
+            if k % self.count == self.number:
+                torch.manual_seed(seed)
+                yield piece
+        torch.manual_seed(int(torch.randint(2**62, (), generator=self.source)))
+
+    def joined(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The sums of the pieces of all processes."""
+        return processes.together(tensors) if self.count > 1 else tensors
 
 
 def _prior_entropy(diffusion: Diffusion) -> float | None:

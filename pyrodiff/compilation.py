@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 from . import checks
 from .terms import Recorder
 
-__all__ = ["Compiled", "kind_of"]
+__all__ = ["Compiled", "Composition", "Replayed", "captured", "kind_of"]
 
 
 def kind_of(args: Any) -> Hashable:
@@ -29,20 +29,22 @@ def kind_of(args: Any) -> Hashable:
     Arguments:
         args: Tensors and other things, in any nesting.
     """
-    if all(isinstance(arg, Tensor) for arg in args):
-        return tuple((arg.shape, arg.dtype, arg.device) for arg in args)
-    leaves, structure = tree_flatten(args)
-    return structure, tuple(
-        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
+    leaves, structure = (args, None) if _is_flat(args) else tree_flatten(args)
+    kinds = tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        for leaf in leaves
     )
+    places = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    same = () if len(set(places)) == len(places) else tuple(places.index(place) for place in places)
+    return structure, kinds, same
 
 
 class Compiled:
     """A function that runs as a compiled graph of what it does to tensors, or as it is where that cannot be.
 
     The first call with tensors of some shapes runs the function and keeps its graph, the following ones run the graph.
-    A module that is switched between training and evaluation, or has a parameter, a buffer or a submodule replaced,
-    gets a graph anew. Only so many graphs are made, so that ever new shapes do not mean ever new compilations. What
+    A module has a graph for training and one for evaluation, and a new one where a parameter, a buffer or a submodule
+    is replaced. Only so many graphs are made, so that ever new shapes do not mean ever new compilations. What
     Python itself does while the function runs (a counter, a draw of ``random``) happens once a graph.
 
     Arguments:
@@ -70,7 +72,7 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         key = self._key(args)
         graph = self._graphs.get(key)
-        if graph is not None and graph.is_fresh():
+        if graph is not None and graph.parts.holds():
             return graph(*args)
         if self.failure or self.made >= self.limit:
             if not self.failure:
@@ -79,12 +81,13 @@ class Compiled:
         return self._make(key, args)
 
     def graph_for(self, *args: Any) -> Callable | None:
-        """The graph for arguments of this kind, if there is one: for a loop in which nothing else changes."""
-        return self._graphs.get(self._key(args))
+        """The graph for arguments of this kind, if there is one that holds now: for a loop in which nothing changes."""
+        graph = self._graphs.get(self._key(args))
+        return graph if graph is not None and graph.parts.holds() else None
 
-    @staticmethod
-    def _key(args: tuple) -> Hashable:
-        return kind_of(args), torch.is_grad_enabled(), torch.get_default_dtype()
+    def _key(self, args: tuple) -> Hashable:
+        modes = tuple(module.training for module in self.modules)
+        return kind_of(args), modes, torch.is_grad_enabled(), torch.get_default_dtype()
 
     def _make(self, key: Hashable, args: tuple) -> Any:
         """The graph of these arguments; what the function returns as it is traced is the result."""
@@ -92,12 +95,16 @@ class Compiled:
         with Recorder() as heard:
             try:
                 graph = _Graph(self.function, args, self.modules, self.tensors)
+                changed = graph.parts.changed()
             except Exception as error:  # whatever a program does that a graph cannot
                 failure = error
         if failure is not None:
             restore()
             self._give_up(_reason(failure, heard.sites))
             return self.function(*args)
+        if changed:  # as it would at every call
+            self._give_up(f"it puts another tensor or module in the place of {changed}")
+            return graph.take_results()
         try:
             graph.compile()
             self.made, self._graphs[key] = self.made + 1, graph
@@ -108,6 +115,70 @@ class Compiled:
     def _give_up(self, reason: str) -> None:
         self.failure = reason
         warnings.warn(f"{self.name} runs without being compiled: {reason}", RuntimeWarning, stacklevel=2)
+
+
+class Composition:
+    """What modules are made of, by identity, and which tensors are learned.
+
+    Arguments:
+        modules: The modules.
+        tensors: The tensors that may be learned.
+        buffers: Whether buffers count.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor], buffers: bool = True) -> None:
+        modules = list(modules)
+        kinds = [kind for m in modules for kind in (m._parameters, m._modules, *((m._buffers,) if buffers else ()))]
+        self._parts = [(kind, name, value) for kind in kinds for name, value in kind.items()]
+        self._learned = [(tensor, tensor.requires_grad) for tensor in tensors]
+
+    def holds(self) -> bool:
+        """Whether they still are."""
+        return all(kind.get(name) is value for kind, name, value in self._parts) and all(
+            tensor.requires_grad is flag for tensor, flag in self._learned
+        )
+
+    def changed(self) -> str:
+        """The name of the first part that is another; empty if none is."""
+        return next((repr(name) for kind, name, value in self._parts if kind.get(name) is not value), "")
+
+
+class Replayed:
+    """A function of tensors as one CUDA graph, in which nothing is launched from Python.
+
+    What the function does to tensors that it holds on to, it does at each call. It must not wait for the device, and
+    work on the same memory each time; it has run before, so that all it needs is there.
+
+    Arguments:
+        function: Called with tensors, it returns one.
+        args: Tensors of the shapes that it will be called with.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> None:
+        self.held = [arg.clone() for arg in args]
+        self._run = captured(lambda: function(*self.held))
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        for held, arg in zip(self.held, args, strict=True):
+            held.copy_(arg)
+        return self._run().clone()
+
+
+def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function that replays, on the device, what another did there; the result stands in the same memory each time.
+
+    Arguments:
+        function: The function, which is run once without effect on the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class _Graph:
@@ -121,6 +192,7 @@ class _Graph:
         given = _tensors(args)
         state = [tensor for module in modules for tensor in _own(module).values()]
         known = list({id(tensor): tensor for tensor in (*state, *tensors)}.values())
+        self.parts = Composition(modules, known)
 
         def run(*tracked: Tensor) -> tuple:
             with checks.trusting(blind=True):
@@ -131,9 +203,6 @@ class _Graph:
         self.inputs = _lifted(self.module, len(given), known)
         self.num_given, self.given = len(given), given
         self._alike: list[int] | None = None
-        self._flags = [(module, module.training) for module in modules]
-        self._parts = [(part, name, value) for module in modules for part, name, value in _parts(module)]
-        self._learned = [(tensor, tensor.requires_grad) for tensor in known]
 
     def compile(self) -> None:
         """Compile it, for tensors like those that it was made with."""
@@ -152,14 +221,6 @@ class _Graph:
         """What the function returned when it was traced."""
         results, self.results = self.results, None
         return results
-
-    def is_fresh(self) -> bool:
-        """Whether the modules are what they were."""
-        return (
-            all(module.training is flag for module, flag in self._flags)
-            and all(part.get(name) is value for part, name, value in self._parts)
-            and all(tensor.requires_grad is flag for tensor, flag in self._learned)
-        )
 
     def __call__(self, *args: Any) -> list[Tensor | None]:
         with torch.no_grad():
@@ -203,20 +264,19 @@ def _pass() -> object:
     return Pass()
 
 
+def _is_flat(args: Any) -> bool:
+    return all(isinstance(arg, Tensor) or arg is None for arg in args)
+
+
 def _tensors(args: tuple) -> list[Tensor]:
-    if all(isinstance(arg, Tensor) for arg in args):
-        return list(args)
+    if _is_flat(args):
+        return [arg for arg in args if arg is not None]
     return [leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor)]
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
     tensors = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _parts(module: nn.Module) -> list[tuple[dict, str, object]]:
-    kinds = (module._parameters, module._buffers, module._modules)
-    return [(kind, name, value) for kind in kinds for name, value in kind.items()]
 
 
 def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> list[Tensor]:

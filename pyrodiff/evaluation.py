@@ -10,41 +10,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from . import checks
+from . import checks, processes
 from .diffusion import Diffusion
 
 __all__ = ["batches", "bytes_a_row", "evaluating", "expect", "progress_bar", "rows_within"]
 
 
 @contextmanager
-def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None) -> Iterator[None]:
+def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, agreed: bool = False) -> Iterator[None]:
     """Within: evaluation mode, random weights drawn once, and draws from a source of their own.
 
-    Afterwards each submodule has its own mode again, and, with a generator or a seed, torch's global sources theirs.
+    Afterwards each submodule has its own mode again, and torch's global sources are where they were.
 
     Arguments:
         diffusion: The diffusion.
         generator: A seed; or a generator, from which one is drawn; or None, for torch's global source.
+        agreed: Whether all processes draw alike, as the first does.
 
     Raises:
         ValueError: If ``generator`` is something else.
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    with _seeded(generator, _device(diffusion)), _evaluation_mode(diffusion), diffusion.model.quiet():
+    with _seeded(generator, _device(diffusion), agreed), _evaluation_mode(diffusion), diffusion.model.quiet():
         yield
 
 
 @contextmanager
-def _seeded(generator: torch.Generator | int | None, device: torch.device) -> Iterator[None]:
+def _seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool) -> Iterator[None]:
     if generator is None:
-        yield
-        return
-    if isinstance(generator, torch.Generator):
+        seed = int(torch.randint(2**63 - 1, ()))
+    elif isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
     elif isinstance(generator, Integral) and not isinstance(generator, bool) and -(2**63) <= generator < 2**64:
         seed = int(generator)
     else:
         raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
+    if agreed:
+        seed = processes.agreed(seed, device)
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         torch.default_generator.manual_seed(seed)

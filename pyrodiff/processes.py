@@ -4,13 +4,27 @@ A process that was started alone is the only one of its kind: then nothing here 
 script calls ``torch.distributed.init_process_group()``, and is one of many.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["agree", "count", "is_sharded", "number", "set_apart", "together"]
+__all__ = [
+    "agree",
+    "agreed",
+    "all_say",
+    "clip",
+    "count",
+    "is_sharded",
+    "number",
+    "set_apart",
+    "shard_again",
+    "together",
+    "total_norm",
+]
+
+_SMALL = 2**16  # tensors of at most so many numbers share a message
 
 
 def count() -> int:
@@ -27,37 +41,82 @@ def _are_many() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+@torch.no_grad()
 def agree(tensors: Iterable[Tensor]) -> None:
     """Give all processes the tensors of the first, in place. Those that are sharded over processes are left alone.
 
     Arguments:
         tensors: As many in each process, of the same shapes.
     """
-    if count() > 1:
-        for tensor in tensors:
-            if not is_sharded(tensor):
-                with torch.no_grad():
-                    whole = tensor.detach().contiguous()
-                    torch.distributed.broadcast(whole, 0)
-                    tensor.copy_(whole)
+    if count() == 1:
+        return
+    different = {id(tensor): tensor for tensor in tensors if not is_sharded(tensor)}
+    for alike in _alike([_once(tensor.detach()) for tensor in different.values()]):
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        torch.distributed.broadcast(flat, 0)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def agreed(value: int, device: torch.device) -> int:
+    """The first process's value, in all.
+
+    Arguments:
+        value: An int of 64 bits.
+        device: Where tensors live that processes exchange.
+    """
+    tensor = torch.tensor(value - 2**64 if value >= 2**63 else value, device=device)
+    agree([tensor])
+    return int(tensor)
+
+
+def all_say(yes: bool) -> bool:
+    """Whether all processes say yes; each has to be asked.
+
+    Arguments:
+        yes: What this one says.
+    """
+    if count() == 1:
+        return yes
+    said = [yes] * count()
+    torch.distributed.all_gather_object(said, yes)
+    return all(said)
 
 
 def together(tensors: list[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all processes: one message for each dtype.
+    """The sums of tensors over all processes: one message for all small ones of a dtype.
 
     Arguments:
         tensors: As many in each process, of the same shapes.
     """
-    if count() == 1 or not tensors:
+    if count() == 1:
         return tensors
-    sums: list[Tensor] = list(tensors)
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        flat = torch.cat([tensors[i].reshape(-1) for i in chosen])
+    sums: dict[int, Tensor] = {}
+    for alike in _alike(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         torch.distributed.all_reduce(flat)
-        for i, part in zip(chosen, flat.split([tensors[i].numel() for i in chosen]), strict=True):
-            sums[i] = part.view(tensors[i].shape)
-    return sums
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            sums[id(tensor)] = part.view(tensor.shape)
+    return [sums[id(tensor)] for tensor in tensors]
+
+
+def _alike(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors, those together that one message can hold."""
+    kinds: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() > _SMALL:
+            yield [tensor]
+        else:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    yield from kinds.values()
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """The tensor without the repetitions of ``expand``, which cannot be written to."""
+    for dim, (step, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
+        if step == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -69,22 +128,56 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def set_apart(device: torch.device) -> int:
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of all tensors together, sharded or not, with shape ().
+
+    Arguments:
+        tensors: At least one.
+    """
+    plain = [tensor for tensor in tensors if not is_sharded(tensor)]
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    norms = [nn.utils.get_total_norm(plain)] if plain else []
+    if sharded:
+        norms.append(nn.utils.get_total_norm(sharded).full_tensor())
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def clip(parameters: list[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale gradients, sharded or not, down to a norm.
+
+    Arguments:
+        parameters: The parameters, each with a gradient.
+        limit: The norm that they have at most.
+        norm: The norm that they have.
+    """
+    nn.utils.clip_grads_with_norm_([p for p in parameters if not is_sharded(p)], limit, norm)
+    parts = [parameter.grad.to_local() for parameter in parameters if is_sharded(parameter)]
+    if parts:
+        torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+def shard_again(modules: Iterable[nn.Module]) -> None:
+    """Let go of what ``fully_shard`` gathered for a forward pass that no backward pass follows.
+
+    Arguments:
+        modules: The modules, sharded or not.
+    """
+    for module in modules if count() > 1 else ():
+        if hasattr(module, "set_reshard_after_forward"):
+            module.reshard()
+
+
+def set_apart() -> int:
     """Let the random draws of this process be others than those of the rest; a number that all know is returned.
 
     Processes that were seeded alike would draw the same noise, and be worth one. Those whose source is another already
     keep theirs.
-
-    Arguments:
-        device: Where tensors live that processes exchange.
     """
     if count() == 1:
         return 0
     next_draw = int(torch.randint(2**31 - 1, (), generator=_copy()))
-    all_draws = torch.zeros(count(), dtype=torch.long, device=device)
-    all_draws[number()] = next_draw
-    torch.distributed.all_reduce(all_draws)
-    draws = all_draws.tolist()
+    draws = [0] * count()
+    torch.distributed.all_gather_object(draws, next_draw)
     if draws.index(next_draw) < number():  # an earlier one has this source
         torch.manual_seed(next_draw * count() + number())
     return draws[0]

@@ -23,7 +23,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,20 +49,22 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 class Float64Module(nn.Module):
-    """A module whose buffers are float64 and stay so: they follow it to another device, but not to another dtype.
+    """A module whose buffers are float64 and stay so: they follow it to another device, but not to another dtype."""
 
-    Attributes:
-        version: How often its buffers were replaced or loaded.
-    """
+    _changes = 0  # how often buffers were replaced
 
-    version = 0
+    def version(self) -> Hashable | None:
+        """What changes when its buffers do, or are replaced; None if it has parameters, which change at any time."""
+        if self._parameters or self._modules:
+            return None
+        return self._changes, *(0 if buffer.is_inference() else buffer._version for buffer in self._buffers.values())
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
-        self.version += 1
+        self._changes += 1  # with assign=True they are other tensors
 
     def _apply(self, fn, recurse: bool = True) -> "Float64Module":  # noqa: ANN001 - torch's own signature
-        self.version += 1
+        self._changes += 1
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in buffers.items():
@@ -82,9 +84,9 @@ def tabulated(owner: nn.Module, name: str, parts: Sequence[nn.Module], table: Ca
     Returns:
         The table; None where there is nothing to keep: a part may learn, or what comes of it is being traced.
     """
-    if not all(isinstance(part, Float64Module) and not part._parameters for part in parts) or checks.blind():
+    versions = [part.version() if isinstance(part, Float64Module) else None for part in parts]
+    if None in versions or checks.blind():
         return None
-    versions = [part.version for part in parts]
     kept = owner.__dict__.get(name)
     if kept is None or kept[0] != versions:
         with torch.no_grad():
@@ -207,6 +209,10 @@ class SubSchedule(Schedule):
         super().__init__(len(times))
         self.schedule, self.times = schedule, times
         self.register_buffer("_times", torch.tensor([0, *times], device=schedule.noise(0).device), persistent=False)
+
+    def version(self) -> Hashable | None:
+        other = self.schedule.version()
+        return None if other is None else (self._changes, other)
 
     def beta(self, t: int | Tensor) -> Tensor:
         now, before = self.time(t), self.time((t.long() - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0))

@@ -47,15 +47,16 @@ class Drawing(Float64Module, ABC):
         super().__init__()
         self.share: _Share | None = None
 
-    def spread(self, number: int, count: int, key: int) -> None:
+    def spread(self, number: int, count: int, key: int, device: torch.device | None = None) -> None:
         """Draw for one of several processes, whose batches are one large batch: its draws are spread over that.
 
         Arguments:
             number: Which process this is, in 0..count-1.
             count: How many there are.
             key: What the draws that they have in common are made from, the same number for all.
+            device: Where the times are drawn.
         """
-        self.share = _Share(number, count, key).to(next(self.buffers(), torch.zeros(())).device)
+        self.share = _Share(number, count, key, device)
 
     @abstractmethod
     def uniforms(self, like: Tensor) -> dist.Distribution:
@@ -275,13 +276,12 @@ def _by_probability(u: Tensor, probabilities: Tensor, num_steps: int) -> tuple[T
     return index + 1, probabilities[index].to(u.dtype)
 
 
-class _Share(nn.Module):
+class _Share:
     """Uniform numbers that all processes have in common, without a message: the hash of a key and a counter."""
 
-    def __init__(self, number: int, count: int, key: int) -> None:
-        super().__init__()
+    def __init__(self, number: int, count: int, key: int, device: torch.device | None = None) -> None:
         self.number, self.count, self.key = number, count, key
-        self.register_buffer("drawn", torch.zeros((), dtype=torch.long), persistent=False)
+        self.drawn = torch.zeros((), dtype=torch.long, device=device)
 
     def uniform(self) -> Tensor:
         """The next one, in float64: a multiple of 2^-32."""

@@ -2,23 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from . import checks, processes
-from .compilation import Compiled, kind_of
-from .steps import Drawing
-from .terms import Recorder
+from .compilation import Replayed
+from .gradients import Gradient
 
 __all__ = ["SVI"]
 
@@ -46,7 +42,7 @@ class SVI:
         autocast: The dtype that networks compute in where that does no harm, ``torch.bfloat16`` or ``torch.float16``
             (whose gradients are then scaled); parameters, and all that is summed to a bound, stay as they are.
         average: Called once with the model, it returns a ``torch.optim.swa_utils.AveragedModel`` of it, which is
-            updated after each step of the optimizer; see :meth:`averaged`.
+            updated after each step of the optimizer; see :meth:`averaged` and :meth:`adopt_average`.
         nonfinite: What to do where the loss, or the gradient, is infinite or NaN: "stop" raises, "skip" warns and takes
             no step. Either waits for the device at every step. If None, it is not looked at.
         compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape.
@@ -121,17 +117,11 @@ class SVI:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.average: AveragedModel | None = None
-        self.scaler: torch.amp.GradScaler | None = None
         self.num_steps = 0
         self._make_scheduler, self._make_average = scheduler, average
-        self._objective: nn.Module = _Objective(self)
-        self._parameters: dict[int, Tensor] = {}
-        self._stored: dict[str, Tensor] = {}
-        self._called: dict[int, nn.Module] = {}
-        self._known: set[Hashable] = set()
-        self._compiled: Compiled | None = None
-        self._batches, self._calls = 0, 0
-        self._share_out()
+        self._gradient = Gradient(model, guide, loss, self._learn, autocast, compile, validate)
+        self._replays: dict[Callable, tuple[int, Replayed | None, list[dict]]] = {}
+        self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step; ``args`` and ``kwargs`` go to the model and the guide.
@@ -140,25 +130,32 @@ class SVI:
             The loss before the step, in nats summed over the batch, as a detached tensor with shape (), still on its
             device. Of several processes, the sum over their batches.
         """
-        known = self._knows(args, kwargs)
         self._calls += 1
+        replayed = self._replayed(args) if self._is_capturable(args, kwargs) else None
+        if replayed is not None:
+            loss = replayed(*args)
+            self._after_step(loss)
+            return loss
         if self._batches == 0:
-            for parameter in self._parameters.values():
-                parameter.grad = None
-        compiled = self._compilation() if known and self.compile else None
-        if compiled is None:
-            loss = self._add_gradient(args, kwargs, known)
-        else:
-            loss = self._add_compiled_gradient(compiled, args, kwargs)
+            self._gradient.forget()
+        last = self._batches == self.accumulate - 1
+        loss = self._gradient.add(args, kwargs, last, self._accepts)
         self._batches = (self._batches + 1) % self.accumulate
-        if self._batches == 0:
+        if last:
             self._update(loss)
+        if self._skipped:
+            warnings.warn(self._skipped, RuntimeWarning, stacklevel=2)
+            self._skipped = ""
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss without a step, as :meth:`step` returns it."""
-        with torch.no_grad(), self._trust(self._knows(args, kwargs, new=False)):
-            return processes.together([self._loss(*args, **kwargs)])[0]
+        return self._gradient.value(args, kwargs)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss where ``autocast`` is ``torch.float16``; None otherwise, and before the first step."""
+        return self._gradient.scaler
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -167,12 +164,7 @@ class SVI:
         Raises:
             ValueError: If there is no average, or no step was taken yet.
         """
-        if self.average is None:
-            raise ValueError("average must be given to SVI, and a step taken, for the weights to be averaged")
-        ours, means = (dict(program.named_parameters()) for program in (self.model, self.average.module))
-        if self.average.use_buffers:
-            ours.update(self.model.named_buffers())
-            means.update(self.average.module.named_buffers())
+        ours, means = self._averages_of_weights()
         kept = {name: tensor.detach().clone() for name, tensor in ours.items()}
         try:
             _put(ours, means)
@@ -180,130 +172,71 @@ class SVI:
         finally:
             _put(ours, kept)
 
-    def _knows(self, args: tuple, kwargs: dict, new: bool = True) -> bool:
-        """Whether arguments of this kind were checked before; they are from now on, if they are ``new``."""
-        if self.validate is not None:
-            return not self.validate and self.optimizer is not None
-        kind = kind_of((args, kwargs) if kwargs else args)
-        try:
-            known = kind in self._known
-        except TypeError:  # something that cannot be hashed
-            return False
-        if new and len(self._known) < 1000:
-            self._known.add(kind)
-        return known
+    def adopt_average(self) -> None:
+        """Let the model have the averaged weights for good; errors as of :meth:`averaged`."""
+        _put(*self._averages_of_weights())
 
-    @staticmethod
-    def _trust(known: bool) -> AbstractContextManager:
-        return checks.trusting() if known else nullcontext()
+    def _averages_of_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model's tensors and their averages, by name."""
+        if self.average is None:
+            raise ValueError("average must be given to SVI, and a step taken, for the weights to be averaged")
+        ours, means = (dict(program.named_parameters()) for program in (self.model, self.average.module))
+        if self.average.use_buffers:
+            ours.update(self.model.named_buffers())
+            means.update(self.average.module.named_buffers())
+        return ours, means
 
-    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of this process's batch, with its networks in the precision asked for."""
-        with nullcontext() if self.autocast is None else torch.autocast(self._device(args).type, self.autocast):
-            return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-
-    def _device(self, args: tuple = ()) -> torch.device:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)] or list(self._parameters.values())
-        return tensors[0].device if tensors else torch.device("cpu")
-
-    def _add_gradient(self, args: tuple, kwargs: dict, known: bool) -> Tensor:
-        """The loss; its gradient is added to the parameters'."""
-        last = self._batches == self.accumulate - 1
-        if processes.count() > 1 and self.optimizer is None:
-            self._discover(args, kwargs)
-        with self._trust(known), Recorder() as heard, nullcontext() if known else self._noting_modules():
-            waiting = self._is_replicated() and not last
-            with self._objective.no_sync() if waiting else nullcontext():
-                loss = (self._objective if self._is_replicated() else self._loss)(*args, **kwargs)
-                self._register(heard.parameters, known)
-                if self.optimizer is None or not loss.requires_grad:
-                    raise ValueError(
-                        "model and guide must have a parameter to learn, but none was found that requires grad: let a "
-                        "program be a torch.nn.Module, or call pyro.module(name, network) in it"
-                    )
-                joined = processes.together([loss.detach()])[0]
-                if self._is_finite(joined, "loss"):
-                    factor = self._factor()
-                    (loss if factor is None else loss * factor).backward()
-        if last and not self._is_replicated():
-            self._join_gradients()
-        return joined
-
-    def _gradients(self, factor: Tensor | None, args: tuple, kwargs: dict) -> tuple[Tensor | None, ...]:
-        """The loss and the gradients of all parameters, as a function that can be traced."""
-        with self._trust(True):
-            loss = self._loss(*args, **kwargs)
-            parameters = list(self._parameters.values())
-            scaled = loss if factor is None else loss * factor
-            return loss.detach(), *_apart(torch.autograd.grad(scaled, parameters, allow_unused=True))
-
-    def _compilation(self) -> Compiled | None:
-        """The gradient as a compiled function; None where parameters are sharded, which hides them from a graph."""
-        if any(processes.is_sharded(parameter) for parameter in self._parameters.values()):
-            warnings.warn(
-                "the programs run without being compiled: a parameter is sharded", RuntimeWarning, stacklevel=3
-            )
-            self.compile = False
+    def _replayed(self, args: tuple[Tensor, ...]) -> Replayed | None:
+        """On a GPU the whole step as one CUDA graph, from the fourth compiled one on; None where there is none yet."""
+        graph = self._gradient.graph_for(args)
+        if graph is None:
             return None
-        store = pyro.get_param_store()._params
-        if self._compiled is None or any(store.get(name) is not value for name, value in self._stored.items()):
-            programs = [program for program in (self.model, self.guide) if isinstance(program, nn.Module)]
-            modules = [*programs, *self._called.values()]
-            self._compiled = Compiled(self._gradients, modules, self._parameters.values(), name="the pair of programs")
-        return self._compiled
+        settings = [
+            {key: value for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
+            for group in self.optimizer.param_groups
+        ]
+        runs, replayed, captured = self._replays.get(graph, (0, None, settings))
+        if captured != settings:
+            self._captures = False
+            message = (
+                "the step runs as a compiled graph, not as a CUDA graph: the optimizer's settings change; give lr as a "
+                "tensor on the device, torch.tensor(1e-3, device=...), for a schedule to change it there"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return None
+        replayed = Replayed(self._whole_step, args) if replayed is None and runs >= 3 else replayed
+        self._replays[graph] = runs + 1, replayed, settings
+        return replayed
 
-    def _add_compiled_gradient(self, compiled: Compiled, args: tuple, kwargs: dict) -> Tensor:
-        """As :meth:`_add_gradient`, by the graph."""
-        factor = self._factor()
-        loss, *gradients = compiled(factor, args, kwargs)
-        joined = processes.together([loss])[0]
-        if self._is_finite(joined, "loss"):
-            for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = gradient
-                elif gradient is not None:
-                    parameter.grad.add_(gradient)
-        if self._batches == self.accumulate - 1:
-            self._join_gradients()
-        return joined
+    def _whole_step(self, *args: Tensor) -> Tensor:
+        """A step in which nothing is decided, as it is captured."""
+        self._gradient.forget()
+        loss = self._gradient.add(args, {})
+        self._clip()
+        self.optimizer.step()
+        return loss
 
-    def _factor(self) -> Tensor | None:
-        """What the loss is multiplied by before its gradient is taken: the scaler's scale, and what averages undo."""
-        averages = self._is_replicated() or self._is_sharded()
-        number = processes.count() if averages else 1
-        if self.scaler is not None:
-            return self.scaler.scale(torch.full((), float(number), device=self._device()))
-        return None if number == 1 else torch.full((), float(number), device=self._device())
-
-    def _is_replicated(self) -> bool:
-        return isinstance(self._objective, DistributedDataParallel)
-
-    def _is_sharded(self) -> bool:
-        return processes.count() > 1 and any(processes.is_sharded(value) for value in self._parameters.values())
-
-    def _join_gradients(self) -> None:
-        """Sum the gradients over processes, where nobody else does, and let buffers that changed be the first's."""
-        if processes.count() == 1:
-            return
-        share = 1 / processes.count() if self._is_sharded() else 1.0
-        plain = [p for p in self._parameters.values() if p.grad is not None and not processes.is_sharded(p)]
-        for parameter, total in zip(plain, processes.together([p.grad for p in plain]), strict=True):
-            parameter.grad = total * share
-        buffers = self._buffers()
-        processes.agree(buffer for buffer in buffers if buffer._version != self._versions.get(id(buffer), 0))
-        self._versions = {id(buffer): buffer._version for buffer in buffers}
+    def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
+        """Whether a step is the same for the device each time, and nobody waits for what comes of it."""
+        return (
+            self._captures
+            and self.optimizer is not None
+            and self.accumulate == 1
+            and self.scaler is None
+            and self.nonfinite is None
+            and processes.count() == 1
+            and not kwargs
+            and all(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+            and all(group.get("capturable", False) for group in self.optimizer.param_groups)
+        )
 
     def _update(self, loss: Tensor) -> None:
         """A step of the optimizer, with the gradient of all batches since the last."""
-        parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
-        if not parameters:
+        if all(parameter.grad is None for parameter in self._gradient.parameters.values()):
             return
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        elif self.nonfinite is not None and self.scaler is None:
-            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = self._clip()
         if self.scaler is not None:
             before = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
@@ -316,12 +249,25 @@ class SVI:
             return
         self._after_step(loss)
 
+    def _clip(self) -> Tensor | None:
+        """The norm of the gradient, which is clipped to what it may be; None if nobody wants to know."""
+        if self.clip_norm is None and (self.nonfinite is None or self.scaler is not None):
+            return None
+        parameters = [parameter for parameter in self._gradient.parameters.values() if parameter.grad is not None]
+        norm = processes.total_norm([parameter.grad for parameter in parameters])
+        if self.clip_norm is not None:
+            processes.clip(parameters, self.clip_norm, norm)
+        return norm
+
     def _after_step(self, loss: Tensor) -> None:
         self.num_steps += 1
         if self.scheduler is not None:
             self.scheduler.step(*((float(loss),) if isinstance(self.scheduler, ReduceLROnPlateau) else ()))
         if self.average is not None:
             self.average.update_parameters(self.model)
+
+    def _accepts(self, loss: Tensor) -> bool:
+        return self._is_finite(loss, "loss")
 
     def _is_finite(self, value: Tensor, name: str) -> bool:
         """Whether a number is finite, as far as anybody wants to know."""
@@ -331,83 +277,19 @@ class SVI:
         if self.nonfinite == "stop":
             self._batches = 0
             raise FloatingPointError(f"{message}: no step was taken")
-        warnings.warn(f"{message}: skipped", RuntimeWarning, stacklevel=4)
+        self._skipped = f"{message}: skipped"
         return False
 
-    def _share_out(self) -> None:
-        """Of several processes: start from the parameters of the first, and draw noise and times of one's own."""
-        if processes.count() == 1:
-            return
-        processes.agree([*self._program_parameters(), *self._buffers()])
-        key = processes.set_apart(self._device())
-        for module in self._modules():
-            if isinstance(module, Drawing):
-                module.spread(processes.number(), processes.count(), key)
-        self._versions = {id(buffer): buffer._version for buffer in self._buffers()}
-
-    def _discover(self, args: tuple, kwargs: dict) -> None:
-        """Of several processes: find the parameters, those of the first, before the first loss is taken."""
-        with Recorder() as heard, torch.no_grad():
-            self._loss(*args, **kwargs)
-        self._register(heard.parameters, known=False)
-        processes.agree(self._parameters.values())
-        modules = [program for program in (self.model, self.guide) if isinstance(program, nn.Module)]
-        inside = {id(parameter) for program in modules for parameter in program.parameters()}
-        if not self.compile and not self._is_sharded() and self._parameters and inside >= set(self._parameters):
-            self._objective = DistributedDataParallel(self._objective)
-
-    def _modules(self) -> list[nn.Module]:
-        programs = [program for program in (self.model, self.guide) if isinstance(program, nn.Module)]
-        every = [module for program in (*programs, *self._called.values()) for module in program.modules()]
-        return list({id(module): module for module in every}.values())
-
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for module in self._modules() for buffer in module._buffers.values() if buffer is not None]
-
-    def _program_parameters(self) -> list[Tensor]:
-        return [
-            parameter
-            for module in self._modules()
-            for parameter in module._parameters.values()
-            if parameter is not None
-        ]
-
-    @contextmanager
-    def _noting_modules(self) -> Iterator[None]:
-        """Within, every module that is called is noted, also where a program is a function that closes over it."""
-
-        def note(module: nn.Module, args: tuple) -> None:
-            self._called[id(module)] = module
-
-        handle = register_module_forward_pre_hook(note)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _register(self, heard: dict[str, Tensor], known: bool) -> None:
+    def _learn(self, parameters: list[Tensor]) -> None:
         """Hand parameters that were not there before to the optimizer."""
-        found = [] if known else self._program_parameters()
-        new = {
-            id(parameter): parameter
-            for parameter in (*found, *heard.values())
-            if parameter.requires_grad and parameter.is_leaf and id(parameter) not in self._parameters
-        }
-        self._stored.update({name: value for name, value in heard.items() if id(value) in new})
-        if not new:
+        if self.optimizer is not None:
+            self.optimizer.param_groups[-1]["params"].extend(parameters)
             return
-        if self.optimizer is None:
-            self.optimizer = self._made("optim", self.optim, list(new.values()), torch.optim.Optimizer)
-            if self._make_scheduler is not None:
-                self.scheduler = self._made("scheduler", self._make_scheduler, self.optimizer, LRScheduler)
-            if self._make_average is not None:
-                self.average = self._made("average", self._make_average, self.model, AveragedModel)
-            if self.autocast is torch.float16:
-                self.scaler = torch.amp.GradScaler(next(iter(new.values())).device.type)
-        else:
-            self.optimizer.param_groups[-1]["params"].extend(new.values())
-        self._parameters.update(new)
-        self._compiled = None
+        self.optimizer = self._made("optim", self.optim, parameters, torch.optim.Optimizer)
+        if self._make_scheduler is not None:
+            self.scheduler = self._made("scheduler", self._make_scheduler, self.optimizer, LRScheduler)
+        if self._make_average is not None:
+            self.average = self._made("average", self._make_average, self.model, AveragedModel)
 
     @staticmethod
     def _made(name: str, make: Callable, given: object, kind: type) -> Any:
@@ -421,34 +303,7 @@ class SVI:
         return made
 
 
-class _Objective(nn.Module):
-    """The loss as a module that holds the programs: what DistributedDataParallel wraps."""
-
-    def __init__(self, svi: SVI) -> None:
-        super().__init__()
-        self.model, self.guide = svi.model, svi.guide
-        self.loss = svi._loss
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.loss(*args, **kwargs)
-
-
 def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(values[name])
-
-
-def _apart(gradients: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:
-    """The gradients, each in memory of its own, so that they can be changed in place."""
-    taken = set()
-    for gradient in gradients:
-        if gradient is not None:
-            place = gradient.untyped_storage().data_ptr()
-            overlapping = any(
-                step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)
-            )
-            if place in taken or overlapping:
-                gradient = gradient.clone(memory_format=torch.contiguous_format)
-            taken.add(place)
-        yield gradient

@@ -31,6 +31,7 @@ SPINE = [
     "terms",
     "compilation",
     "elbo",
+    "gradients",
     "svi",
     "evaluation",
     "samplers",
@@ -42,10 +43,17 @@ SPINE = [
 ]
 INSIDE = {  # what modules share, and the package does not offer
     "Compiled",
+    "Composition",
+    "Gradient",
     "Recorder",
+    "Replayed",
     "agree",
+    "all_say",
+    "agreed",
     "batches",
     "bytes_a_row",
+    "captured",
+    "clip",
     "count",
     "evaluating",
     "expect",
@@ -61,8 +69,10 @@ INSIDE = {  # what modules share, and the package does not offer
     "relative_entropy",
     "rows_within",
     "set_apart",
+    "shard_again",
     "step_costs",
     "together",
+    "total_norm",
 }
 ASIDE = {"datasets": {"checks"}, "plots": {"accounting", "bounds", "checks", "diffusion"}}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,593 @@
+"""A compiled step is the step: the same draws, the same numbers, the same state, or a warning that says why not."""
+
+import copy
+import functools
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import bit_diffusion
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+from torch.distributions import constraints
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import pyrodiff
+from pyrodiff import SVI, DiffusionELBO
+from pyrodiff.compilation import Compiled
+
+X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]], dtype=torch.float64)
+X = torch.tensor([1.0, -2.0, 4.0])
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-2)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def nothing(*args):
+    pass
+
+
+class Network(nn.Module):
+    """Two hidden layers with what is random, and what changes, in training."""
+
+    def __init__(self, dropout=0.0, norm=False):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_t, t):
+        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[:-1])
+        hidden = self.first(torch.cat([x_t, t[..., None].to(x_t.dtype) / 4], -1))
+        return self.last(self.dropout(torch.tanh(self.norm(self.dropout(hidden)))))
+
+
+def make(network=None, T=3, decoder=None, dtype=torch.float64):
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(T, 0.05, 0.5))
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.NoisePrediction(network or Network(), forward))
+    return pyrodiff.Diffusion(forward, reverse, (2,), decoder=decoder).to(dtype)
+
+
+def twins(pair, optim=adam, **options):
+    """The pair's SVI compiled, and a copy's that is not."""
+    other = copy.deepcopy(pair)
+    return [
+        SVI(one.model, one.guide, optim, DiffusionELBO(), compile=compiled, **options)
+        for one, compiled in ((pair, True), (other, False))
+    ]
+
+
+def graphs(svi):
+    """The number of compiled graphs that are kept."""
+    return 0 if svi._gradient.compiled is None else len(svi._gradient.compiled._graphs)
+
+
+ROUNDING = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def left(program):
+    """A copy of the state and the gradients."""
+    gradients = {f"gradient of {name}": p.grad.clone() for name, p in program.named_parameters() if p.grad is not None}
+    return {**{name: value.clone() for name, value in program.state_dict().items()}, **gradients}
+
+
+def agree(svis, batches, seed=0, tolerance=ROUNDING):
+    """Take the steps with each SVI, from the same seeds, and compare all that each leaves behind; return the losses."""
+    found = []
+    for svi in reversed(svis):
+        found.append([])
+        for number, batch in enumerate(batches):
+            pyro.set_rng_seed(seed + number)
+            found[-1].append((svi.step(*batch), left(svi.model)))
+    torch.testing.assert_close(*found, **tolerance)
+    return [float(loss) for loss, _ in found[0]]
+
+
+def fails(svi, *args, match):
+    """Take a step that says in one warning why it is not compiled."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        loss = svi.step(*args)
+    (warning,) = record
+    assert warning.category is RuntimeWarning
+    assert str(warning.message).startswith("the pair of programs runs without being compiled: ")
+    for part in match:
+        assert part in str(warning.message)
+    return loss
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The graphs, run operation by operation: nothing is compiled, which would take its time. Returns the list."""
+    made = []
+
+    def keep(module, *args, **kwargs):
+        made.append(module)
+        return module
+
+    monkeypatch.setattr("torch._inductor.compile", keep)
+    return made
+
+
+# The same steps
+
+
+def test_the_one_step_pair_of_gaussians():
+    """Value, gradient, parameters and batch statistics, with the same draws of noise and times."""
+    svis = twins(make(Network(norm=True)).one_step(), clip_norm=5.0)
+    losses = agree(svis, [[X_0]] * 5)
+    assert len(set(losses)) == 5
+    assert graphs(svis[0]) == 1
+    assert graphs(svis[1]) == 0
+
+
+def test_all_that_changes_in_a_step_is_what_it_would_be(interpreted):
+    """Weights, batch statistics, the costs that a drawing keeps, averages; dropout, and evaluation in between."""
+    drawing = pyrodiff.LossSecondMoment(num_steps=3, history=2)
+    pair = make(Network(dropout=0.4, norm=True)).one_step(drawing)
+    average = functools.partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=False)
+    svis = twins(pair, clip_norm=5.0, average=average, accumulate=2)
+    losses = agree(svis, [[X_0]] * 8)
+    assert len(set(losses)) == 8
+    assert graphs(svis[0]) == 1
+    assert graphs(svis[1]) == 0
+    assert svis[0].num_steps == 4
+    assert int(drawing.counts.sum()) == 8 * len(X_0)
+    norm = pair.model.reverse.denoiser.network.norm
+    assert int(norm.num_batches_tracked) == 8
+    for a, b in zip(svis[0].average.state_dict().values(), svis[1].average.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, **ROUNDING)
+
+    for svi in svis:  # a new graph, without dropout
+        svi.model.eval()
+        svi.accumulate = 1
+        for group in svi.optimizer.param_groups:
+            group["lr"] = 0.0
+    agree(svis, [[X_0]] * 3, seed=20)
+    assert svis[0]._gradient.compiled.made == 2
+    assert int(norm.num_batches_tracked) == 8
+
+    with torch.no_grad():  # state in place is read anew: no new graph
+        for svi in svis:
+            svi.model.load_state_dict({name: 0.9 * value for name, value in svi.model.state_dict().items()})
+            svi.model.forward_process.schedule.load_state_dict(pyrodiff.CosineSchedule(3).state_dict())
+    agree(svis, [[X_0]] * 2, seed=30)
+    assert svis[0]._gradient.compiled.made == 2
+
+
+def test_draws_differ_from_call_to_call_and_within_one():
+    """Of two draws of one kind in a program, and, at a rate of 0 and with no new seed, of one after another."""
+
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.dropout = nn.Parameter(torch.ones(40, dtype=torch.float64)), nn.Dropout(0.5)
+
+        def forward(self):
+            first, second = self.dropout(self.w), self.dropout(self.w)
+            pyro.factor("x", -(first * second).sum() - (first**2).sum() / 100)
+
+    svi, eager = (SVI(Program(), nothing, sgd, DiffusionELBO(), compile=compiled) for compiled in (True, False))
+    agree([svi, eager], [[]] * 5)
+    assert graphs(svi) == 1
+    assert (svi.model.w.grad == 0).any()  # what is dropped by both: never, were they one
+    assert len(set((svi.model.w.grad / svi.model.w).tolist())) > 2
+    svi.optimizer.param_groups[0]["lr"] = 0.0
+    assert len({float(svi.step()) for _ in range(8)}) > 5
+
+
+def level_data():
+    return pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=5).double()
+
+
+def test_the_trajectory_pair_with_a_decoder_of_levels():
+    svis = twins(make(decoder=pyrodiff.DiscretizedDecoder(levels=5), T=2))
+    agree(svis, [[level_data()]] * 3)
+    assert graphs(svis[0]) == 1
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+def test_a_last_short_batch_has_a_graph_of_its_own(one_step, interpreted):
+    levels, diffusion = level_data(), make(decoder=pyrodiff.DiscretizedDecoder(levels=5))
+    svis = twins(diffusion.one_step() if one_step else diffusion)
+    agree(svis, [[levels], [levels], [levels[:2]]] * 3)
+    assert graphs(svis[0]) == 2
+
+
+def test_the_pair_of_bits():
+    """In the mean of value and gradient, by 5 standard errors: inductor draws bits in a way of its own."""
+    x_0 = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    svis = twins(bit_diffusion([0.2, 0.3, 0.5], rate=0.3, bits=2).one_step(), still)
+    means, variances = [], []
+    for svi in reversed(svis):
+        svi.step(x_0)
+        draws = []
+        for _ in range(600):
+            loss = svi.step(x_0)
+            draws.append(torch.cat([loss.reshape(1), *(p.grad.flatten() for p in svi.model.parameters())]))
+        means.append(torch.stack(draws).mean(0))
+        variances.append(torch.stack(draws).var(0) / 600)
+    assert graphs(svis[0]) == 1
+    assert ((means[0] - means[1]).abs() <= 5 * sum(variances).sqrt() + 1e-9).all()
+    assert (variances[0] > 0).any()
+
+
+class Recognised(nn.Module):
+    """p(x | z) of a latent z, in plain Pyro: a module, and a constrained parameter beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1).double()
+
+    def forward(self, x):
+        pyro.module("layer", self.layer)
+        scale = pyro.param("scale", lambda: torch.tensor(0.8, dtype=torch.float64), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(self.layer(z[:, None])[:, 0], scale), obs=x)
+
+
+def recogniser(x):
+    weight = pyro.param("weight", lambda: torch.tensor([0.3, 0.1], dtype=torch.float64))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(weight[0] * x + weight[1], 0.5))
+
+
+def stored():
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+def test_a_pair_in_plain_pyro():
+    found, layer = [], nn.Linear(1, 1).double()
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        model = Recognised()
+        model.layer.load_state_dict(layer.state_dict())
+        svi = SVI(lambda x, model=model: model(x), recogniser, adam, DiffusionELBO(), compile=compiled)
+        pyro.set_rng_seed(1)
+        losses = torch.stack([svi.step(X.double()) for _ in range(6)])
+        assert graphs(svi) == compiled
+        found.append((losses, stored()))
+    assert set(found[0][1]) == {"layer$$$weight", "layer$$$bias", "scale", "weight"}
+    assert found[0][1]["scale"] != 0.8
+    torch.testing.assert_close(*found, **ROUNDING)
+
+
+class RandomWeight(PyroModule):
+    """A kernel with a random weight, of a given law."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = PyroModule[nn.Linear](2, 2)
+        self.net.weight = PyroSample(dist.Normal(torch.zeros(2, 2).double(), 0.5).to_event(2))
+
+    def forward(self, x_t, t):
+        return dist.Normal(x_t + self.net(x_t), 0.7).to_event(1)
+
+
+def test_a_random_weight_is_drawn_and_its_law_learned():
+    found, first = [], RandomWeight().double()
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(2, 0.1, 0.5))
+        diffusion = pyrodiff.Diffusion(forward, copy.deepcopy(first), (2,))
+
+        def guide(x_0, diffusion=diffusion):
+            loc = pyro.param("loc", lambda: torch.zeros(2, 2, dtype=torch.float64))
+            pyro.sample("reverse.net.weight", dist.Normal(loc, 0.1).to_event(2))
+            diffusion.guide(x_0)
+
+        svi = SVI(diffusion.model, guide, adam, DiffusionELBO(), compile=compiled)
+        pyro.set_rng_seed(1)
+        losses = torch.stack([svi.step(X_0) for _ in range(5)])
+        assert graphs(svi) == compiled
+        found.append((losses, stored()))
+    assert found[0][1]["loc"].abs().min() > 0
+    assert len(set(found[0][0].tolist())) == 5
+    torch.testing.assert_close(*found, **ROUNDING)
+
+
+def test_in_low_precision_without_a_warning():
+    """What bfloat16 rounds differs between the two by its 8 bits; the loss is float32."""
+    pair = make(dtype=torch.float32).one_step()
+    svis = twins(pair, still, autocast=torch.bfloat16)
+    found = []
+    for svi in reversed(svis):
+        found.append([])
+        for seed in range(4):
+            pyro.set_rng_seed(seed)
+            found[-1].append(svi.step(X_0.float()))
+    assert all(loss.dtype == torch.float32 for losses in found for loss in losses)
+    torch.testing.assert_close(*found, rtol=10 * torch.finfo(torch.bfloat16).eps, atol=0)
+    assert graphs(svis[0]) == 1
+    assert all(p.grad.dtype == torch.float32 for p in svis[0].model.parameters())
+
+
+# State that is replaced
+
+
+class Sum(nn.Module):
+    """p(x) = N((p + q) shift, 1) with a learned sum, whose two parts have the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = (nn.Parameter(torch.full((3,), start)) for start in (0.5, -0.2))
+        self.register_buffer("shift", torch.tensor(1.5))
+
+    def forward(self, x):
+        pyro.sample("x", dist.Normal((self.p + self.q) * self.shift, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_equal_gradients_do_not_share_memory(accumulate):
+    svis = [
+        SVI(Sum(), nothing, sgd, DiffusionELBO(), compile=compiled, accumulate=accumulate, clip_norm=0.5)
+        for compiled in (True, False)
+    ]
+    for _ in range(3 * accumulate):
+        agree(svis, [[X]], tolerance={"rtol": 1e-5, "atol": 1e-6})
+        ours = svis[0].model
+        assert ours.p.grad.untyped_storage().data_ptr() != ours.q.grad.untyped_storage().data_ptr()
+        assert X.tolist() == [1.0, -2.0, 4.0]
+    assert graphs(svis[0]) == 1
+
+
+def replaced_buffer(model):
+    model.shift = torch.tensor(0.3)
+
+
+def replaced_parameter(model):
+    model.q = nn.Parameter(torch.tensor([2.0, 1.0, 0.0]))
+
+
+def changed_in_place(model):
+    model.load_state_dict({"p": torch.ones(3), "q": torch.arange(3.0), "shift": torch.tensor(-0.4)})
+
+
+def frozen(model):
+    model.q.requires_grad_(False)
+
+
+def frozen_and_thawed(model):
+    model.q.requires_grad_(False).requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_in_place,
+        frozen_and_thawed,
+        replaced_buffer,
+        frozen,  # fails: autograd.grad refuses a tensor that does not require a gradient (SVI._gradients)
+        replaced_parameter,  # fails, eagerly too: the new parameter is not learned (SVI._register)
+    ],
+)
+def test_a_changed_module_is_not_stale(change, interpreted):
+    svis = [SVI(Sum(), nothing, sgd, DiffusionELBO(), compile=compiled) for compiled in (True, False)]
+    agree(svis, [[X]] * 3, tolerance={"rtol": 1e-5, "atol": 1e-6})
+    for svi in svis:
+        change(svi.model)
+    q = svis[0].model.q.detach().clone()
+    for _ in range(2):
+        losses = [svi.step(X) for svi in svis]
+        torch.testing.assert_close(*losses)
+        for a, b in zip(svis[0].model.parameters(), svis[1].model.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch.equal(q, svis[0].model.q) == (change is frozen)
+
+
+def parted(x):
+    pyro.sample("x", dist.Normal(pyro.param("p", lambda: torch.zeros(3)), 1.0).to_event(1), obs=x)
+
+
+# Fails: what stands in the store now is not learned, and every step makes a graph anew (SVI._compilation compares with
+# parameters that are never registered again).
+@pytest.mark.parametrize("again", [True, False])
+def test_parameters_that_were_cleared_are_not_stale(again, interpreted):
+    found = []
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        svi = SVI(parted, nothing, sgd, DiffusionELBO(), compile=compiled)
+        losses = [svi.step(X) for _ in range(3)]
+        pyro.clear_param_store()
+        if again:
+            pyro.param("p", torch.tensor([5.0, 0.0, 1.0]))
+        losses += [svi.step(X) for _ in range(3)]
+        found.append((torch.stack(losses), stored()))
+        if compiled:
+            assert svi._gradient.compiled.made == 1
+    torch.testing.assert_close(*found)
+
+
+# What cannot be compiled
+
+
+class Branching(nn.Module):
+    """A program that looks at its data, after it has drawn and changed a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.register_buffer("calls", torch.tensor(0))
+        self.norm = nn.BatchNorm1d(1).double()
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.norm(x[:, None])[:, 0]
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.w, 1.0))
+            shift = 1.0 if x.sum() < z.sum() else 2.0  # here
+            pyro.sample("x", dist.Normal(shift * z, 1.0), obs=x)
+
+
+def branching_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.4 * x, 0.7))
+
+
+def test_control_flow_on_data_is_said_and_runs_as_it_is():
+    """The operation, the line and the site; buffers and the random source are as if it had not been tried."""
+    svis = [
+        SVI(model, branching_guide, sgd, DiffusionELBO(), compile=compiled)
+        for model, compiled in ((Branching(), True), (Branching(), False))
+    ]
+    data = X.double()
+    pyro.set_rng_seed(4)
+    expected = [svis[1].step(data) for _ in range(5)]
+    state = torch.get_rng_state()
+    pyro.set_rng_seed(4)
+    found = [svis[0].step(data)]
+    match = ("aten._local_scalar_dense reads the value of a tensor", "in forward", "# here", "after site 'z'")
+    found.append(fails(svis[0], data, match=match))
+    found += [svis[0].step(data) for _ in range(3)]  # said once
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    torch.testing.assert_close(left(svis[0].model), left(svis[1].model), rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(svis[0].model.calls) == 5
+    assert graphs(svis[0]) == 0
+
+
+def test_control_flow_on_a_parameter_is_not_baked_in():
+    """The parameter falls below 0 after the graph would have been made: the other branch has another slope."""
+
+    def model():
+        loc = pyro.param("loc", lambda: torch.tensor(0.25, dtype=torch.float64))
+        slope = 2.0 if loc < 0 else 1.0
+        pyro.sample("x", dist.Normal(slope * loc, 1.0), obs=torch.tensor(-1.0, dtype=torch.float64))
+
+    found = []
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        svi = SVI(model, nothing, sgd, DiffusionELBO(), compile=compiled)
+        losses = [svi.step()]
+        match = ("aten._local_scalar_dense", "in model", "if loc < 0")
+        losses.append(fails(svi, match=match) if compiled else svi.step())
+        losses += [svi.step() for _ in range(6)]
+        found.append(torch.stack(losses))
+        assert pyro.param("loc") < 0
+    assert torch.equal(*found)
+
+
+def test_without_a_compiler_it_runs_as_it_is(monkeypatch):
+    found = []
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler here\nand more")
+
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    svi, eager = twins(make(Network(dropout=0.4, norm=True)).one_step())
+    for one in (eager, svi):
+        pyro.set_rng_seed(7)
+        losses = [one.step(X_0)]
+        losses.append(one.step(X_0) if one is eager else fails(one, X_0, match=["RuntimeError: no C++ compiler here"]))
+        losses += [one.step(X_0) for _ in range(3)]
+        found.append((torch.stack(losses), left(one.model)))
+    torch.testing.assert_close(*found, **ROUNDING)
+    assert int(svi.model.reverse.denoiser.network.norm.num_batches_tracked) == 5
+    assert graphs(svi) == 0
+
+
+# Fails: each step's graph is made anew, as the store has the other's parameters of the names (SVI._compilation).
+@pytest.mark.parametrize("one_step", [False, True])
+def test_two_diffusions_side_by_side_have_a_graph_each(one_step, interpreted):
+    svis = []
+    for _ in range(2):
+        pair = make().one_step() if one_step else make()
+        svis.append(SVI(pair.model, pair.guide, adam, DiffusionELBO(), compile=True))
+    for _ in range(5):
+        for svi in svis:
+            svi.step(X_0)
+    assert len(interpreted) == 2
+
+
+# Fails: a module that is switched to and fro gets a graph each time, and after eight none (Compiled keeps one of each
+# kind of arguments).
+def test_training_and_evaluation_have_a_graph_each(interpreted):
+    svi = SVI(Sum(), nothing, sgd, DiffusionELBO(), compile=True)
+    for _ in range(10):
+        for mode in (True, False):
+            svi.model.train(mode)
+            svi.step(X)
+    assert len(interpreted) == 2
+
+
+# A function by itself
+
+
+def test_only_so_many_graphs_are_made():
+    """The second shape is one too many: it runs as it is, with a warning, and the first goes on as a graph."""
+    calls = []
+
+    def squares(x):
+        calls.append(len(x))
+        return ((x**2).sum(),)
+
+    compiled = Compiled(squares, limit=1, name="it")
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for size in (3, 3, 2, 3, 2, 4):
+            x = torch.arange(1.0, size + 1)
+            assert float(compiled(x)[0]) == float((x * x).sum())
+    (warning,) = record
+    assert str(warning.message).startswith("it runs without being compiled: 1 graphs were made")
+    assert calls == [3, 2, 2, 4]
+
+
+# Fails: the graph reads one of the two for both.
+def test_a_tensor_that_was_given_twice_may_later_be_two():
+    compiled = Compiled(lambda x, y: (2 * x + y,))
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -3.0])
+    assert [compiled(x, x)[0].tolist() for _ in range(2)] == [[3.0, 6.0]] * 2
+    assert compiled(x, y)[0].tolist() == [7.0, 1.0]
+
+
+# Fails: a graph is of one layout in memory (inductor asserts the strides of its example), and kind_of has none.
+def test_a_tensor_of_another_layout():
+    x = torch.tensor([[1.0, 2.0, 5.0], [3.0, -4.0, 0.5]])
+    compiled = Compiled(lambda x: (x * torch.arange(3.0),))
+    for data in (x, x, x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
+        assert compiled(data)[0].tolist() == (x * torch.arange(3.0)).tolist()
+
+
+class Running(nn.Module):
+    """A running mean, kept by another tensor in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.0))
+        self.register_buffer("mean", torch.tensor(0.0))
+
+    def forward(self, x):
+        self.mean = (self.mean + x) / 2
+        pyro.sample("x", dist.Normal(self.w + self.mean, 1.0), obs=x)
+
+
+# Fails: the graph goes on with the buffer that was there when it was made, and sets none (Compiled._make).
+def test_a_buffer_that_the_program_replaces_is_kept(interpreted):
+    """1/2, 3/4, ..., 31/32."""
+    svis = [SVI(Running(), nothing, sgd, DiffusionELBO(), compile=compiled) for compiled in (True, False)]
+    x = torch.tensor(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # to run it as it is would do
+        losses = [[float(svi.step(x)) for _ in range(5)] for svi in svis]
+    assert losses[0] == pytest.approx(losses[1])
+    assert float(svis[0].model.mean) == pytest.approx(31 / 32)
+
+
+# Fails: a handler around a step is not heard in a graph (SVI.step).
+def test_handlers_around_a_step_have_their_effect(interpreted):
+    svis = [SVI(Sum(), nothing, sgd, DiffusionELBO(), compile=compiled) for compiled in (True, False)]
+    for number in range(4):
+        with pyro.poutine.scale(scale=1.0 + number):
+            torch.testing.assert_close(*(svi.step(X) for svi in svis))

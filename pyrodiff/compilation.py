@@ -2,8 +2,9 @@ r"""A function of tensors as one compiled graph: whatever Python it runs through
 
 A function is run once with its tensors tracked, which sees through Pyro's handlers as through any other Python: what
 is left is a graph of tensor operations, forward and backward. Random draws stay draws: with the same seed a graph
-draws what the function would, except that draws which nothing depends on are left out. The graph is compiled by
-inductor, one graph for each shape of the arguments.
+draws the normal and the uniform numbers that the function would, except that draws which nothing depends on are left
+out, and that inductor makes Bernoulli draws in its own way. The graph is compiled by inductor, one graph for each shape
+of the arguments.
 """
 
 import re
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from . import checks
 from .terms import Recorder
@@ -118,11 +119,11 @@ class Compiled:
 
 
 class Composition:
-    """What modules are made of, by identity, and which tensors are learned.
+    """What modules are made of, by identity, and of what kind tensors are.
 
     Arguments:
         modules: The modules.
-        tensors: The tensors that may be learned.
+        tensors: The tensors.
         buffers: Whether buffers count.
     """
 
@@ -130,12 +131,13 @@ class Composition:
         modules = list(modules)
         kinds = [kind for m in modules for kind in (m._parameters, m._modules, *((m._buffers,) if buffers else ()))]
         self._parts = [(kind, name, value) for kind in kinds for name, value in kind.items()]
-        self._learned = [(tensor, tensor.requires_grad) for tensor in tensors]
+        self._kinds = [(tensor, tensor.requires_grad, tensor.dtype, tensor.device) for tensor in tensors]
 
     def holds(self) -> bool:
         """Whether they still are."""
         return all(kind.get(name) is value for kind, name, value in self._parts) and all(
-            tensor.requires_grad is flag for tensor, flag in self._learned
+            tensor.requires_grad is flag and tensor.dtype is dtype and tensor.device == device
+            for tensor, flag, dtype, device in self._kinds
         )
 
     def changed(self) -> str:
@@ -189,9 +191,10 @@ class _Graph:
     """
 
     def __init__(self, function: Callable, args: tuple, modules: list[nn.Module], tensors: list[Tensor]) -> None:
-        given = _tensors(args)
         state = [tensor for module in modules for tensor in _own(module).values()]
         known = list({id(tensor): tensor for tensor in (*state, *tensors)}.values())
+        args = _copied(args, {id(tensor) for tensor in known})
+        given = _tensors(args)
         self.parts = Composition(modules, known)
 
         def run(*tracked: Tensor) -> tuple:
@@ -272,6 +275,11 @@ def _tensors(args: tuple) -> list[Tensor]:
     if _is_flat(args):
         return [arg for arg in args if arg is not None]
     return [leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor)]
+
+
+def _copied(args: tuple, taken: set[int]) -> tuple:
+    """The arguments, with copies of those that are also state: the next ones may not be."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in taken else leaf, args)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ class Denoiser(PyroModule):
             raise ValueError(
                 f"network must return a tensor of shape {shape} for input of shape {tuple(x_t.shape)}, but it is {got}"
             )
-        return output
+        return output.to(x_t.dtype)  # under autocast a network is less precise than what is made of it
 
     def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
         return tuple(x_t.shape)
@@ -258,7 +258,9 @@ class LevelPrediction(Float64Module, Denoiser):
         self.register_buffer("points", Levels(levels).points(), persistent=False)
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        return self.log_probs(x_t, t).exp() @ self.points.to(x_t.dtype)
+        probs = self.log_probs(x_t, t).exp()
+        with torch.autocast(x_t.device.type, enabled=False):
+            return probs @ self.points.to(x_t.dtype)
 
     def log_probs(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         r"""The :math:`\log \hat p(x_0 = v_k | x_t)`, with shape (*x_t.shape, levels); arguments as of a call."""

@@ -46,8 +46,8 @@ class SVI:
         nonfinite: What to do where the loss, or the gradient, is infinite or NaN: "stop" raises, "skip" warns and takes
             no step. Either waits for the device at every step. If None, it is not looked at.
         compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape.
-        validate: Whether to validate and check at every step (True) or at none (False), and not at the first of each
-            shape.
+        validate: Whether to validate and check at every step (True, which cannot be compiled) or at none (False), and
+            not at the first of each shape.
 
     Attributes:
         optimizer, scheduler, average: What ``optim``, ``scheduler`` and ``average`` returned; None before the first
@@ -109,11 +109,13 @@ class SVI:
         checks.one_of("nonfinite", nonfinite, (None, "stop", "skip"))
         checks.one_of("compile", compile, (False, True))
         checks.one_of("validate", validate, (None, False, True))
+        if compile and validate:
+            raise ValueError("validate must not be True where compile is: a graph checks nothing")
         if average is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module to be averaged, but it is {model!r}")
         self.model, self.guide, self.optim, self.loss, self.clip_norm = model, guide, optim, loss, clip_norm
         self.accumulate, self.autocast, self.nonfinite = accumulate, autocast, nonfinite
-        self.compile, self.validate = compile, validate
+        self.validate = validate
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.average: AveragedModel | None = None
@@ -151,6 +153,11 @@ class SVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss without a step, as :meth:`step` returns it."""
         return self._gradient.value(args, kwargs)
+
+    @property
+    def compile(self) -> bool:
+        """Whether the loss and its gradient are to run as a graph; no longer where parameters prove to be sharded."""
+        return self._gradient.compile
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:

@@ -351,7 +351,27 @@ def wrapped(rank):
     return {"end": tensors(model), "buffers": buffers(pair), "share": share and (share.number, share.count, share.key)}
 
 
+def bounded(rank):
+    """The bound of a model, in many small batches of network calls, by a seed and from the global source."""
+    pyro.set_rng_seed(10)
+    model, x_0 = diffusion(), torch.randn(7, 2)
+    options = {"num_particles": 3, "memory_budget": 12_000, "sharded": True}
+    calls = []
+    handle = model.reverse.denoiser.network.register_forward_hook(
+        lambda module, args, output: calls.append(len(output))
+    )
+    seeded = pyrodiff.bound(model, x_0, generator=4, **options)
+    handle.remove()
+    pyro.set_rng_seed(11 + (rank or 0))
+    unseeded = pyrodiff.bound(model, x_0, **options)
+    loaded = pyrodiff.bound(model, x_0.split(3), generator=4, **options)
+    found = {"seeded": seeded, "unseeded": unseeded, "loaded": loaded}
+    terms = {name: [one.prior, one.denoising, one.reconstruction] for name, one in found.items()}
+    return {**terms, "rows": sum(calls), "calls": len(calls), "source": torch.rand(3)}
+
+
 EAGER = {
+    "bound": bounded,
     "training": training,
     "seeded alike": draws,
     "seeded apart": partial(draws, lead=20),
@@ -441,7 +461,9 @@ def close(ours, theirs):
 # The claims.
 
 
-@pytest.mark.parametrize("name", [name for name in (*EAGER, *TRACED, *COMPILED) if "seeded" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in (*EAGER, *TRACED, *COMPILED) if "seeded" not in name and name != "bound"]
+)
 def test_both_processes_learn_the_same(ranks, name):
     """To the last bit, and whatever they started from: parameters, gradients, buffers, averages, losses."""
     first, second = (found[name] for found in ranks)
@@ -530,6 +552,18 @@ def test_what_is_learned_is_what_one_process_would_of_both_batches(ranks, name):
 @pytest.mark.parametrize("name", SHARDED)
 def test_parameters_are_learned_in_parts_where_they_are_sharded(ranks, name):
     assert all(found[name]["registered"] == ["DTensor"] * 4 for found in ranks)
+
+
+def test_the_bound_of_all_is_that_of_one(ranks):
+    alone = bounded(None)
+    for found in ranks:
+        for name in ("seeded", "loaded"):
+            torch.testing.assert_close(found["bound"][name], alone[name], rtol=1e-6, atol=1e-6)
+        assert found["bound"]["rows"] < 0.7 * alone["rows"]
+    assert alone["calls"] > 3
+    first, second = (found["bound"] for found in ranks)
+    torch.testing.assert_close(first["unseeded"], second["unseeded"], rtol=0, atol=0)
+    assert not torch.allclose(first["source"], second["source"])  # the sources are where they were
 
 
 def test_sharded_parameters_are_not_compiled_and_that_is_said(ranks):

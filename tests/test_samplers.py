@@ -1,0 +1,125 @@
+"""The sampler draws what the Pyro model draws."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+
+import pyrodiff
+from pyrodiff import AncestralSampler, networks
+
+
+def gaussian(T=6, decoder=None):
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(T, 0.05, 0.5))
+    network = networks.MLP((2,), hidden=8, dropout=0.5)
+    nn.init.normal_(network.outlet.weight)
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.NoisePrediction(network, forward))
+    return pyrodiff.Diffusion(forward, reverse, (2,), decoder=decoder).double()
+
+
+def bits(T=5):
+    forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(T), rate=0.3)
+    logits = pyrodiff.LogitPrediction(networks.MLP((4,), hidden=8), forward)
+    return pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, logits), (4,))
+
+
+class Weighted(PyroModule):
+    """A reverse process with a random weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = PyroSample(dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+    def forward(self, x_t, t):
+        return dist.Normal(x_t * self.weight, 0.1).to_event(1)
+
+
+def weighted():
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(4, 0.05, 0.5))
+    return pyrodiff.Diffusion(forward, Weighted(), (2,))
+
+
+DIFFUSIONS = {
+    "gaussian": gaussian,
+    "one step": lambda: gaussian(T=1),
+    "levels": lambda: gaussian(decoder=pyrodiff.DiscretizedDecoder(9)),
+    "subchain": lambda: gaussian(T=9).subchain([1, 4, 9]),
+    "bits": bits,
+}
+
+
+@pytest.mark.parametrize("name", DIFFUSIONS)
+def test_the_draws_are_those_of_the_pyro_model(name):
+    diffusion = DIFFUSIONS[name]()
+    pyro.set_rng_seed(3)
+    with torch.no_grad():
+        expected = diffusion.eval().model(num_samples=7)
+    diffusion.train()
+    found = AncestralSampler(diffusion)(7, generator=3)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert diffusion.training
+
+
+def test_the_draws_of_a_random_weight_are_one_a_call():
+    """x_0 = w^4 x_4 + noise, with the same w for all samples: their spread differs from call to call."""
+    sampler = AncestralSampler(weighted())
+    spreads = torch.stack([sampler(2000, generator=seed).std(0) for seed in range(4)])
+    weights = []
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        weights.append(dist.Normal(0.0, 1.0).expand([2]).to_event(1).sample())
+    w = torch.stack(weights).abs()
+    variance = w**8 + 0.01 * (1 + w**2 + w**4 + w**6)
+    torch.testing.assert_close(spreads, variance.sqrt(), rtol=5 / (2 * 2000) ** 0.5, atol=0)
+    with pytest.raises(ValueError, match="no random weights"):
+        AncestralSampler(weighted(), compile=True)
+
+
+def test_compiled_steps_draw_the_same():
+    diffusion = gaussian()
+    eager, compiled = AncestralSampler(diffusion), AncestralSampler(diffusion, compile=True)
+    for seed in range(3):
+        torch.testing.assert_close(compiled(5, generator=seed), eager(5, generator=seed), rtol=1e-9, atol=1e-9)
+    assert not torch.equal(compiled(5), compiled(5))
+    with torch.no_grad():
+        diffusion.reverse.denoiser.network.outlet.weight.mul_(2)  # learned on: the graph reads it
+    torch.testing.assert_close(compiled(5, generator=1), eager(5, generator=1), rtol=1e-9, atol=1e-9)
+
+
+def test_samples_may_be_trained_on_and_the_source_is_left_alone():
+    diffusion = gaussian()
+    pyro.set_rng_seed(5)
+    x = AncestralSampler(diffusion)(4, generator=torch.Generator().manual_seed(1))
+    assert not x.is_inference()
+    after = torch.rand(2)
+    pyro.set_rng_seed(5)
+    assert torch.equal(after, torch.rand(2))
+    pair = diffusion.one_step()
+    pyrodiff.DiffusionELBO().differentiable_loss(pair.model, pair.guide, x).backward()
+    assert diffusion.reverse.denoiser.network.outlet.weight.grad.abs().sum() > 0
+
+
+def test_a_kernel_of_another_shape_is_refused_at_the_first_step():
+    class Wrong(nn.Module):
+        def forward(self, x_t, t):
+            return dist.Normal(x_t, 1.0)
+
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(4, 0.05, 0.5))
+    with pytest.raises(ValueError, match="reverse must have the event_shape"):
+        AncestralSampler(pyrodiff.Diffusion(forward, Wrong(), (2,)))(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda: AncestralSampler(None), "diffusion must be a"),
+        (lambda: AncestralSampler(gaussian(), compile=1), "compile must be one of False, True"),
+        (lambda: AncestralSampler(gaussian())(0), "num_samples must be an int of at least 1"),
+        (lambda: AncestralSampler(gaussian())(2, generator="a"), "generator must be"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        arguments()

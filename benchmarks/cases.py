@@ -136,7 +136,7 @@ def cases(device: torch.device, quick: bool) -> dict[str, Case]:
         found = {
             "mlp": Case("MLP 3-128-128-2", (2,), 128, device, num_data=256),
             "digits": Case("U-Net 8 x 8", (8, 8), 64, device, (32, 64), 256, num_data=4, num_sampled=50),
-            "unet": Case("U-Net 32 x 32", (1, 32, 32), 16, device, (32, 64, 112), num_bounded=250, num_sampled=20),
+            "unet": Case("U-Net 32 x 32", (1, 32, 32), 16, device, (32, 64, 112), num_bounded=1000, num_sampled=20),
         }
     return {
         name: replace(case, num_data=1, num_bounded=100, num_sampled=10) if quick else case
@@ -145,8 +145,9 @@ def cases(device: torch.device, quick: bool) -> dict[str, Case]:
 
 
 def fused_adam(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of every variant but Pyro's own and diffusers'."""
-    return torch.optim.Adam(parameters, lr=1e-4, fused=True)
+    """The optimizer of every variant but Pyro's own and diffusers'; on a GPU one that a CUDA graph can hold."""
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=1e-4, fused=True, capturable=parameters[0].is_cuda)
 
 
 # A training step ------------------------------------------------------------------------------------------------------

@@ -46,9 +46,7 @@ def fit(x_0: torch.Tensor, num_steps: int, batch_size: int, lr: float = 2e-3) ->
     )
     for _ in range(num_steps):
         svi.step(x_0[torch.randint(len(x_0), (batch_size,), device=x_0.device)])
-    with svi.averaged():
-        means = {name: value.clone() for name, value in reverse.state_dict().items()}
-    reverse.load_state_dict(means)
+    svi.adopt_average()
     return pyrodiff.Diffusion(forward, reverse.eval(), event_shape=(2,))
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import checks, processes
 from .diffusion import Diffusion
-from .evaluation import batches, evaluating, expect, progress_bar, rows_within
+from .evaluation import batches, evaluating, expect, progress_bar, rows_within, seed_draws
 from .likelihoods import Likelihood
 from .terms import prior_cost, step_costs
 
@@ -169,7 +169,7 @@ def _bound(
     steps = x_0.new_zeros(T * B)
     ends = (0, P * B, (len(parts) - 1) * P * B)  # rows of t = 1, which the decoder scores, and all others
     chunks = [(start, min(start + rows, end)) for first, end in pairwise(ends) for start in range(first, end, rows)]
-    for start, stop in share.of(chunks):
+    for start, stop in share.of(chunks, x_0.device):
         row = torch.arange(start, stop, device=x_0.device)
         part, i = row // (P * B), row % B
         first, size = parts[part], parts[part + 1] - parts[part]
@@ -199,14 +199,14 @@ class _Share:
         self.number, self.count = (processes.number(), processes.count()) if sharded else (0, 1)
         self.source = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
-    def of(self, work: list) -> Iterator:
+    def of(self, work: list, device: torch.device) -> Iterator:
         """The pieces of this process, the random source seeded for each."""
         for k, piece in enumerate(work):
             seed = int(torch.randint(2**62, (), generator=self.source))
             if k % self.count == self.number:
-                torch.manual_seed(seed)
+                seed_draws(seed, device)
                 yield piece
-        torch.manual_seed(int(torch.randint(2**62, (), generator=self.source)))
+        seed_draws(int(torch.randint(2**62, (), generator=self.source)), device)
 
     def joined(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sums of the pieces of all processes."""

@@ -290,8 +290,12 @@ class Generative(nn.Module):
         self.decoder, self.prior = decoder, prior
         self._parts: Parts | None = None
 
+    def look_again(self) -> None:
+        """Let :meth:`parts` be what they are now."""
+        self._parts = None
+
     def parts(self) -> "Parts":
-        """What is below, as of when the program last ran."""
+        """What is below, as of when the program last ran, or was looked through."""
         if self._parts is None:
             self._parts = Parts(
                 [module for module in self.modules() if isinstance(module, PyroModule)],
@@ -354,7 +358,7 @@ class Generative(nn.Module):
         Random weights (each ``PyroSample``) are drawn now, before the chain and outside its plate. A ``PyroModule``
         forgets them when its outermost call returns, so the modules' contexts are kept open for all of the chain.
         """
-        self._parts = None
+        self.look_again()
         for name, part in self.named_children():
             _claim_names(name, part)
             if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from . import checks, processes
 from .diffusion import Diffusion
 
-__all__ = ["batches", "bytes_a_row", "evaluating", "expect", "progress_bar", "rows_within"]
+__all__ = ["batches", "bytes_a_row", "evaluating", "expect", "progress_bar", "rows_within", "seed_draws"]
 
 
 @contextmanager
@@ -31,14 +31,16 @@ def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, ag
         ValueError: If ``generator`` is something else.
     """
     checks.instance("diffusion", diffusion, Diffusion)
+    diffusion.model.look_again()
     with _seeded(generator, _device(diffusion), agreed), _evaluation_mode(diffusion), diffusion.model.quiet():
         yield
 
 
 @contextmanager
 def _seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool) -> Iterator[None]:
+    source = torch.Generator().set_state(torch.get_rng_state())  # drawn from, once all went well
     if generator is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), generator=source))
     elif isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
     elif isinstance(generator, Integral) and not isinstance(generator, bool) and -(2**63) <= generator < 2**64:
@@ -49,12 +51,24 @@ def _seeded(generator: torch.Generator | int | None, device: torch.device, agree
         seed = processes.agreed(seed, device)
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
-        torch.default_generator.manual_seed(seed)
-        if not on_cpu:
-            accelerator = getattr(torch, device.type)
-            with accelerator.device(device):
-                accelerator.manual_seed(seed)
+        seed_draws(seed, device)
         yield
+    if generator is None:
+        torch.set_rng_state(source.get_state())
+
+
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Seed what draws on the CPU and on a device, and no other device.
+
+    Arguments:
+        seed: The seed.
+        device: The device.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        accelerator = getattr(torch, device.type)
+        with accelerator.device(device):
+            accelerator.manual_seed(seed)
 
 
 @contextmanager

@@ -322,8 +322,10 @@ class GaussianForward(Forward):
 
         It is followed in float64; where no signal is left (t = T alone) the state is noise by itself.
         """
-        self.earlier(x_0, self.num_steps)
         t = torch.arange(1, self.num_steps + 1, device=x_0.device)
+        if type(self) is not GaussianForward or not self._is_followed():
+            return super().trajectory(x_0)
+        self.earlier(x_0, self.num_steps)
         signal, noise = self.schedule.signal(t), self.schedule.noise(t)
         clock = torch.where(signal > 0, -self.schedule.log_snr(t), -torch.inf).exp()
         pace = torch.cat([clock[:1], clock.diff()]).clamp(min=0).sqrt()
@@ -370,6 +372,12 @@ class GaussianForward(Forward):
         scale = (self.schedule.signal(T) ** 2 + self.schedule.noise(T) ** 2).sqrt()
         mean = torch.zeros(tuple(event_shape), dtype=dtype, device=scale.device)
         return isotropic(mean, scale, len(event_shape))
+
+    def _is_followed(self) -> bool:
+        """Whether the time of the Brownian motion stays within float64: signals fall to no less than e^-350."""
+        last = self.num_steps - (self.num_steps > 1)  # at T there may be none
+        ends = (self.schedule.signal(t) for t in (last, self.num_steps))
+        return checks.blind() or all(not 0 < float(signal) < 1e-150 for signal in ends)
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         r"""KL(q(x_T | x_0) || p(x_T)), L_T under :meth:`prior`.
@@ -448,6 +456,8 @@ class BinomialForward(Forward):
 
     def trajectory(self, x_0: Tensor) -> Tensor:
         """As of :meth:`Forward.trajectory`, all at once: a bit is what it was at its last redrawing, or at t = 0."""
+        if type(self) is not BinomialForward:
+            return super().trajectory(x_0)
         self.earlier(x_0, self.num_steps)
         t = torch.arange(1, self.num_steps + 1, device=x_0.device)
         beta = self.schedule.beta(t).reshape((-1,) + (1,) * x_0.dim())

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checks, processes
 from .compilation import Compiled, Composition, kind_of
+from .diffusion import Generative
 from .steps import Drawing
 from .terms import Recorder, is_listened_to
 
@@ -82,8 +83,10 @@ class Gradient:
         accept = accept or (lambda loss: True)
         kind = _kind(args, kwargs)
         settled = self._is_settled()
+        if not settled and isinstance(self.model, Generative):
+            self.model.look_again()
         trusted = self._trusts(kind, settled)
-        compiled = self._compilation() if trusted and settled else None
+        compiled = self._compilation() if trusted and settled and not _asks_for_gradients((args, kwargs)) else None
         if compiled is None:
             loss = self._add_as_it_runs(args, kwargs, trusted, settled, last, accept)
         else:
@@ -354,6 +357,19 @@ def _kind(args: tuple, kwargs: dict) -> Hashable | None:
     except TypeError:
         return None
     return kind
+
+
+def _asks_for_gradients(args: Any) -> bool:
+    """Whether an argument is to have a gradient, which a graph does not give it."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _leaves(args))
+
+
+def _leaves(args: Any) -> Iterator[Any]:
+    for arg in args.values() if isinstance(args, dict) else args:
+        if isinstance(arg, tuple | list | dict):
+            yield from _leaves(arg)
+        else:
+            yield arg
 
 
 def _apart(gradients: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:

@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid, mse_loss
 from . import checks
 from .denoisers import LogitPrediction, Retimed
 from .forward import BinomialForward, Bits, GaussianForward, event_dim, isotropic
-from .schedules import Float64Module, like, tabulated
+from .schedules import Float64Module, like, own, tabulated
 
 __all__ = [
     "BinomialReverse",
@@ -56,6 +56,7 @@ class Variance(Float64Module, ABC):
         """
 
 
+@own
 class ForwardVariance(Variance):
     r""":math:`\sigma_t^2 = \beta_t`, the variance of :math:`q(x_t | x_{t-1})`.
 
@@ -71,6 +72,7 @@ class ForwardVariance(Variance):
         return process.schedule.beta(t)
 
 
+@own
 class PosteriorVariance(Variance):
     r""":math:`\sigma_t^2 = \tilde\beta_t`, the variance of :math:`q(x_{t-1} | x_t, x_0)`.
 
@@ -94,6 +96,7 @@ class PosteriorVariance(Variance):
         return process.schedule.posterior(t)[2] ** 2
 
 
+@own
 class FixedVariance(Variance):
     r"""Given variances :math:`\sigma_1^2, \dots, \sigma_T^2`.
 

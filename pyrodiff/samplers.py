@@ -5,7 +5,7 @@ Ancestral sampling runs the generative chain,
 .. math:: x_T \sim p(x_T), \qquad x_{t-1} \sim p_\theta(x_{t-1} | x_t) \quad (t = T, \dots, 2), \qquad
     x_0 \sim p_\theta(x_0 | x_1),
 
-which is what ``diffusion.model(num_samples=n)`` does as a Pyro program, in the same draws.
+which is what ``diffusion.model(num_samples=n)`` does as a Pyro program; seeded alike, in the same draws.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), Algorithm 2, https://arxiv.org/abs/2006.11239
@@ -15,6 +15,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm import tqdm
 
 from . import checks
@@ -50,6 +51,7 @@ class AncestralSampler:
     def __init__(self, diffusion: Diffusion, compile: bool = False) -> None:
         checks.instance("diffusion", diffusion, Diffusion)
         checks.one_of("compile", compile, (False, True))
+        diffusion.model.look_again()
         if compile and diffusion.model.is_random():
             raise ValueError("diffusion must have no random weights (PyroSample) to be compiled, but it has some")
         self.diffusion = diffusion
@@ -62,7 +64,7 @@ class AncestralSampler:
 
         Arguments:
             num_samples: How many, n.
-            generator: A generator or a seed, for the same draws each time; torch's global source if not given.
+            generator: A generator or a seed, for the same draws each time; a seed from torch's source if not given.
             progress: Whether to show a progress bar, where there is a terminal.
 
         Returns:
@@ -93,10 +95,15 @@ class AncestralSampler:
                 bar.update(num_samples)
                 if step is self._compiled:
                     step = self._compiled.graph_for(x, times[t]) or step
-            x = model.decoded(model.kernel(x, times[1]), x).sample()
+            x = _drawn(model.decoded(model.kernel(x, times[1]), x), num_samples)
             bar.update(num_samples)
         return x
 
     def _step(self, x: Tensor, t: Tensor) -> tuple[Tensor]:
         """A draw of x_{t-1}."""
-        return (self.diffusion.model.kernel(x, t).sample(),)
+        return (_drawn(self.diffusion.model.kernel(x, t), len(x)),)
+
+
+def _drawn(law: Distribution, num_samples: int) -> Tensor:
+    """A draw for each sample, also of a law that is the same for all."""
+    return law.sample() if law.batch_shape else law.sample((num_samples,))

@@ -23,7 +23,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,25 +51,39 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
 class Float64Module(nn.Module):
     """A module whose buffers are float64 and stay so: they follow it to another device, but not to another dtype."""
 
-    _changes = 0  # how often buffers were replaced
-
-    def version(self) -> Hashable | None:
-        """What changes when its buffers do, or are replaced; None if it has parameters, which change at any time."""
-        if self._parameters or self._modules:
-            return None
-        return self._changes, *(0 if buffer.is_inference() else buffer._version for buffer in self._buffers.values())
-
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)
-        self._changes += 1  # with assign=True they are other tensors
-
     def _apply(self, fn, recurse: bool = True) -> "Float64Module":  # noqa: ANN001 - torch's own signature
-        self._changes += 1
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in buffers.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+
+_OWN: set[type] = set()
+
+
+def own(kind: type) -> type:
+    """Decorates a class whose instances, but not those of a subclass, are wholly given by their buffers and own parts.
+
+    Arguments:
+        kind: The class.
+    """
+    _OWN.add(kind)
+    return kind
+
+
+def _state(part: nn.Module) -> list[tuple[object, int]] | None:
+    """The part and its buffers, with their versions; None where something else may matter."""
+    if type(part) not in _OWN or part._parameters:
+        return None
+    found: list[tuple[object, int]] = [(part, 0)]
+    found += [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in part._buffers.values()]
+    for below in part._modules.values():
+        more = _state(below)
+        if more is None:
+            return None
+        found += more
+    return found
 
 
 def tabulated(owner: nn.Module, name: str, parts: Sequence[nn.Module], table: Callable[[], Tensor]) -> Tensor | None:
@@ -82,16 +96,24 @@ def tabulated(owner: nn.Module, name: str, parts: Sequence[nn.Module], table: Ca
         table: Makes it.
 
     Returns:
-        The table; None where there is nothing to keep: a part may learn, or what comes of it is being traced.
+        The table; None where there is nothing to keep: a part may learn or is not the package's own, or what comes of
+        it is being traced.
     """
-    versions = [part.version() if isinstance(part, Float64Module) else None for part in parts]
-    if None in versions or checks.blind():
+    if checks.blind():
         return None
+    states = [_state(part) for part in parts]
+    if None in states:
+        return None
+    state = [entry for each in states for entry in each]
     kept = owner.__dict__.get(name)
-    if kept is None or kept[0] != versions:
+    if kept is None or not _same_state(kept[0], state):
         with torch.no_grad():
-            kept = owner.__dict__[name] = versions, table()
+            kept = owner.__dict__[name] = state, table()
     return kept[1]
+
+
+def _same_state(ours: list[tuple[object, int]], theirs: list[tuple[object, int]]) -> bool:
+    return len(ours) == len(theirs) and all(a is b and m == n for (a, m), (b, n) in zip(ours, theirs, strict=True))
 
 
 class Schedule(Float64Module, ABC):
@@ -180,6 +202,7 @@ def _lookup(table: Tensor, t: int | Tensor) -> Tensor:
     return table[int(t)]
 
 
+@own
 class SubSchedule(Schedule):
     r"""The schedule of a chain of fewer steps: the given times of another schedule, and t = 0.
 
@@ -209,10 +232,6 @@ class SubSchedule(Schedule):
         super().__init__(len(times))
         self.schedule, self.times = schedule, times
         self.register_buffer("_times", torch.tensor([0, *times], device=schedule.noise(0).device), persistent=False)
-
-    def version(self) -> Hashable | None:
-        other = self.schedule.version()
-        return None if other is None else (self._changes, other)
 
     def beta(self, t: int | Tensor) -> Tensor:
         now, before = self.time(t), self.time((t.long() - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0))
@@ -294,6 +313,7 @@ def _variance_preserving(beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return beta, (log_alpha_bar / 2).exp(), noise_squared.sqrt(), log_alpha_bar - noise_squared.log()
 
 
+@own
 class BetaSchedule(_FixedSchedule):
     r"""The VP schedule with given :math:`\beta_1, \dots, \beta_T`.
 
@@ -327,6 +347,7 @@ class BetaSchedule(_FixedSchedule):
         return f"num_steps={self.num_steps}, beta_1={self._beta[1]:.4g}, beta_T={self._beta[-1]:.4g}"
 
 
+@own
 class LinearSchedule(_FixedSchedule):
     r"""The VP schedule with :math:`\beta_t` linear from ``beta_start`` to ``beta_end``.
 
@@ -358,6 +379,7 @@ class LinearSchedule(_FixedSchedule):
         return f"num_steps={self.num_steps}, beta_start={self.beta_start}, beta_end={self.beta_end}"
 
 
+@own
 class CosineSchedule(_FixedSchedule):
     r"""The VP schedule in which :math:`\bar\alpha_t` falls as a squared cosine.
 
@@ -394,6 +416,7 @@ class CosineSchedule(_FixedSchedule):
         return f"num_steps={self.num_steps}, offset={self.offset}, beta_max={self.beta_max}"
 
 
+@own
 class ReciprocalSchedule(_FixedSchedule):
     r"""The VP schedule with :math:`\beta_t = 1 / (T - t + 1)`, which erases a constant fraction of the data a step.
 
@@ -426,6 +449,7 @@ class ReciprocalSchedule(_FixedSchedule):
         return f"num_steps={self.num_steps}"
 
 
+@own
 class GeometricSchedule(_FixedSchedule):
     r"""The VE schedule with noise growing geometrically from ``sigma_min`` at t = 1 to ``sigma_max`` at t = T.
 
@@ -463,6 +487,7 @@ class GeometricSchedule(_FixedSchedule):
         return f"num_steps={self.num_steps}, sigma_min={self.sigma_min}, sigma_max={self.sigma_max}"
 
 
+@own
 class LogSNRSchedule(_FixedSchedule):
     r"""The VP schedule with a log signal-to-noise ratio that falls linearly, from ``first`` at t = 1 to ``last`` at T.
 

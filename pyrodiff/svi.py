@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import checks, processes
 from .compilation import Replayed
+from .diffusion import Diffusion, OneStep
+from .elbo import DiffusionELBO
 from .gradients import Gradient
 
 __all__ = ["SVI"]
@@ -37,15 +39,17 @@ class SVI:
         loss: The ELBO.
         clip_norm: The norm that the gradient of the loss (of the whole batch, summed) is clipped to; not if None.
         scheduler: Called once with the optimizer, it returns a torch scheduler of the learning rate, which is stepped
-            after each step of the optimizer.
-        accumulate: The number of batches whose gradients are summed for one step of the optimizer.
+            after each step of the optimizer (``ReduceLROnPlateau`` with the loss of the last batch).
+        accumulate: The number of calls of :meth:`step` whose gradients are summed for one step of the optimizer.
         autocast: The dtype that networks compute in where that does no harm, ``torch.bfloat16`` or ``torch.float16``
             (whose gradients are then scaled); parameters, and all that is summed to a bound, stay as they are.
         average: Called once with the model, it returns a ``torch.optim.swa_utils.AveragedModel`` of it, which is
             updated after each step of the optimizer; see :meth:`averaged` and :meth:`adopt_average`.
         nonfinite: What to do where the loss, or the gradient, is infinite or NaN: "stop" raises, "skip" warns and takes
-            no step. Either waits for the device at every step. If None, it is not looked at.
-        compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape.
+            no step with it (of accumulated batches, that one does not count). Either waits for the device at every
+            step. If None, it is not looked at. A gradient that overflows float16 is the scaler's to skip.
+        compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape;
+            for :class:`DiffusionELBO` only.
         validate: Whether to validate and check at every step (True, which cannot be compiled) or at none (False), and
             not at the first of each shape.
 
@@ -93,12 +97,7 @@ class SVI:
         compile: bool = False,
         validate: bool | None = None,
     ) -> None:
-        for name, value in (("model", model), ("guide", guide), ("optim", optim)):
-            if not callable(value):
-                raise ValueError(f"{name} must be a callable (optim: called with parameters), but it is {value!r}")
-        for name, value in (("scheduler", scheduler), ("average", average)):
-            if value is not None and not callable(value):
-                raise ValueError(f"{name} must be a callable or None, but it is {value!r}")
+        _check_callables(model, guide, optim, scheduler, average)
         checks.instance("loss", loss, ELBO)
         if not hasattr(loss, "differentiable_loss"):
             raise ValueError(f"loss must have a differentiable_loss, but it is {loss!r}")
@@ -111,6 +110,10 @@ class SVI:
         checks.one_of("validate", validate, (None, False, True))
         if compile and validate:
             raise ValueError("validate must not be True where compile is: a graph checks nothing")
+        if compile and not isinstance(loss, DiffusionELBO):
+            raise ValueError(
+                f"loss must be a DiffusionELBO to be compiled, but it is {loss!r}: Pyro's own read numbers as they go"
+            )
         if average is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module to be averaged, but it is {model!r}")
         self.model, self.guide, self.optim, self.loss, self.clip_norm = model, guide, optim, loss, clip_norm
@@ -124,6 +127,7 @@ class SVI:
         self._gradient = Gradient(model, guide, loss, self._learn, autocast, compile, validate)
         self._replays: dict[Callable, tuple[int, Replayed | None, list[dict]]] = {}
         self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
+        self._is_averaged = False
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step; ``args`` and ``kwargs`` go to the model and the guide.
@@ -132,6 +136,7 @@ class SVI:
             The loss before the step, in nats summed over the batch, as a detached tensor with shape (), still on its
             device. Of several processes, the sum over their batches.
         """
+        self._refuse_averages()
         self._calls += 1
         replayed = self._replayed(args) if self._is_capturable(args, kwargs) else None
         if replayed is not None:
@@ -141,7 +146,11 @@ class SVI:
         if self._batches == 0:
             self._gradient.forget()
         last = self._batches == self.accumulate - 1
-        loss = self._gradient.add(args, kwargs, last, self._accepts)
+        try:
+            loss = self._gradient.add(args, kwargs, last, self._accepts)
+        except BaseException:
+            self._batches = 0  # a gradient that may be half there is not gone on with
+            raise
         self._batches = (self._batches + 1) % self.accumulate
         if last:
             self._update(loss)
@@ -168,25 +177,38 @@ class SVI:
     def averaged(self) -> Iterator[None]:
         """Within, the model has the averaged weights (and buffers, where ``AveragedModel`` was told to use them).
 
+        The guide keeps its own, but for what it shares with the model. No step may be taken meanwhile.
+
         Raises:
-            ValueError: If there is no average, or no step was taken yet.
+            ValueError: If there is no average, no step was taken yet, or the model has its averages already.
         """
         ours, means = self._averages_of_weights()
         kept = {name: tensor.detach().clone() for name, tensor in ours.items()}
         try:
+            self._is_averaged = True
             _put(ours, means)
             yield
         finally:
+            self._is_averaged = False
             _put(ours, kept)
 
     def adopt_average(self) -> None:
         """Let the model have the averaged weights for good; errors as of :meth:`averaged`."""
         _put(*self._averages_of_weights())
 
+    def _refuse_averages(self) -> None:
+        if self._is_averaged:
+            raise ValueError(
+                "averaged() must be left first: within, the model's weights are not those that are learned"
+            )
+
     def _averages_of_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The model's tensors and their averages, by name."""
-        if self.average is None:
-            raise ValueError("average must be given to SVI, and a step taken, for the weights to be averaged")
+        self._refuse_averages()
+        if self._make_average is None:
+            raise ValueError("average must be given to SVI for the weights to be averaged, but it is None")
+        if self.num_steps == 0:
+            raise ValueError("the weights must have taken a step to be averaged, but there was none yet")
         ours, means = (dict(program.named_parameters()) for program in (self.model, self.average.module))
         if self.average.use_buffers:
             ours.update(self.model.named_buffers())
@@ -280,9 +302,8 @@ class SVI:
         """Whether a number is finite, as far as anybody wants to know."""
         if self.nonfinite is None or math.isfinite(float(value)):
             return True
-        message = f"{name} is {float(value)} at step {self._calls}"
+        message = f"{name} is {float(value)} at step {self._calls}{' (calls of step)' * (self.accumulate > 1)}"
         if self.nonfinite == "stop":
-            self._batches = 0
             raise FloatingPointError(f"{message}: no step was taken")
         self._skipped = f"{message}: skipped"
         return False
@@ -295,6 +316,8 @@ class SVI:
         self.optimizer = self._made("optim", self.optim, parameters, torch.optim.Optimizer)
         if self._make_scheduler is not None:
             self.scheduler = self._made("scheduler", self._make_scheduler, self.optimizer, LRScheduler)
+            if self.scheduler.optimizer is not self.optimizer:
+                raise ValueError("scheduler must return one of the optimizer it is called with, but it is of another")
         if self._make_average is not None:
             self.average = self._made("average", self._make_average, self.model, AveragedModel)
 
@@ -302,12 +325,31 @@ class SVI:
     def _made(name: str, make: Callable, given: object, kind: type) -> Any:
         made = make(given)
         if not isinstance(made, kind):
-            like = ", as lambda parameters: torch.optim.Adam(parameters) does" if name == "optim" else ""
+            hint = f"as {_EXAMPLES[name]} does" + ", and no pyro.optim" * (name == "optim")
             raise ValueError(
-                f"{name} must return a {kind.__module__}.{kind.__name__}{like}, but it returned {made!r}"
-                f"{' (pyro.optim goes with pyro.infer.SVI)' if name == 'optim' else ''}"
+                f"{name} must return a {kind.__module__}.{kind.__name__}, {hint}, but it returned "
+                f"{checks.described(made)}"
             )
         return made
+
+
+_EXAMPLES = {
+    "optim": "lambda parameters: torch.optim.Adam(parameters)",
+    "scheduler": "lambda optimizer: CosineAnnealingLR(optimizer, 1000)",
+    "average": "lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))",
+}
+
+
+def _check_callables(model: object, guide: object, optim: object, scheduler: object, average: object) -> None:
+    for name, program in (("model", model), ("guide", guide)):
+        if isinstance(program, Diffusion | OneStep):
+            raise ValueError(f"{name} must be a program, but it is a {type(program).__name__}: give its .{name}")
+        if not callable(program):
+            raise ValueError(f"{name} must be a callable, but it is {checks.described(program)}")
+    for name, make in (("optim", optim), ("scheduler", scheduler), ("average", average)):
+        missing = make is None and name != "optim"
+        if not missing and (not callable(make) or isinstance(make, nn.Module)):
+            raise ValueError(f"{name} must be a callable, {_EXAMPLES[name]} say, but it is {checks.described(make)}")
 
 
 def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:

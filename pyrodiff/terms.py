@@ -26,7 +26,7 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from . import checks
 from .diffusion import Generative, OneStepGuide, OneStepModel, TrajectoryGuide, TrajectoryModel
-from .forward import GaussianForward, Isotropic
+from .forward import BinomialForward, GaussianForward, Isotropic
 from .reverse import GaussianReverse
 from .steps import Drawing
 
@@ -106,7 +106,8 @@ def prior_cost(model: Generative, x_0: Tensor) -> Tensor:
         x_0: The data, with shape (B, *event_shape).
     """
     forward = model.forward_process
-    if model.prior is None and type(forward) is GaussianForward and checks.trusted() and x_0.dim() > 1:
+    plain = type(forward) is GaussianForward and forward.__dict__.keys().isdisjoint(("marginal", "transition", "prior"))
+    if model.prior is None and plain and checks.trusted() and x_0.dim() > 1:
         return forward.prior_divergence(x_0)
     q = forward.marginal(x_0, model.num_steps)
     return relative_entropy(q, model.top(x_0.dtype).expand(q.batch_shape))
@@ -129,7 +130,7 @@ def step_costs(
     """
     q = model.forward_process
     x_t = q.marginal(x_0, t).sample() if x_t is None else x_t
-    reverse, gaussian = model.reverse, type(model.reverse) is GaussianReverse and checks.trusted() and x_0.dim() > 1
+    reverse, gaussian = model.reverse, checks.trusted() and x_0.dim() > 1 and _is_plain(model)
     if gaussian:  # whose KL is known without the two laws
         found = reverse.denoiser(x_t, t)
     else:
@@ -147,6 +148,18 @@ def step_costs(
         kernel = reverse.at(x_t, found, t) if gaussian else found
         first_cost = -model.decoded(kernel, x_t).log_prob(x_0)
         return torch.where(t == 1, first_cost, cost) if later else first_cost
+
+
+def _is_plain(model: Generative) -> bool:
+    """Whether the kernels are those of the package, with nothing put around or in the place of a method."""
+    reverse, forward = model.reverse, model.forward_process
+    return (
+        type(reverse) is GaussianReverse
+        and type(forward) is GaussianForward
+        and not _hooked(reverse)
+        and reverse.__dict__.keys().isdisjoint(("forward", "at", "divergence"))
+        and forward.__dict__.keys().isdisjoint(("marginal", "posterior", "transition", "prior"))
+    )
 
 
 def precisely() -> AbstractContextManager:
@@ -171,7 +184,12 @@ def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> T
     kind, costs = kinds.get(type(model), (None, None))
     if type(guide) is not kind or not model.matches(guide) or _hooked(model) or _hooked(guide):
         return None
-    if model.is_random() or (kind is TrajectoryGuide and any(part.training for part in model.parts().of_batch)):
+    if model.is_random():
+        return None
+    if kind is TrajectoryGuide and (
+        type(model.forward_process) not in (GaussianForward, BinomialForward)  # one's own may draw its states otherwise
+        or any(part.training for part in model.parts().of_batch)
+    ):
         return None
     with model.quiet():
         return costs(model, *args)

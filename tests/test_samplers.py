@@ -123,3 +123,18 @@ def test_a_kernel_of_another_shape_is_refused_at_the_first_step():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         arguments()
+
+
+class Alike(nn.Module):
+    """One law for all states."""
+
+    def forward(self, x_t, t):
+        return dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_law_that_is_the_same_for_all_is_drawn_for_each(T):
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(T, 0.05, 0.5))
+    x = AncestralSampler(pyrodiff.Diffusion(forward, Alike(), (2,)))(5, generator=0)
+    assert x.shape == (5, 2)
+    assert len(x.unique()) == 10

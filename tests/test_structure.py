@@ -68,6 +68,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "progress_bar",
     "relative_entropy",
     "rows_within",
+    "seed_draws",
     "set_apart",
     "shard_again",
     "step_costs",

@@ -938,8 +938,8 @@ def test_only_a_module_can_be_averaged():
 
 
 def test_averaged_weights_need_an_average_and_a_step():
-    for svi in (line(), line(average=mean_of)):
-        with pytest.raises(ValueError, match="average must be given"), svi.averaged():
+    for svi, message in ((line(), "average must be given"), (line(average=mean_of), "must have taken a step")):
+        with pytest.raises(ValueError, match=message), svi.averaged():
             pass
 
 
@@ -1000,3 +1000,132 @@ def test_what_is_validated_at_every_step_cannot_be_compiled():
     pair = make().one_step()
     with pytest.raises(ValueError, match="validate must not be True where compile is"):
         SVI(pair.model, pair.guide, adam, DiffusionELBO(), compile=True, validate=True)
+
+
+# What is taken on trust is what is there: parts of one's own, and parts that take the place of others
+
+
+class Scaled(pyrodiff.Variance):
+    """A variance with a number of its own."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, process, t):
+        return self.scale * process.schedule.beta(t)
+
+
+class Narrow(pyrodiff.GaussianForward):
+    """A process with another posterior, and what follows from it."""
+
+    def posterior(self, x_t, x_0, t, s=None):
+        q = super().posterior(x_t, x_0, t, s)
+        return dist.Normal(q.mean, q.base_dist.stddev / 2).to_event(1)
+
+
+class Displaced(pyrodiff.GaussianForward):
+    """A process that forgets the data towards 3."""
+
+    def transition(self, x_s, t, s=None):
+        q = super().transition(x_s - 3, t, s)
+        return dist.Normal(q.mean + 3, q.base_dist.stddev).to_event(1)
+
+    def marginal(self, x_0, t):
+        return self.transition(x_0, t, s=0)
+
+
+def of(forward=pyrodiff.GaussianForward, variance=None, seed=0):
+    torch.manual_seed(seed)
+    process = forward(pyrodiff.LinearSchedule(6, 0.05, 0.4))
+    reverse = pyrodiff.GaussianReverse(
+        process, pyrodiff.NoisePrediction(networks.MLP((2,), hidden=8), process), variance
+    )
+    return pyrodiff.Diffusion(process, reverse, (2,)).double()
+
+
+def change_number(diffusion):
+    diffusion.reverse.variance.scale = 4.0
+
+
+def change_variance(diffusion):
+    diffusion.reverse.variance = pyrodiff.PosteriorVariance()
+
+
+def change_sequence(diffusion):
+    diffusion.reverse.variance = pyrodiff.FixedVariance([0.1] * 6)
+
+
+def change_buffer(diffusion):
+    diffusion.reverse.variance.variances = torch.full((6,), 0.1, dtype=torch.float64)
+
+
+CHANGES = {
+    "a number of one's own": (lambda: Scaled(1.0), change_number),
+    "another variance": (pyrodiff.ForwardVariance, change_variance),
+    "another sequence": (lambda: pyrodiff.FixedVariance([0.5] * 6), change_sequence),
+    "another buffer": (lambda: pyrodiff.FixedVariance([0.5] * 6), change_buffer),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_bound_after_a_change_is_that_of_the_changed_model(name):
+    variance, change = CHANGES[name]
+    changed, fresh = of(variance=variance()), of(variance=variance())
+    x_0 = torch.randn(20, 2, dtype=torch.float64)
+    before = pyrodiff.bound(changed, x_0, generator=0).nats
+    change(changed)
+    change(fresh)
+    after = [pyrodiff.bound(diffusion, x_0, generator=0).nats for diffusion in (changed, fresh)]
+    torch.testing.assert_close(*after, rtol=1e-12, atol=1e-12)
+    assert (after[0] - before).abs().max() > 0.1
+
+
+def hooked(diffusion):
+    diffusion.reverse.register_forward_hook(
+        lambda module, args, law: dist.Normal(law.mean, 2 * law.base_dist.stddev).to_event(1)
+    )
+    return diffusion
+
+
+OWN = {
+    "a posterior": lambda: of(Narrow),
+    "a transition": lambda: of(Displaced),
+    "a hook on the kernel": lambda: hooked(of()),
+}
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_kernels_of_ones_own_are_those_that_are_scored(name, one_step):
+    """The step without messages against the handlers, 5 standard errors of 60 batches of 100."""
+    pair = pair_of(OWN[name](), one_step)
+    x_0 = 1 + torch.randn(100, 2, dtype=torch.float64)
+    elbo, losses = DiffusionELBO(), []
+    for direct in (False, True):
+        with checks.trusting() if direct else nullcontext(), torch.no_grad():
+            losses.append(torch.stack([elbo.differentiable_loss(pair.model, pair.guide, x_0) for _ in range(60)]) / 100)
+    error = sum(loss.var() / 60 for loss in losses).sqrt()
+    assert abs(losses[0].mean() - losses[1].mean()) < 5 * error
+
+
+def test_a_gradient_of_the_data_is_there_at_every_step():
+    encoder, pair = nn.Linear(2, 2), make().one_step()
+    svi = SVI(pair.model, pair.guide, adam, DiffusionELBO(), compile=True)
+    for _ in range(4):
+        encoder.zero_grad()
+        svi.step(encoder(X_0))
+        assert encoder.weight.grad.abs().sum() > 0
+
+
+def test_weights_stay_averages_until_that_is_left():
+    pair = make().one_step()
+    average = functools.partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    svi = SVI(pair.model, pair.guide, adam, DiffusionELBO(), average=average)
+    svi.step(X_0)
+    with svi.averaged():
+        for forbidden in (lambda: svi.step(X_0), svi.adopt_average, lambda: svi.averaged().__enter__()):
+            with pytest.raises(ValueError, match="must be left first"):
+                forbidden()
+    svi.step(X_0)
+    assert svi.num_steps == 2

@@ -56,7 +56,6 @@ class SVI:
     Attributes:
         optimizer, scheduler, average: What ``optim``, ``scheduler`` and ``average`` returned; None before the first
             step.
-        scaler: The ``torch.amp.GradScaler`` where ``autocast`` is ``torch.float16``, else None.
         num_steps: How many steps the optimizer has taken.
 
     Raises:

@@ -118,7 +118,7 @@ class Forward(Float64Module, ABC):
             x_0: The data, with shape (B, *event_shape).
 
         Returns:
-            A tensor with shape (T, B, *event_shape).
+            A tensor with the shape of ``x_0`` after a first dimension of T.
 
         Raises:
             ValueError: As for :meth:`transition`.

@@ -1,39 +1,33 @@
 r"""Data: generated from a seed, carried inside the package, or read from disk; nothing is downloaded.
 
-What is generated or carried is float32 with shape (n, *event_shape), the same for the same seed. What is read keeps the
-shape and dtype of its file; no header is believed further than there are bytes, and no file can run code. All is on the
-CPU.
+What is generated or carried is float32 with shape (n, *event_shape), the same for the same seed. What is read is as its
+file has it (:mod:`pyrodiff.readers`). :func:`binarize` and :class:`Strokes` make data of data. All is on the CPU.
 """
 
-import gzip
-import io
-import lzma
 import math
-import os
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 
 from . import checks
+from .readers import array, idx, idx_folder, image_folder
 
-__all__ = ["array", "checkerboard", "digits", "eight_gaussians", "heartbeat", "idx", "idx_folder", "swiss_roll"]
-
-_IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_IDX_STEMS = {"images": "images{}idx3-ubyte", "labels": "labels{}idx1-ubyte"}
-_TORCH_TYPES = {  # what torch holds a number type of numpy as; the unsigned ones that it half supports, widened
-    **{name: name for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")},
-    **{"uint16": "int32", "uint32": "int64"},
-}
-_DAMAGE = (EOFError, OSError, RuntimeError, struct.error, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
+__all__ = [
+    "Strokes",
+    "array",
+    "binarize",
+    "checkerboard",
+    "digits",
+    "eight_gaussians",
+    "heartbeat",
+    "idx",
+    "idx_folder",
+    "image_folder",
+    "swiss_roll",
+]
 
 
 def _generator(num_samples: int, seed: int) -> torch.Generator:
@@ -202,274 +196,129 @@ def digits(split: str = "train", binary: bool = False) -> Tensor:
     return (levels >= 8).float() if binary else levels
 
 
-def idx(path: str | os.PathLike[str]) -> Tensor:
-    """One file in the IDX format, that of MNIST, plain or gzipped; its first bytes tell which, not its name.
+class Strokes:
+    r"""Other pictures of the same digits: turned, sheared, scaled and moved a little, to train on.
 
-    Two zero bytes, a type code (0x08 uint8, 0x09 int8, 0x0B int16, 0x0C int32, 0x0D float32, 0x0E float64), the number
-    of dimensions, their sizes as uint32, then the numbers, all big-endian.
+    A level of :func:`digits` counts the dark ones among 4 x 4 points of a scan of 32 x 32. A likely scan of each
+    picture is restored, and its points are counted anew after the change: a turn by up to 0.14 radians, a shear by up
+    to 0.12, a width and a height other by up to 8 % each, and a shift by up to 1.5 points of the scan to the side and
+    1 up or down, each uniform on its interval and independent of the others. A picture that is not changed is given
+    back as it was. Data for training alone: a bound is one on the law of the data it is evaluated on.
 
     Arguments:
-        path: The file.
-
-    Returns:
-        The numbers, with the shape and dtype of the file.
+        k: The levels 0..16 of the pictures, with shape (n, 8, 8), as :func:`digits` has them.
 
     Raises:
-        ValueError: If there is no such file, if it is not IDX or is corrupt, or if it has fewer or more bytes of data
-            than its header says.
+        ValueError: If ``k`` is something else.
+
+    Example:
+        >>> strokes = pyrodiff.datasets.Strokes(pyrodiff.datasets.digits("train"))
+        >>> strokes(torch.tensor([0, 0, 7])).shape
+        torch.Size([3, 8, 8])
+    """
+
+    def __init__(self, k: Tensor) -> None:
+        k = _whole("k", k, 17)
+        if k.dim() != 3 or k.shape[1:] != (8, 8) or not len(k):
+            raise ValueError(f"k must have shape (n, 8, 8), but its shape is {tuple(k.shape)}")
+        fine = interpolate(k[:, None], size=(32, 32), mode="bicubic", align_corners=False)
+        cells = fine.reshape(-1, 8, 4, 8, 4).transpose(2, 3).reshape(-1, 8, 8, 16)
+        rank = cells.argsort(-1, descending=True).argsort(-1)  # in each cell the k largest are dark
+        dark = (rank < k[..., None]).float()
+        self.scans = dark.reshape(-1, 8, 8, 4, 4).transpose(2, 3).reshape(-1, 1, 32, 32)
+
+    def __call__(self, i: Tensor) -> Tensor:
+        """Change pictures, each in a way of its own, drawn from torch's global source.
+
+        Arguments:
+            i: The numbers of the pictures, integers in 0..n-1 with shape (B,); a number may come more than once.
+
+        Returns:
+            The levels of the changed pictures, 0..16, with shape (B, 8, 8).
+
+        Raises:
+            ValueError: If ``i`` is something else.
+        """
+        last = len(self.scans) - 1
+        checks.integer("i", i, last)
+        if not isinstance(i, Tensor) or i.dim() != 1 or not bool(((i >= 0) & (i <= last)).all()):
+            raise ValueError(f"i must be integers in 0..{last} with shape (B,), but it is {i}")
+        turn, shear, wide, high = (size * (2 * torch.rand(len(i)) - 1) for size in (0.14, 0.12, 0.08, 0.08))
+        move = torch.tensor([1.5, 1.0]) / 16 * (2 * torch.rand(len(i), 2) - 1)
+        rows = [(1 + wide) * turn.cos(), shear - (1 + high) * turn.sin(), move[:, 0]]
+        rows += [(1 + wide) * turn.sin(), (1 + high) * turn.cos(), move[:, 1]]
+        grid = affine_grid(torch.stack(rows, -1).reshape(-1, 2, 3), (len(i), 1, 32, 32), align_corners=False)
+        moved = grid_sample(self.scans[i.long()], grid, align_corners=False) > 0.5
+        return (16 * avg_pool2d(moved.float(), 4)).round()[:, 0]
+
+
+def binarize(
+    k: Tensor, levels: int = 256, threshold: int | None = None, generator: torch.Generator | int | None = None
+) -> Tensor:
+    r"""Bits of grey levels: drawn, a 1 with probability :math:`k / (L - 1)`, or 1 from a threshold on.
+
+    What papers call *dynamic* binarisation is a call for each batch, with fresh draws, in training and for the data of
+    a bound. *Static* or *fixed* binarisation is one call with a seed for each split, whose bits are kept, like the file
+    of MNIST that Larochelle drew once; a threshold is static too, and draws nothing. They are data of different laws,
+    with different entropies, whose nats do not compare: always say which.
+
+    Arguments:
+        k: Levels, whole numbers in 0..levels-1, of any dtype and shape.
+        levels: The number of levels L, at least 2.
+        threshold: The least level that becomes a 1, in 1..levels-1; bits are drawn if not given.
+        generator: A generator or a seed of the draws; torch's global source if not given.
+
+    Returns:
+        Zeros and ones with the shape of ``k``, float32.
+
+    Raises:
+        ValueError: If ``k`` has a value that is not a whole number in 0..levels-1, or another argument is out of range
+            or of another kind, or both a threshold and a generator are given.
 
     References:
-        The MNIST database of handwritten digits (Y. LeCun, C. Cortes, C. J. C. Burges, 1998), "File formats",
-        http://yann.lecun.com/exdb/mnist/
+        On the Quantitative Analysis of Deep Belief Networks (Salakhutdinov & Murray, 2008): pixels drawn with their
+        grey values as probabilities; The Neural Autoregressive Distribution Estimator (Larochelle & Murray, 2011): the
+        bits drawn once; Importance Weighted Autoencoders (Burda et al., 2016), section 5 and appendix D: both, and by
+        how much they differ, https://arxiv.org/abs/1509.00519
 
     Example:
-        >>> import pathlib, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "numbers")
-        ...     _ = path.write_bytes(bytes([0, 0, 0x0B, 2, 0, 0, 0, 1, 0, 0, 0, 2]) + bytes([1, 0, 255, 255]))
-        ...     pyrodiff.datasets.idx(path)
-        tensor([[256,  -1]], dtype=torch.int16)
+        >>> k = torch.tensor([0, 128, 255], dtype=torch.uint8)
+        >>> pyrodiff.datasets.binarize(k.expand(1000, 3), generator=0).mean(0)
+        tensor([0.0000, 0.5..., 1.0000])
+        >>> pyrodiff.datasets.binarize(k, threshold=128)
+        tensor([0., 1., 1.])
     """
-    file = _existing("path", path, "file")
-    with _opened("path must be", file) as stream:
-        return _numbers("path must be", file, stream, *_idx_header("path must be", file, stream))
+    checks.levels(levels)
+    whole = _whole("k", k, levels)
+    if threshold is None:
+        return torch.bernoulli(whole / (levels - 1), generator=_source(generator, k.device))
+    if generator is not None:
+        raise ValueError(f"generator must be None with a threshold, which draws nothing, but it is {generator!r}")
+    if isinstance(threshold, bool) or not isinstance(threshold, int) or not 1 <= threshold < levels:
+        raise ValueError(f"threshold must be an int in 1..{levels - 1} or None, but it is {threshold!r}")
+    return (whole >= threshold).float()
 
 
-def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str = "images") -> Tensor:
-    """The images or labels of a folder with the four files of MNIST, or of a data set that took over its format.
-
-    The files are {train,t10k}-{images-idx3,labels-idx1}-ubyte or, with a dot, {train,t10k}-{images.idx3,...}-ubyte,
-    each plain or, with .gz at the end, gzipped; the plain one is taken where there are both.
-
-    Arguments:
-        folder: The folder.
-        split: "train" or "test", whose files are called t10k.
-        kind: "images" or "labels".
-
-    Returns:
-        Images as levels 0..255 with shape (n, height, width), for ``pyrodiff.dequantize(images, levels=256)``, or
-        labels with shape (n,); both uint8.
-
-    Raises:
-        ValueError: If there is no such folder, split or kind; if the folder lacks the file; if the file is none that
-            :func:`idx` reads, or not uint8 with these dimensions; if the folder has another number of labels than of
-            images.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     labels = pathlib.Path(folder, "t10k-labels-idx1-ubyte")
-        ...     _ = labels.write_bytes(bytes([0, 0, 0x08, 1, 0, 0, 0, 3]) + bytes([7, 2, 1]))
-        ...     pyrodiff.datasets.idx_folder(folder, "test", "labels")
-        tensor([7, 2, 1], dtype=torch.uint8)
-    """
-    for name, value, known in (("split", split, ("train", "test")), ("kind", kind, ("images", "labels"))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {value!r}")
-    held = _existing("folder", folder, "folder")
-    files = {either: _idx_file(held, split, either) for either in _IDX_STEMS}
-    file = files[kind]
-    if file is None:
-        names = [entry.name + "/" * entry.is_dir() for entry in sorted(held.iterdir())]
-        wanted = f"{'t10k' if split == 'test' else split}-{_IDX_STEMS[kind].format('-')}"
-        raise ValueError(f"folder must hold {wanted} or {wanted}.gz, but {held} holds {_few(names)}")
-    counts = {either: _idx_shape(file, either)[0] for either, file in files.items() if file is not None}
-    if len(set(counts.values())) > 1:
+def _whole(name: str, k: Tensor, levels: int) -> Tensor:
+    """Levels as float32."""
+    if not isinstance(k, Tensor) or k.is_complex():
         raise ValueError(
-            f"folder must hold as many images as labels, but {files['images']} has {counts['images']} images and "
-            f"{files['labels']} has {counts['labels']} labels"
+            f"{name} must be a tensor of whole numbers in 0..{levels - 1}, but it is {checks.described(k)}"
         )
-    with _opened("folder must hold", file) as stream:
-        return _numbers("folder must hold", file, stream, *_idx_header("folder must hold", file, stream))
-
-
-def array(path: str | os.PathLike[str], name: str | None = None) -> Tensor:
-    """One array that NumPy saved, in a .npy or .npz file; its first bytes tell which, not its name.
-
-    Arguments:
-        path: The file.
-        name: Which array of an .npz file; not needed if it has one.
-
-    Returns:
-        The array, with its shape and dtype; uint16 as int32 and uint32 as int64, which torch has more operations for.
-
-    Raises:
-        ValueError: If there is no such file; if it is not as NumPy saves it, or is corrupt; if it has fewer or more
-            bytes of data than its header says; if ``name`` does not choose one of its arrays; if the array has no
-            dimension or no element; if its dtype is not bool, int8 to int64, uint8 to uint32 or float16 to float64. An
-            array of objects is a pickle, which may run code when loaded.
-
-    Example:
-        >>> from importlib import resources
-        >>> with resources.as_file(resources.files("pyrodiff") / "data/digits.npz") as path:
-        ...     pyrodiff.datasets.array(path, "images").shape
-        torch.Size([1797, 8, 8])
-    """
-    if not (name is None or isinstance(name, str)):
-        raise ValueError(f"name must be a str or None, but it is {name!r}")
-    file = _existing("path", path, "file")
-    with file.open("rb") as stream:
-        first = stream.read(8)
-        stream.seek(0)
-        if first[:4] in (b"PK\3\4", b"PK\5\6"):
-            return _from_npz(file, stream, name)
-        if first[:6] != b"\x93NUMPY":
-            begins = f"begins with the bytes {first.hex(' ')}" if first else "is empty"
-            raise ValueError(f"path must be a .npy or .npz file as NumPy saves it, but {file} {begins}")
-        if name is not None:
-            raise ValueError(f"name must be None for a .npy file, which has one array, but it is {name!r} for {file}")
-        return _from_npy("path must be", file, stream)
-
-
-def _existing(name: str, value: str | os.PathLike[str], kind: str) -> Path:
-    """The path of a file or folder that is there."""
-    try:
-        path = Path(value)
-    except TypeError:
-        raise ValueError(f"{name} must be the path of a {kind}, a str or os.PathLike, but it is {value!r}") from None
-    if not (path.is_file() if kind == "file" else path.is_dir()):
-        other = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
-        got = f"is {other}" if path.exists() else "does not exist"
-        raise ValueError(f"{name} must be the path of a {kind}, but {path} {got}")
-    return path
-
-
-def _few(names: Iterable[str]) -> str:
-    """At most ten names."""
-    names = list(names)
-    return (", ".join(names[:10]) or "nothing") + f" and {len(names) - 10} more" * (len(names) > 10)
-
-
-@contextmanager
-def _whole(must: str, where: object) -> Iterator[None]:
-    """What unpacking a damaged file raises, as a ValueError that begins with ``must``, as "path must be"."""
-    try:
-        yield
-    except _DAMAGE as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{must} a whole file, but {where} is cut short or corrupt: {reason}") from error
-
-
-@contextmanager
-def _opened(must: str, file: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unzipped if it is gzipped."""
-    with file.open("rb") as plain:
-        zipped = plain.read(2) == b"\x1f\x8b"
-        plain.seek(0)
-        with _whole(must, file), gzip.GzipFile(fileobj=plain) if zipped else plain as stream:
-            yield stream
-
-
-def _idx_header(must: str, file: Path, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
-    """The dtype and the shape that an IDX file says it has."""
-    first = stream.read(4)
-    if len(first) < 4 or first[:2] != b"\0\0":
-        begins = f"begins with the bytes {first.hex(' ')}" if first else "is empty"
+    whole = k.float()
+    valid = (whole == whole.round()) & (whole >= 0) & (whole <= levels - 1)
+    if not bool(valid.all()):
         raise ValueError(
-            f"{must} an IDX file, that begins with 00 00, a type code and the number of dimensions, but {file} {begins}"
+            f"{name} must be whole numbers in 0..{levels - 1}, for {levels} levels, but {int((~valid).sum())} of its "
+            f"{k.numel()} values are not, the first {k[~valid][0].item()}"
         )
-    code, dimensions = first[2:]
-    if code not in _IDX_TYPES:
-        known = ", ".join(f"0x{known:02x}" for known in _IDX_TYPES)
-        raise ValueError(f"{must} an IDX file with a type code among {known}, but {file} has 0x{code:02x}")
-    sizes = stream.read(4 * dimensions)
-    if len(sizes) < 4 * dimensions:
-        raise ValueError(
-            f"{must} an IDX file with 4 bytes for the size of each of its dimensions, {4 * dimensions} in all, but "
-            f"{file} is cut short and has {len(sizes)}"
-        )
-    return np.dtype(_IDX_TYPES[code]), struct.unpack(f">{dimensions}I", sizes)
+    return whole
 
 
-def _idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """The file of a folder like MNIST's, if there is one."""
-    prefix = {"train": "train", "test": "t10k"}[split]
-    names = [f"{prefix}-{_IDX_STEMS[kind].format(mark)}{end}" for end in ("", ".gz") for mark in ("-", ".")]
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _idx_shape(file: Path, kind: str) -> tuple[int, ...]:
-    """The shape of a file of images or labels, from its header, if it is one for these."""
-    dimensions = {"images": 3, "labels": 1}[kind]
-    with _opened("folder must hold", file) as stream:
-        dtype, shape = _idx_header("folder must hold", file, stream)
-    if dtype != np.uint8 or len(shape) != dimensions:
-        raise ValueError(
-            f"folder must hold {kind} of dtype uint8 in {dimensions} dimension{'s' * (dimensions > 1)}, but {file} has "
-            f"dtype {dtype.name} and shape {shape}"
-        )
-    return shape
-
-
-def _numbers(
-    must: str, where: object, stream: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], fortran: bool = False
-) -> Tensor:
-    """The rest of a stream as a tensor, read in pieces and to at most a byte beyond what the shape needs."""
-    if not shape or min(shape) < 1:
-        raise ValueError(f"{must} an array with a dimension and an element, but {where} has shape {shape}")
-    needed = math.prod(shape) * dtype.itemsize
-    data = bytearray()
-    while len(data) <= needed and (piece := stream.read(min(needed + 1 - len(data), 2**20))):
-        data += piece
-    if len(data) != needed:
-        got = f"is too long and has at least {len(data)}" if len(data) > needed else f"is cut short and has {len(data)}"
-        raise ValueError(
-            f"{must} an array with {needed} bytes of data, for shape {shape} and dtype {dtype.name}, but {where} {got}"
-        )
-    numbers = torch.from_numpy(np.frombuffer(data, dtype).astype(_TORCH_TYPES[dtype.name], copy=False))
-    if not fortran:
-        return numbers.reshape(shape)
-    return numbers.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
-
-
-def _npy_header(must: str, where: object, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...], bool]:
-    """The dtype and the shape that an array says it has, and whether its first index runs fastest."""
-    magic = stream.read(8)
-    length = stream.read(2 if magic[6:7] == b"\1" else 4)
-    header = stream.read(min(int.from_bytes(length, "little"), 10_000))  # NumPy takes no longer one, but would read it
-    header = io.BytesIO(magic + length + header)
-    try:
-        version = np.lib.format.read_magic(header)
-        if version not in ((1, 0), (2, 0), (3, 0)):
-            raise ValueError(f"there is no format version {version}")
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
-        else:  # 3.0 differs from 2.0 by names of fields alone, and an array with fields is refused
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(header)
-    except Exception as error:  # a damaged header makes NumPy raise almost anything
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{must} an array as NumPy saves it, but {where} is cut short or corrupt: {reason}") from error
-    return dtype, shape, fortran
-
-
-def _from_npy(must: str, where: object, stream: BinaryIO) -> Tensor:
-    dtype, shape, fortran = _npy_header(must, where, stream)
-    if dtype.name not in _TORCH_TYPES:
-        pickled = ": a pickle, which may run code when loaded" * dtype.hasobject
-        raise ValueError(
-            f"{must} an array with a dtype among {', '.join(_TORCH_TYPES)}, but {where} has shape {shape} and dtype "
-            f"{dtype}{pickled}"
-        )
-    return _numbers(must, where, stream, dtype, shape, fortran)
-
-
-def _from_npz(file: Path, stream: BinaryIO, name: str | None) -> Tensor:
-    with _whole("path must be", file), zipfile.ZipFile(stream) as archive:
-        names = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
-        if not names:
-            raise ValueError(f"path must be an .npz file with an array, but {file} holds {_few(archive.namelist())}")
-        if name is None and len(names) == 1:
-            name = names[0]
-        if name not in names:
-            raise ValueError(
-                f"name must be that of an array in {file}, but it is {name!r}; there are "
-                f"{_few(_described(file, archive, name) for name in names)}"
-            )
-        with archive.open(f"{name}.npy") as member:
-            return _from_npy("path must hold", f"{name!r} in {file}", member)
-
-
-def _described(file: Path, archive: zipfile.ZipFile, name: str) -> str:
-    with archive.open(f"{name}.npy") as member:
-        dtype, shape, _ = _npy_header("path must hold", f"{name!r} in {file}", member)
-    return f"{name!r} {shape} {dtype}"
+def _source(generator: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:
+    """The generator of a seed; None, for torch's global source, stays None."""
+    if isinstance(generator, int) and not isinstance(generator, bool):
+        return torch.Generator(device).manual_seed(generator)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
+    return generator

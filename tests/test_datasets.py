@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,3 +79,151 @@ def test_the_digits_are_the_1797_in_three_splits():
     assert float(levels.sum()) == 561_718  # as summed over scikit-learn's load_digits().data
     for split, x in zip(("train", "validation", "test"), splits, strict=True):
         assert torch.equal(datasets.digits(split, binary=True), (x >= 8).float())
+
+
+# Data made of data
+
+
+class Draws:
+    """Stands for torch.rand, and gives what it is told."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def __call__(self, *shape):
+        return torch.as_tensor(self.values.pop(0)).expand(shape)
+
+
+def test_strokes_that_are_not_changed_are_the_digits(monkeypatch):
+    k = datasets.digits("test")
+    strokes = datasets.Strokes(k)
+    monkeypatch.setattr(torch, "rand", Draws([0.5] * 5))  # half way: no turn, no shear, no move
+    assert torch.equal(strokes(torch.arange(447)), k)
+
+
+def test_strokes_are_moved_by_the_axis_that_they_are_moved_along(monkeypatch):
+    """1.5 and 1 points of the scan at most, as levels counted over scans that are shifted by whole points."""
+    strokes = datasets.Strokes(datasets.digits("test")[:40])
+    up = torch.tensor([0.5, 1.0])  # to look a whole point lower
+    monkeypatch.setattr(torch, "rand", Draws([0.5] * 4 + [up]))
+    scans = torch.cat([strokes.scans[:, 0, 1:], torch.zeros(40, 1, 32)], 1)
+    expected = scans.reshape(40, 8, 4, 8, 4).sum((2, 4))
+    assert torch.equal(strokes(torch.arange(40)), expected)
+
+
+def test_strokes_are_scans_seen_through_an_affine_map():
+    """Bilinear interpolation in NumPy, point by point, with the draws in the order that the seed gives them."""
+    i = torch.tensor([3, 8, 3, 21, 0])
+    strokes = datasets.Strokes(datasets.digits("test")[:30])
+    torch.manual_seed(7)
+    found = strokes(i).numpy()
+    torch.manual_seed(7)
+    turn, shear, wide, high = (2 * torch.rand(5).double().numpy() - 1 for _ in range(4))
+    turn, shear, wide, high = 0.14 * turn, 0.12 * shear, 1 + 0.08 * wide, 1 + 0.08 * high
+    move = (2 * torch.rand(5, 2).double().numpy() - 1) * [1.5, 1.0]
+    place = np.arange(32) - 15.5  # in points of the scan, from its middle
+    x, y = np.meshgrid(place, place)
+    for n in range(5):
+        scan = np.pad(strokes.scans[i[n], 0].numpy(), 4)
+        u = wide[n] * np.cos(turn[n]) * x + (shear[n] - high[n] * np.sin(turn[n])) * y + move[n, 0] + 15.5 + 4
+        v = wide[n] * np.sin(turn[n]) * x + high[n] * np.cos(turn[n]) * y + move[n, 1] + 15.5 + 4
+        u, v = np.clip(u, 0, 38.999), np.clip(v, 0, 38.999)
+        a, b = np.floor(u).astype(int), np.floor(v).astype(int)
+        s, t = u - a, v - b
+        seen = (1 - t) * ((1 - s) * scan[b, a] + s * scan[b, a + 1])
+        seen += t * ((1 - s) * scan[b + 1, a] + s * scan[b + 1, a + 1])
+        doubtful = (np.abs(seen - 0.5) < 1e-4).reshape(8, 4, 8, 4).sum((1, 3))
+        levels = (seen > 0.5).reshape(8, 4, 8, 4).sum((1, 3))
+        assert (np.abs(found[n] - levels) <= doubtful).all()
+        assert doubtful.sum() < 10
+
+
+def test_strokes_are_levels_and_differ_from_draw_to_draw():
+    k = datasets.digits("train")
+    strokes = datasets.Strokes(k)
+    x = strokes(torch.zeros(100, dtype=torch.long))
+    assert set(x.unique().tolist()) <= set(range(17))
+    assert len(x.unique(dim=0)) > 90
+    changed = strokes(torch.arange(1000))
+    assert abs(float((changed - k).mean())) < 0.3  # about as much ink as before
+    assert strokes.scans.sum() == k.sum()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: datasets.Strokes(torch.zeros(3, 64)), r"k must have shape \(n, 8, 8\), .* \(3, 64\)"),
+        (lambda: datasets.Strokes(torch.zeros(0, 8, 8)), r"k must have shape"),
+        (lambda: datasets.Strokes(torch.full((3, 8, 8), 17.0)), r"k must be whole numbers in 0..16.* 192 .* 17.0"),
+        (lambda: datasets.Strokes([1]), r"k must be a tensor of whole numbers in 0..16"),
+        (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor([3])), r"i must be integers in 0..2 .*\[3\]"),
+        (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor([-1])), r"i must be integers in 0..2"),
+        (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor(1)), r"i must be integers in 0..2"),
+        (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(2), r"i must be integers in 0..2"),
+        (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor([0.5])), r"i must be an int .*float32"),
+    ],
+)
+def test_strokes_of_no_digits_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(("levels", "dtype"), [(256, torch.uint8), (17, torch.float32), (2, torch.bool)])
+def test_bits_are_ones_as_often_as_the_level_says(levels, dtype):
+    k = torch.arange(levels).to(dtype)
+    n = 20_000
+    bits = datasets.binarize(k.expand(n, levels), levels)
+    assert bits.dtype == torch.float32
+    assert set(bits.unique().tolist()) == {0.0, 1.0}
+    p = torch.arange(levels, dtype=torch.float64) / (levels - 1)
+    error = (p * (1 - p) / n).sqrt()
+    assert ((bits.double().mean(0) - p).abs() <= 5 * error).all()  # 0 and 1 have no error
+    common = (p - 0.5).abs() < 0.45
+    if common.any():  # independent from pixel to pixel
+        assert bits[:, common].T.double().corrcoef().triu(1).abs().max() < 5 / math.sqrt(n)
+
+
+def test_bits_are_drawn_anew_unless_a_seed_or_a_generator_says_how():
+    k = torch.full((50, 8, 8), 100)
+    assert not torch.equal(datasets.binarize(k), datasets.binarize(k))
+    torch.manual_seed(4)
+    x = datasets.binarize(k)
+    torch.manual_seed(4)
+    assert torch.equal(x, datasets.binarize(k))
+    state = torch.get_rng_state()
+    assert torch.equal(datasets.binarize(k, generator=4), datasets.binarize(k, generator=4))
+    assert not torch.equal(datasets.binarize(k, generator=4), datasets.binarize(k, generator=5))
+    source = torch.Generator().manual_seed(4)
+    assert torch.equal(datasets.binarize(k, generator=4), datasets.binarize(k, generator=source))
+    assert not torch.equal(datasets.binarize(k, generator=4), datasets.binarize(k, generator=source))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_threshold_draws_nothing():
+    state = torch.get_rng_state()
+    found = datasets.binarize(datasets.digits("test"), levels=17, threshold=8)
+    assert torch.equal(found, datasets.digits("test", binary=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"k": torch.tensor([0, 256])}, r"k must be whole numbers in 0..255, for 256 levels, but 1 of its 2 .* 256"),
+        ({"k": torch.tensor([-1, 0])}, r"k must be whole numbers"),
+        ({"k": torch.tensor([0.5])}, r"k must be whole numbers .* 0.5"),
+        ({"k": torch.tensor([math.nan])}, r"k must be whole numbers .* nan"),
+        ({"k": [0, 1]}, r"k must be a tensor of whole numbers in 0..255"),
+        ({"levels": 1}, r"levels must be an int of at least 2"),
+        ({"threshold": 0}, r"threshold must be an int in 1..255 or None, but it is 0"),
+        ({"threshold": 256}, r"threshold must be"),
+        ({"threshold": 0.5}, r"threshold must be an int .* 0.5"),
+        ({"threshold": True}, r"threshold must be"),
+        ({"threshold": 9, "generator": 3}, r"generator must be None with a threshold"),
+        ({"generator": "a"}, r"generator must be a torch.Generator, a seed or None, but it is 'a'"),
+        ({"generator": True}, r"generator must be"),
+    ],
+)
+def test_what_cannot_become_bits_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        datasets.binarize(**{"k": torch.tensor([0, 255]), **arguments})

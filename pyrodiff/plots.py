@@ -1,12 +1,14 @@
-r"""Pictures of a diffusion: what goes in, what comes out, and where the bound is spent.
+r"""Pictures of a diffusion: what goes in, what comes out and on which way, and where the bound is spent.
 
 Each function draws on matplotlib axes or makes a figure, and returns it; none shows or saves anything.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pyro import poutine
@@ -17,9 +19,20 @@ from .accounting import VarianceAccount
 from .bounds import Bound
 from .diffusion import Diffusion
 
-__all__ = ["bits", "diffusion_process", "terms", "variances"]
+__all__ = [
+    "animation",
+    "bits",
+    "curves",
+    "diffusion_process",
+    "pictures",
+    "samples",
+    "terms",
+    "trajectory",
+    "variances",
+]
 
 _DATA, _MODEL = "#1f4e79", "#b5452c"
+_GAP = 0.8  # the grey between pictures, neither black nor white, which their edges may be
 
 
 @torch.no_grad()
@@ -174,12 +187,353 @@ def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axe
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape (B, length) or (B, height, width), but its shape is {tuple(x.shape)}")
     axes = Figure(figsize=(4, 4), layout="constrained").subplots() if axes is None else axes
-    pictures = x.detach().cpu().numpy()
+    numbers = x.detach().cpu().numpy()
     if x.dim() == 3:
-        columns = columns or int(np.ceil(np.sqrt(len(pictures))))
-        pictures = np.pad(pictures, ((0, -len(pictures) % columns), (0, 1), (0, 1)), constant_values=0.5)
-        rows = [np.concatenate(list(row), axis=1) for row in pictures.reshape(-1, columns, *pictures.shape[1:])]
-        pictures = np.concatenate(rows, axis=0)[:-1, :-1]
-    axes.imshow(pictures, cmap="binary", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+        numbers = _tiled(numbers, columns, gap=0.5)
+    axes.imshow(numbers, cmap="binary", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
     axes.set(xticks=[], yticks=[])
     return axes
+
+
+def pictures(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axes:
+    """A batch of pictures side by side, as light: 0 is black and 1 white, unlike in :func:`bits`; colours as they are.
+
+    Arguments:
+        x: Numbers in [0, 1], with shape (B, height, width), (B, 1, height, width) or, for red, green and blue,
+            (B, 3, height, width). Data on levels or in [-1, 1] are ``(x + 1) / 2``, and draws from a density that go
+            beyond are to be clamped.
+        axes: Where to draw; axes of a new figure if not given.
+        columns: How many pictures stand side by side; about the root of B if not given.
+
+    Returns:
+        The axes, with one image of all. In it a pixel of pictures of at most 16 x 16 is a square of several.
+
+    Raises:
+        ValueError: If ``x`` has another shape, or a number outside [0, 1], or ``columns`` is not a positive int.
+
+    Example:
+        >>> axes = pyrodiff.plots.pictures(torch.rand(12, 3, 40, 30), columns=4)
+        >>> axes.images[0].get_array().shape
+        (122, 123, 3)
+    """
+    wanted = "x must have shape (B, height, width) or (B, 1 or 3, height, width), with B at least 1"
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4) or _form(x.shape[1:]) != "pictures" or not x.numel():
+        raise ValueError(f"{wanted}, but it is {checks.described(x)}")
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        low, high = float(x.min()), float(x.max())
+        raise ValueError(
+            f"x must be numbers in [0, 1], but they lie in [{low:.3g}, {high:.3g}]; for data in [-1, 1] give "
+            "((x + 1) / 2).clamp(0, 1)"
+        )
+    if columns is not None:
+        checks.positive_int("columns", columns)
+    tiles = _tiled(_enlarged(x), columns, gap=_GAP)
+    axes = _axes_for(tiles) if axes is None else axes
+    _light(axes, tiles)
+    return axes
+
+
+def samples(x: Tensor, axes: Axes | None = None, limits: tuple[float, float] | None = None) -> Axes:
+    """Samples or data, whatever they are: points as a scatter, sequences one below the other, pictures side by side.
+
+    Arguments:
+        x: Points in the plane, with shape (B, 2); sequences, (B, length); or pictures, (B, height, width) or
+            (B, 1 or 3, height, width).
+        axes: Where to draw; axes of a new figure if not given.
+        limits: The two numbers that are drawn as black and white in pictures, and as white and black in sequences;
+            a number beyond is drawn as the nearer one. If not given, (0, 1) if no number is below 0, else (-1, 1),
+            where :class:`pyrodiff.Levels` stand.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If ``x`` has another shape or is not finite somewhere, or ``limits`` is something else.
+
+    Example:
+        >>> axes = pyrodiff.plots.samples(pyrodiff.datasets.swiss_roll(500))
+        >>> len(axes.collections[0].get_offsets())
+        500
+    """
+    form = _checked_form("x", x, "B", 1)
+    limits = _limits(x, limits)
+    if form == "points":
+        axes = _square_axes() if axes is None else axes
+        _scatter(axes, x.detach(), _MODEL, _extent(x))
+        return axes
+    tiles = _drawn(x, form, limits)
+    axes = _axes_for(tiles) if axes is None else axes
+    _show(axes, tiles, form)
+    return axes
+
+
+def trajectory(
+    states: Tensor, times: Sequence[int], rows: int | None = None, limits: tuple[float, float] | None = None
+) -> Figure:
+    """States on the way from noise to data, a column for each time: a strip of the same samples.
+
+    Arguments:
+        states: States x_t with shape ``(len(times), B, *event_shape)``, as of
+            :meth:`pyrodiff.AncestralSampler.trajectory`, of data as in :func:`samples`.
+        times: Their times t.
+        rows: How many samples stand one below the other, the first ones; at most 6 pictures or 24 sequences if not
+            given. Points are all drawn, to one scale.
+        limits: See :func:`samples`; if not given, by the last states.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If ``states`` has another shape or is not finite somewhere, if there is not a time for each, or if
+            ``rows`` or ``limits`` is something else.
+
+    Example:
+        >>> states = torch.stack([torch.randn(5, 8, 8), torch.ones(5, 8, 8)])
+        >>> [axes.get_title() for axes in pyrodiff.plots.trajectory(states, times=(10, 0)).axes]
+        ['t = 10', 't = 0']
+    """
+    form, times = _checked_states(states, times)
+    limits = _limits(states[-1], limits)
+    if rows is not None:
+        checks.positive_int("rows", rows)
+    if form == "points":
+        columns, extent, width, height = states.detach(), _extent(states), 1.3, 1.3
+    else:
+        shown = states[:, : rows or {"pictures": 6, "sequences": 24}[form]]
+        columns = [_drawn(x, form, limits, columns=1) for x in shown]
+        high, wide = columns[0].shape[:2]
+        width = 1.0 if form == "pictures" else min(max(wide / 30, 1), 4)  # in inches
+        height = max(width * high / wide, 0.25)
+    figure = Figure(figsize=(width * len(times) + 0.1, height + 0.28), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    for axes, column, t in zip(figure.subplots(1, len(times), squeeze=False)[0], columns, times, strict=True):
+        if form == "points":
+            _scatter(axes, column, _MODEL, extent)
+        else:
+            _show(axes, column, form)
+        axes.set_title(f"t = {t}", fontsize=9)
+    return figure
+
+
+def animation(
+    states: Tensor, times: Sequence[int], limits: tuple[float, float] | None = None, interval: int = 100
+) -> FuncAnimation:
+    """States on the way from noise to data, a frame for each time, the last of which stands for a second more.
+
+    Arguments:
+        states: See :func:`trajectory`. All samples are drawn, as by :func:`samples`.
+        times: Their times t.
+        limits: See :func:`trajectory`.
+        interval: How long a frame stands, in milliseconds.
+
+    Returns:
+        The animation, of a figure without a window. Its ``save`` writes a file; matplotlib warns of one that is thrown
+        away before.
+
+    Raises:
+        ValueError: See :func:`trajectory`; if ``interval`` is not a positive int.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from matplotlib.animation import PillowWriter
+        >>> film = pyrodiff.plots.animation(torch.randn(3, 50, 2), times=(2, 1, 0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     film.save(pathlib.Path(folder, "film.gif"), PillowWriter(fps=10))
+        ...     [path.name for path in pathlib.Path(folder).iterdir()]
+        ['film.gif']
+    """
+    form, times = _checked_states(states, times)
+    checks.positive_int("interval", interval)
+    limits = _limits(states[-1], limits)
+    if form == "points":
+        axes = _square_axes()
+        _scatter(axes, states[0].detach(), _MODEL, _extent(states))
+    else:
+        frames = [_drawn(x, form, limits) for x in states]
+        axes = _axes_for(frames[0])
+        _show(axes, frames[0], form)
+    title = axes.set_title(f"t = {times[0]}")
+
+    def draw(number: int) -> list:
+        title.set_text(f"t = {times[number]}")
+        if form == "points":
+            axes.collections[0].set_offsets(states[number].detach().cpu().numpy())
+        else:
+            axes.images[0].set_data(frames[number])
+        return [title, *axes.collections, *axes.images]
+
+    order = [*range(len(times)), *[len(times) - 1] * round(1000 / interval)]
+    return FuncAnimation(axes.figure, draw, frames=order, interval=interval)
+
+
+def curves(records: Sequence[Mapping[str, float]], axes: Axes | None = None) -> Axes:
+    """What a training wrote down: the loss of each record, thin, its mean over those around it, and a held-out bound.
+
+    The vertical axis is logarithmic where all is positive and the greatest is over 30 times the least.
+
+    Arguments:
+        records: Mappings, such as lines of JSON, with a number "step" and, each where there is one, a "loss" and a
+            "bound", in nats a datum, with its standard error "bound_se". What is missing, None or not finite is not
+            drawn, nor is any other key.
+        axes: Where to draw; axes of a new figure if not given.
+
+    Returns:
+        The axes. The bars of the bound are two standard errors up and down.
+
+    Raises:
+        ValueError: If a record is no mapping, a value no number, or there is neither a loss nor a bound in any.
+
+    Example:
+        >>> records = [{"step": n, "loss": 2 + 10 / n} for n in range(1, 101)] + [{"step": 100, "bound": 2.3}]
+        >>> [text.get_text() for text in pyrodiff.plots.curves(records).get_legend().get_texts()]
+        ['loss', 'loss, mean of 5', 'bound, held out']
+    """
+    losses, bounds = _column(records, "loss"), _column(records, "bound", "bound_se")
+    if not (len(losses) or len(bounds)):
+        raise ValueError(f"records must hold a step with a loss or a bound, but none of the {len(records)} does")
+    axes = Figure(figsize=(6, 3.4), layout="constrained").subplots() if axes is None else axes
+    if len(losses):
+        half = len(losses) // 40
+        axes.plot(*losses.T[:2], color=_DATA, linewidth=0.6, alpha=0.45 if half else 1, label="loss")
+        if half:
+            label = f"loss, mean of {2 * half + 1}"
+            axes.plot(losses[:, 0], _smooth(losses[:, 1], half), color=_DATA, linewidth=1.6, label=label)
+    if len(bounds):
+        error = 2 * np.nan_to_num(bounds[:, 2])
+        label = "bound, held out" + " ± 2 s.e." * bool(error.any())
+        style = {"fmt": "o-", "markersize": 3.5, "linewidth": 1.2, "capsize": 2}
+        axes.errorbar(*bounds.T[:2], yerr=error, color=_MODEL, label=label, **style)
+    values = np.concatenate([losses[:, 1], bounds[:, 1]])
+    if values.min() > 0 and values.max() > 30 * values.min():
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="nats a datum")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return axes
+
+
+def _column(records: Sequence[Mapping[str, float]], *keys: str) -> np.ndarray:
+    """Steps beside the values of some keys, of the records that have a step and the first; others are NaN."""
+    rows = []
+    for number, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise ValueError(f"records must be mappings, but number {number} is {checks.described(record)}")
+        row = [record.get(key) for key in ("step", *keys)]
+        for key, value in zip(("step", *keys), row, strict=True):
+            if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
+                raise ValueError(f"records must have numbers, but number {number} has {key} = {value!r}")
+        row = [math.nan if value is None else float(value) for value in row]
+        if math.isfinite(row[0]) and math.isfinite(row[1]):
+            rows.append(row)
+    return np.array(rows, dtype=float).reshape(-1, 1 + len(keys))
+
+
+def _smooth(values: np.ndarray, half: int) -> np.ndarray:
+    """The mean of each value and so many before and behind it, or as many as there are."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _form(event_shape: Sequence[int]) -> str | None:
+    """What data of a shape are drawn as."""
+    if tuple(event_shape) == (2,):
+        return "points"
+    if len(event_shape) == 3:
+        return "pictures" if event_shape[0] in (1, 3) else None
+    return {1: "sequences", 2: "pictures"}.get(len(event_shape))
+
+
+def _checked_form(name: str, x: Tensor, before: str, dims: int) -> str:
+    """What ``x`` is drawn as, of whose shape the first ``dims`` sizes are called ``before``."""
+    form = _form(x.shape[dims:]) if isinstance(x, Tensor) and x.numel() and x.dim() > dims else None
+    if form is None:
+        raise ValueError(
+            f"{name} must be points in the plane, with shape ({before}, 2), sequences, ({before}, length), or "
+            f"pictures, ({before}, height, width) or ({before}, 1 or 3, height, width), but it is "
+            f"{checks.described(x)}"
+        )
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, but {int((~x.isfinite()).sum())} of its numbers are not")
+    return form
+
+
+def _checked_states(states: Tensor, times: Sequence[int]) -> tuple[str, tuple]:
+    """What states are drawn as, and their times."""
+    form = _checked_form("states", states, "len(times), B", 2)
+    found = times.tolist() if isinstance(times, Tensor) else times
+    found = tuple(found) if isinstance(found, Sequence) else ()
+    if len(found) != len(states):
+        raise ValueError(f"times must be one for each of the {len(states)} states, but they are {times}")
+    return form, found
+
+
+def _limits(x: Tensor, limits: tuple[float, float] | None) -> tuple[float, float]:
+    if limits is None:
+        return (0.0, 1.0) if bool((x >= 0).all()) else (-1.0, 1.0)
+    pair = isinstance(limits, tuple | list) and len(limits) == 2
+    if not (
+        pair and all(isinstance(end, int | float) for end in limits) and -math.inf < limits[0] < limits[1] < math.inf
+    ):
+        raise ValueError(f"limits must be two numbers, the lower first, or None, but it is {limits!r}")
+    return float(limits[0]), float(limits[1])
+
+
+def _drawn(x: Tensor, form: str, limits: tuple[float, float], columns: int | None = None) -> np.ndarray:
+    """Sequences or pictures as one array of numbers in [0, 1]."""
+    shares = ((x.detach().double() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
+    return shares.cpu().numpy() if form == "sequences" else _tiled(_enlarged(shares), columns, gap=_GAP)
+
+
+def _enlarged(x: Tensor) -> np.ndarray:
+    """Grey pictures with shape (B, height, width), coloured ones with (B, height, width, 3).
+
+    A pixel of small ones is a square of several, so that the gap between two pictures is thin.
+    """
+    x = x.detach().cpu().double()
+    if x.dim() == 4:
+        x = x[:, 0] if x.shape[1] == 1 else x.permute(0, 2, 3, 1)
+    times = max(1, 32 // max(x.shape[1:3]))
+    return x.repeat_interleave(times, 1).repeat_interleave(times, 2).numpy()
+
+
+def _tiled(tiles: np.ndarray, columns: int | None, gap: float) -> np.ndarray:
+    """Pictures side by side, a pixel of ``gap`` apart, row by row."""
+    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    margins = ((0, -len(tiles) % columns), (0, 1), (0, 1), (0, 0))[: tiles.ndim]
+    tiles = np.pad(tiles, margins, constant_values=gap)
+    rows = [np.concatenate(list(row), axis=1) for row in tiles.reshape(-1, columns, *tiles.shape[1:])]
+    return np.concatenate(rows, axis=0)[:-1, :-1]
+
+
+def _axes_for(tiles: np.ndarray) -> Axes:
+    """Axes of a new figure, about as wide and high as an array is to be drawn."""
+    height, width = tiles.shape[:2]
+    scale = min(max(4.5, max(height, width) / 100), 10) / max(height, width)
+    return Figure(figsize=(max(scale * width, 1), max(scale * height, 1) + 0.3), layout="constrained").subplots()
+
+
+def _square_axes() -> Axes:
+    return Figure(figsize=(4, 4.3), layout="constrained").subplots()
+
+
+def _extent(x: Tensor) -> float:
+    """What holds all points but the outermost."""
+    return 1.1 * float(np.quantile(x.detach().abs().cpu().numpy(), 0.998)) or 1.0
+
+
+def _show(axes: Axes, tiles: np.ndarray, form: str) -> None:
+    if form == "pictures":
+        _light(axes, tiles)
+    else:
+        axes.imshow(tiles, cmap="binary", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+        axes.set(xticks=[], yticks=[])
+
+
+def _light(axes: Axes, tiles: np.ndarray) -> None:
+    """An array of pictures: 0 black, 1 white."""
+    interpolation = "nearest" if max(tiles.shape) <= 400 else "antialiased"  # axes often have no more places
+    axes.imshow(tiles, cmap="gray", vmin=0, vmax=1, interpolation=interpolation, aspect="equal")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color(str(_GAP))

@@ -11,7 +11,10 @@ References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), Algorithm 2, https://arxiv.org/abs/2006.11239
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -73,31 +76,75 @@ class AncestralSampler:
         Raises:
             ValueError: If ``num_samples`` is not a positive int, or ``generator`` is of another kind.
         """
+        return self._states((0,), num_samples, generator, progress)[0]
+
+    def trajectory(
+        self,
+        num_samples: int,
+        times: Sequence[int] | None = None,
+        generator: torch.Generator | int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw, and keep states on the way: the same chain in the same draws as without, so that x_0 is the same.
+
+        Arguments:
+            num_samples: How many, n.
+            times: The times t of the states x_t to keep, decreasing ints in 0..T; T and 0 and, evenly between them,
+                nine more, or all if T is below 10, if not given.
+            generator: See :meth:`__call__`.
+            progress: See :meth:`__call__`.
+
+        Returns:
+            A tensor with shape ``(len(times), n, *event_shape)``.
+
+        Raises:
+            ValueError: As :meth:`__call__`; if ``times`` is anything else.
+
+        Example:
+            >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=20))
+            >>> denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP(event_shape=(4,)), forward)
+            >>> reverse = pyrodiff.BinomialReverse(forward, denoiser)
+            >>> sampler = pyrodiff.AncestralSampler(pyrodiff.Diffusion(forward, reverse, event_shape=(4,)))
+            >>> states = sampler.trajectory(num_samples=3, times=(20, 10, 0), generator=5)
+            >>> states.shape, torch.equal(states[-1], sampler(num_samples=3, generator=5))
+            (torch.Size([3, 3, 4]), True)
+        """
+        T = self.diffusion.num_steps
+        times = _spread(T) if times is None else _decreasing(times, T)
+        return torch.stack(self._states(times, num_samples, generator, progress))
+
+    def _states(
+        self, times: tuple[int, ...], num_samples: int, generator: torch.Generator | int | None, progress: bool
+    ) -> list[Tensor]:
+        """The states at these times, as tensors that gradients may pass through, which those of inference are not."""
         checks.positive_int("num_samples", num_samples)
         no_gradient = torch.inference_mode() if self._compiled is None else torch.no_grad()
         with evaluating(self.diffusion, generator), no_gradient, progress_bar(progress, "samples") as bar:
             bar.total = num_samples * self.diffusion.num_steps
-            x = self._chain(num_samples, bar)
-        return x.clone()  # one that gradients may pass through, which a tensor of inference mode is not
+            kept = {t: x for t, x in self._chain(num_samples, bar) if t in times}
+        return [kept[t].clone() for t in times]
 
-    def _chain(self, num_samples: int, bar: tqdm) -> Tensor:
-        """x_0; only the first step is checked."""
+    def _chain(self, num_samples: int, bar: tqdm) -> Iterator[tuple[int, Tensor]]:
+        """t and x_t, from T to 0; only the first step is checked."""
         model, T = self.diffusion.model, self.diffusion.num_steps
         x = model.top(model.dtype())((num_samples,))
+        yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         if T > 1:
             (x,) = self._step(x, times[T])
             bar.update(num_samples)
+            yield T - 1, x
         with checks.trusting() if T > 1 else nullcontext():
             step = self._step if self._compiled is None else self._compiled
             for t in range(T - 1, 1, -1):
                 (x,) = step(x, times[t])
                 bar.update(num_samples)
+                yield t - 1, x
                 if step is self._compiled:
                     step = self._compiled.graph_for(x, times[t]) or step
             x = _drawn(model.decoded(model.kernel(x, times[1]), x), num_samples)
             bar.update(num_samples)
-        return x
+        yield 0, x
 
     def _step(self, x: Tensor, t: Tensor) -> tuple[Tensor]:
         """A draw of x_{t-1}."""
@@ -107,3 +154,23 @@ class AncestralSampler:
 def _drawn(law: Distribution, num_samples: int) -> Tensor:
     """A draw for each sample, also of a law that is the same for all."""
     return law.sample() if law.batch_shape else law.sample((num_samples,))
+
+
+def _spread(num_steps: int) -> tuple[int, ...]:
+    """T and 0 and nine times evenly between them, or all there are."""
+    return tuple(sorted({round(num_steps * part / 10) for part in range(11)}, reverse=True))
+
+
+def _decreasing(times: Sequence[int], num_steps: int) -> tuple[int, ...]:
+    """Decreasing ints in 0..T, at least one."""
+    try:
+        found = tuple(times.tolist() if isinstance(times, Tensor) else times)
+    except TypeError:
+        found = ()
+    if not (
+        found
+        and all(isinstance(t, Integral) and not isinstance(t, bool) and 0 <= t <= num_steps for t in found)
+        and all(before > after for before, after in pairwise(found))
+    ):
+        raise ValueError(f"times must be decreasing ints in 0..{num_steps}, at least one, but they are {times!r}")
+    return tuple(int(t) for t in found)

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
@@ -138,3 +139,47 @@ def test_a_law_that_is_the_same_for_all_is_drawn_for_each(T):
     x = AncestralSampler(pyrodiff.Diffusion(forward, Alike(), (2,)))(5, generator=0)
     assert x.shape == (5, 2)
     assert len(x.unique()) == 10
+
+
+@pytest.mark.parametrize("name", DIFFUSIONS)
+def test_the_states_on_the_way_are_the_sites_of_the_pyro_model(name):
+    diffusion = DIFFUSIONS[name]()
+    T = diffusion.num_steps
+    pyro.set_rng_seed(3)
+    with torch.no_grad():
+        trace = poutine.trace(diffusion.eval().model).get_trace(num_samples=7)
+    sampler = AncestralSampler(diffusion)
+    states = sampler.trajectory(7, generator=3)
+    times = range(T, -1, -1)
+    assert states.shape == (T + 1, 7, *diffusion.event_shape)
+    for x, t in zip(states, times, strict=True):
+        torch.testing.assert_close(x, trace.nodes[f"x_{t}"]["value"], rtol=1e-12, atol=1e-12)
+    assert torch.equal(states[-1], sampler(7, generator=3))
+    few = sampler.trajectory(7, times=(T, 0), generator=3)
+    assert torch.equal(few, states[[0, -1]])
+    assert torch.equal(sampler.trajectory(7, times=torch.tensor([1]), generator=3), states[-2:-1])
+    assert not few.is_inference()
+
+
+def test_ten_or_so_times_are_spread_over_a_long_chain():
+    sampler = AncestralSampler(gaussian(T=25))
+    every = sampler.trajectory(2, times=range(25, -1, -1), generator=0)
+    found = sampler.trajectory(2, generator=0)
+    assert torch.equal(found, every[[0, 3, 5, 7, 10, 13, 15, 17, 20, 23, 25]])
+
+
+def test_a_compiled_trajectory_is_that_of_the_steps_as_they_are():
+    diffusion = gaussian()
+    eager, compiled = AncestralSampler(diffusion), AncestralSampler(diffusion, compile=True)
+    for seed in range(2):
+        states = compiled.trajectory(5, generator=seed)
+        torch.testing.assert_close(states, eager.trajectory(5, generator=seed), rtol=1e-9, atol=1e-9)
+        assert torch.equal(states[-1], compiled(5, generator=seed)) or seed == 0  # the first call traces
+
+
+@pytest.mark.parametrize(
+    "times", [(), (7, 0), (0, -1), (0, 6), (3, 3), (2.0, 1.0), (True, 0), 5, "60", torch.tensor([[6, 0]])]
+)
+def test_times_that_do_not_go_down_from_the_noise_are_refused(times):
+    with pytest.raises(ValueError, match=r"times must be decreasing ints in 0\.\.6, at least one, but they are"):
+        AncestralSampler(gaussian(T=6)).trajectory(2, times=times)

@@ -1,6 +1,6 @@
 """Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
 
-from . import datasets, networks, plots
+from . import checkpoints, datasets, networks, plots
 from .accounting import VarianceAccount, variance_account
 from .bounds import Bound, ImportanceBound, bound, importance_bound
 from .decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
@@ -47,7 +47,7 @@ from .steps import (
     SimpleWeighting,
     UniformDrawing,
 )
-from .svi import SVI
+from .svi import SVI, exponential_average
 from .verification import Claim, Verification, verify
 
 __version__ = "0.1.0"
@@ -106,8 +106,10 @@ __all__ = [
     "Verification",
     "bin_width",
     "bound",
+    "checkpoints",
     "datasets",
     "dequantize",
+    "exponential_average",
     "importance_bound",
     "networks",
     "ode_log_prob",

@@ -87,6 +87,9 @@ class Bound(Likelihood):
     def title(self) -> str:
         return f"bound on -log p(x_0), T = {self.num_steps}"
 
+    def _raised(self, nats: float) -> dict[str, Tensor]:
+        return {"reconstruction": self.reconstruction + nats}
+
     def rows(self) -> dict[str, Tensor]:
         return {
             "L_T      prior": self.prior,
@@ -241,6 +244,9 @@ class ImportanceBound(Likelihood):
     @property
     def nats(self) -> Tensor:
         return self.at(self.num_particles)
+
+    def _raised(self, nats: float) -> dict[str, Tensor]:
+        return {"log_weights": self.log_weights - nats}
 
     @property
     def num_particles(self) -> int:

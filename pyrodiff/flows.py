@@ -71,6 +71,9 @@ class FlowLikelihood(Likelihood):
     def nats(self) -> Tensor:
         return self.estimates.mean(0)
 
+    def _raised(self, nats: float) -> dict[str, Tensor]:
+        return {"estimates": self.estimates + nats}
+
     @property
     def noise(self) -> Tensor:
         """The standard error of each datum's cost, with shape (B,): from the draws of x_1, or else from the probes.

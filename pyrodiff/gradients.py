@@ -1,7 +1,8 @@
 """The gradient of an ELBO, of any pair of programs: as they run, as one compiled graph, and over several processes."""
 
+import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checks, processes
 from .compilation import Compiled, Composition, kind_of
 from .diffusion import Generative
+from .randomness import kept_sources
 from .steps import Drawing
 from .terms import Recorder, is_listened_to
 
@@ -60,7 +62,10 @@ class Gradient:
         self._called: dict[int, nn.Module] = {}  # modules that the programs were heard to call
         self._parts: Composition | None = None
         self._kinds: set[Hashable] = set()
+        self._checked_before: set[str] = set()  # kinds that were, in the run that this one goes on with
+        self._goes_on = False
         self._replicated: set[int] = set()
+        self._is_joined = False
         self._key = processes.set_apart()
         self._share_out()
 
@@ -81,7 +86,7 @@ class Gradient:
             ValueError: If there is nothing to learn.
         """
         accept = accept or (lambda loss: True)
-        kind = _kind(args, kwargs)
+        kind = self._checked_kind(args, kwargs)
         settled = self._is_settled()
         if not settled and isinstance(self.model, Generative):
             self.model.look_again()
@@ -93,13 +98,14 @@ class Gradient:
             loss = self._add_compiled(compiled, args, kwargs, accept)
             if last:
                 self._join()
-        if kind is not None and len(self._kinds) < 1000:
+        if kind is not None and len(self._kinds) + len(self._checked_before) < 1000:
             self._kinds.add(kind)
         return loss
 
     def value(self, args: tuple, kwargs: dict) -> Tensor:
         """The loss alone, without a gradient; arguments and result as of :meth:`add`."""
-        with torch.no_grad(), self._trust(self._trusts(_kind(args, kwargs), self._is_settled())):
+        kind = self._checked_kind(args, kwargs)
+        with torch.no_grad(), self._trust(self._trusts(kind, self._is_settled())):
             loss = processes.together([self.of_batch(*args, **kwargs)])[0]
         processes.shard_again(self._modules())
         return loss
@@ -108,6 +114,72 @@ class Gradient:
         """The loss of this process's batch, with its networks in the precision asked for; it can be differentiated."""
         with nullcontext() if self.autocast is None else torch.autocast(self._device(args).type, self.autocast):
             return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+    def rehearse(self, args: tuple, kwargs: dict) -> None:
+        """Check the programs and arguments of this kind, and find the parameters, with no other trace.
+
+        The steps that follow are those of a run in which this was done before; arguments as of :meth:`add`.
+        """
+        shares = [(drawing, drawing.share, drawing.share.drawn.clone()) for drawing in self.drawings() if drawing.share]
+        with kept_sources(), self._trust(self.validate is False):
+            self._discover(args, kwargs)
+        for drawing, share, drawn in shares:
+            share.drawn.copy_(drawn)
+            drawing.share = share
+        kind = _kind(args, kwargs)
+        if _in_words(kind) in self._checked_before:
+            self._kinds.add(kind)
+            self._checked_before.discard(_in_words(kind))
+
+    def look(self, names: list[str]) -> bool:
+        """Find the parameters without running the programs, if those of these names are among them; whether they are."""
+        there = [id(parameter) for parameter in self._of_modules("_parameters") if _can_be_learned(parameter)]
+        keys = dict.fromkeys([*self.parameters, *there])
+        if not set(names) <= set(self._names(keys)):
+            return False
+        if len(keys) > len(self.parameters):
+            self._find({}, settled=False)
+        return True
+
+    def roots(self) -> dict[str, nn.Module]:
+        """The modules that have all others within: the programs, and what programs that are functions call."""
+        programs = {"model": self.model, "guide": self.guide}
+        programs = {name: program for name, program in programs.items() if isinstance(program, nn.Module)}
+        inside = {id(module) for program in programs.values() for module in program.modules()}
+        called = [module for key, module in self._called.items() if key not in inside]
+        inside |= {id(part) for module in called for part in module.modules() if part is not module}
+        outermost = [module for module in called if id(module) not in inside and module.state_dict()]
+        return programs | {f"called {i}": module for i, module in enumerate(outermost)}
+
+    def names(self) -> list[str]:
+        """The names of all parameters, in the order in which they were found; empty where one is no longer there."""
+        return self._names(self.parameters)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The parameters that are Pyro's own, unconstrained, by name."""
+        of_modules, store = {id(p) for p in self._of_modules("_parameters")}, pyro.get_param_store()._params
+        found = {name: tensor for name, tensor in store.items() if id(tensor) in self.parameters}
+        return {name: tensor for name, tensor in found.items() if id(tensor) not in of_modules}
+
+    def checked(self) -> list[str]:
+        """The kinds of arguments that were checked, in words."""
+        return sorted({_in_words(kind) for kind in self._kinds} | self._checked_before)
+
+    def shares(self) -> list[list[int] | None]:
+        """Of several processes, what each drawing goes on from: the key of its draws, and their number."""
+        return [drawing.share and [drawing.share.key, int(drawing.share.drawn)] for drawing in self.drawings()]
+
+    def go_on(self, checked: list[str], shares: list[list[int] | None]) -> None:
+        """Check again what was checked in the run that this one goes on with, but let steps, and draws, be as there."""
+        self._checked_before, self._kinds, self._goes_on = set(checked), set(), True
+        for drawing, share in zip(self.drawings(), shares, strict=True):
+            if drawing.share is not None and share is not None:
+                self._key = drawing.share.key = share[0]
+                drawing.share.drawn.fill_(share[1])
+
+    def drawings(self) -> list[Drawing]:
+        """How times are drawn in the programs."""
+        return [module for module in self._modules() if isinstance(module, Drawing)]
 
     def forget(self) -> None:
         """Let the parameters have no gradient."""
@@ -129,6 +201,14 @@ class Gradient:
         if self.scaler is not None:
             return self.scaler.scale(torch.full((), float(number), device=self._device()))
         return None if number == 1 else torch.full((), float(number), device=self._device())
+
+    def _checked_kind(self, args: tuple, kwargs: dict) -> Hashable | None:
+        """The kind of arguments, which are checked again if they were in the run that this one goes on with."""
+        kind = _kind(args, kwargs)
+        was_checked = bool(self._checked_before) and _in_words(kind) in self._checked_before
+        if was_checked or (self._goes_on and processes.count() > 1 and not self._is_joined):
+            self.rehearse(args, kwargs)
+        return kind
 
     def _trusts(self, kind: Hashable | None, settled: bool) -> bool:
         """Whether arguments of this kind, and the programs, were checked."""
@@ -233,6 +313,12 @@ class Gradient:
         every = [module for program in (*programs, *self._called.values()) for module in program.modules()]
         return list({id(module): module for module in every}.values())
 
+    def _names(self, keys: Iterable[int]) -> list[str]:
+        found = {id(tensor): name for name, tensor in self.stored().items()}
+        for root, module in reversed(self.roots().items()):
+            found |= {id(parameter): f"{root}.{name}" for name, parameter in module.named_parameters()}
+        return [found.get(key, "") for key in keys]
+
     def _of_modules(self, kind: str) -> list[Tensor]:
         """The modules' ``_parameters`` or ``_buffers``."""
         every = [tensor for module in self._modules() for tensor in getattr(module, kind).values()]
@@ -259,7 +345,7 @@ class Gradient:
         new = {
             id(parameter): parameter
             for parameter in (*own, *heard.values())
-            if parameter.requires_grad and parameter.is_leaf and id(parameter) not in self.parameters
+            if _can_be_learned(parameter) and id(parameter) not in self.parameters
         }
         if not settled:
             of_modules = {id(parameter) for parameter in self._of_modules("_parameters")}
@@ -290,18 +376,19 @@ class Gradient:
         learned = list({id(p): p for p in (*self._of_modules("_parameters"), *self.parameters.values())}.values())
         processes.agree([*learned, *self._of_modules("_buffers")])
         device = next((tensor.device for tensor in learned), None)
-        for module in self._modules():
-            if isinstance(module, Drawing):
-                module.spread(processes.number(), processes.count(), self._key, device)
+        for drawing in self.drawings():
+            drawing.spread(processes.number(), processes.count(), self._key, device)
 
     def _discover(self, args: tuple, kwargs: dict) -> None:
         """Find the parameters, those of the first process, before the first loss is taken."""
-        self._find({}, settled=False)  # before the forward pass, which gathers what is sharded
+        if processes.count() > 1:
+            self._find({}, settled=False)  # before the forward pass, which gathers what is sharded
         kept = [(buffer, buffer.clone()) for buffer in self._of_modules("_buffers")]
         with Recorder() as heard, self._noting_modules(), torch.set_grad_enabled(not self._is_sharded()):
             loss = self.of_batch(*args, **kwargs)
         self._find(heard.parameters, settled=False)
-        if processes.all_say(self._can_be_replicated(loss)):
+        alone, self._is_joined = processes.count() == 1 or self._is_joined, True
+        if not alone and processes.all_say(self._can_be_replicated(loss)):
             self._objective = DistributedDataParallel(self._objective)
             self._objective.broadcast_buffers = False  # not at every forward pass: they are agreed on after the step
             self._replicated = set(self.parameters)
@@ -309,7 +396,8 @@ class Gradient:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
-        self._share_out()
+        if not alone:
+            self._share_out()
 
     def _can_be_replicated(self, loss: Tensor) -> bool:
         """Whether DistributedDataParallel will do: all parameters are in the programs, with a part in the loss."""
@@ -357,6 +445,15 @@ def _kind(args: tuple, kwargs: dict) -> Hashable | None:
     except TypeError:
         return None
     return kind
+
+
+def _in_words(kind: Hashable | None) -> str:
+    """A kind as another Python would have it: without the places of objects in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(kind))
+
+
+def _can_be_learned(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.is_leaf
 
 
 def _asks_for_gradients(args: Any) -> bool:

@@ -102,6 +102,26 @@ class Likelihood(ABC):
             raise ValueError(f"levels must be None, as of a density, but p is already a probability of {self.levels}")
         return self.bits_per_dim - math.log2(width)
 
+    def rescaled(self: Self, log_scale: float) -> Self:
+        r"""The same estimate, of the density of the data in other units than the model has them in.
+
+        Of :math:`y = s x + m`, number by number, the density is :math:`p(y) = p(x) / \prod_d s_d`.
+
+        Arguments:
+            log_scale: :math:`\sum_d \log s_d`, in nats.
+
+        Raises:
+            ValueError: If it is no finite number, or p is a probability, of levels, which has no unit.
+        """
+        checks.number("log_scale", log_scale, -math.inf, math.inf)
+        if self.levels is not None:
+            raise ValueError(f"levels must be None, as of a density, but p is a probability of {self.levels}")
+        return dataclasses.replace(self, **self._raised(log_scale))
+
+    @abstractmethod
+    def _raised(self, nats: float) -> dict[str, Tensor]:
+        """What changes if the cost of each datum is greater by so much."""
+
     @staticmethod
     def standard_error(values: Tensor) -> Tensor:
         """The standard error of the mean of values with shape (B,), as a sample of the data; NaN where B = 1."""

@@ -5,6 +5,7 @@ script calls ``torch.distributed.init_process_group()``, and is one of many.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 __all__ = [
     "agree",
-    "agreed",
     "all_say",
     "clip",
     "count",
+    "each",
     "is_sharded",
     "number",
     "set_apart",
@@ -58,29 +59,26 @@ def agree(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(part.view(tensor.shape))
 
 
-def agreed(value: int, device: torch.device) -> int:
-    """The first process's value, in all.
-
-    Arguments:
-        value: An int of 64 bits.
-        device: Where tensors live that processes exchange.
-    """
-    tensor = torch.tensor(value - 2**64 if value >= 2**63 else value, device=device)
-    agree([tensor])
-    return int(tensor)
-
-
 def all_say(yes: bool) -> bool:
     """Whether all processes say yes; each has to be asked.
 
     Arguments:
         yes: What this one says.
     """
+    return all(each(yes))
+
+
+def each(value: Any) -> list[Any]:
+    """What every process has, in their order.
+
+    Arguments:
+        value: What this one has, of a kind that can be pickled.
+    """
     if count() == 1:
-        return yes
-    said = [yes] * count()
-    torch.distributed.all_gather_object(said, yes)
-    return all(said)
+        return [value]
+    values = [value] * count()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def together(tensors: list[Tensor]) -> list[Tensor]:
@@ -175,15 +173,13 @@ def set_apart() -> int:
     """
     if count() == 1:
         return 0
-    next_draw = int(torch.randint(2**31 - 1, (), generator=_copy()))
-    draws = [0] * count()
-    torch.distributed.all_gather_object(draws, next_draw)
+    next_draw = int(torch.randint(2**31 - 1, (), generator=copied_source()))
+    draws = each(next_draw)
     if draws.index(next_draw) < number():  # an earlier one has this source
         torch.manual_seed(next_draw * count() + number())
     return draws[0]
 
 
-def _copy() -> torch.Generator:
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return generator
+def copied_source() -> torch.Generator:
+    """A generator that draws what torch's global source on the CPU would, which stays where it is."""
+    return torch.Generator().set_state(torch.get_rng_state())

@@ -1,5 +1,6 @@
 """Stochastic variational inference: what a step of training needs, over one torch optimizer for all parameters."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,8 +19,9 @@ from .compilation import Replayed
 from .diffusion import Diffusion, OneStep
 from .elbo import DiffusionELBO
 from .gradients import Gradient
+from .schedules import Schedule
 
-__all__ = ["SVI"]
+__all__ = ["SVI", "exponential_average"]
 
 
 class SVI:
@@ -127,6 +130,9 @@ class SVI:
         self._replays: dict[Callable, tuple[int, Replayed | None, list[dict]]] = {}
         self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
         self._is_averaged = False
+        self._state: dict[str, Any] | None = (
+            None  # one that waits for the programs to run, which shows their parameters
+        )
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step; ``args`` and ``kwargs`` go to the model and the guide.
@@ -136,6 +142,7 @@ class SVI:
             device. Of several processes, the sum over their batches.
         """
         self._refuse_averages()
+        self._catch_up(args, kwargs)
         self._calls += 1
         replayed = self._replayed(args) if self._is_capturable(args, kwargs) else None
         if replayed is not None:
@@ -160,6 +167,7 @@ class SVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss without a step, as :meth:`step` returns it."""
+        self._catch_up(args, kwargs)
         return self._gradient.value(args, kwargs)
 
     @property
@@ -194,6 +202,147 @@ class SVI:
     def adopt_average(self) -> None:
         """Let the model have the averaged weights for good; errors as of :meth:`averaged`."""
         _put(*self._averages_of_weights())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run is: weights and buffers, the average, the optimizer, the scheduler, the scaler, the counts.
+
+        Not the sources of random numbers; :mod:`pyrodiff.checkpoints` saves those too.
+
+        Returns:
+            Tensors, numbers and strings, in dicts and lists. The tensors are those in use, not copies.
+
+        Raises:
+            ValueError: If no step was taken yet, gradients are accumulated that no step was taken with, or parameters
+                are sharded, for which torch has ``torch.distributed.checkpoint``.
+        """
+        self._refuse_averages()
+        if self._state is not None:
+            return self._state
+        if self.optimizer is None:
+            raise ValueError("svi must have taken a step to have a state, but there was none yet")
+        if self._batches:
+            raise ValueError(
+                f"svi must have taken a step with all gradients, but {self._batches} of {self.accumulate} are "
+                "accumulated"
+            )
+        self._refuse_shards()
+        names = self._gradient.names()
+        if "" in names:
+            raise ValueError(
+                "parameters must stay in the programs to be saved, but one that is learned is gone from there"
+            )
+        return {
+            "modules": {name: module.state_dict() for name, module in self._gradient.roots().items()},
+            "stored": {name: tensor.detach() for name, tensor in self._gradient.stored().items()},
+            "names": names,
+            "groups": self._groups(),
+            "schedules": _schedules(self._gradient.roots()),
+            "checked": self._gradient.checked(),
+            "shares": self._gradient.shares(),
+            "counts": {"num_steps": self.num_steps, "calls": self._calls},
+            **{name: [type(kept).__name__, kept.state_dict()] for name, kept in self._keepers().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, as the run that it is of would have: on a CPU bit for bit, unless compiled.
+
+        The programs, and what ``optim``, ``scheduler`` and ``average`` make, have to be of the same kinds as there.
+        Where a program shows parameters only when it runs, the state waits for the next step, or loss. What a program
+        keeps in attributes that are no tensors is not in it: let it be a buffer.
+
+        Arguments:
+            state: What :meth:`state_dict` returned; it is copied.
+
+        Raises:
+            ValueError: If the state is one of other programs, another schedule, or another optimizer, or parameters are
+                sharded; nothing is loaded. On a step, if the programs prove to be others only then.
+        """
+        self._refuse_averages()
+        missing = _PARTS - state.keys() if isinstance(state, dict) else _PARTS
+        if missing:
+            raise ValueError(
+                f"state must be what state_dict() returned, but it is a {type(state).__name__} without {min(missing)!r}"
+            )
+        self._refuse_shards()
+        roots = self._gradient.roots()
+        is_lazy = any(_is_lazy(module) for module in roots.values())
+        if not is_lazy:
+            _refuse_other_modules({name: roots[name] for name in ("model", "guide") if name in roots}, state)
+        state = copy.deepcopy(state)
+        if is_lazy or roots.keys() != state["modules"].keys() or not self._gradient.look(state["names"]):
+            self._state = state
+        else:
+            self._go_on(state)
+
+    def _keepers(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        keepers = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "average": self.average,
+            "scaler": self.scaler,
+        }
+        return {name: keeper for name, keeper in keepers.items() if keeper is not None}
+
+    def _groups(self) -> list[list[str]]:
+        """The names of the parameters in each group of the optimizer."""
+        names = dict(zip(self._gradient.parameters, self._gradient.names(), strict=True))
+        return [[names.get(id(tensor), "") for tensor in group["params"]] for group in self.optimizer.param_groups]
+
+    def _catch_up(self, args: tuple, kwargs: dict) -> None:
+        """Take over a state that waits."""
+        if self._state is not None:
+            self._gradient.rehearse(args, kwargs)
+            self._go_on(self._state)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Take over a state, now that all parameters are known."""
+        self._refuse_other_state(state)
+        self._state = None
+        for name, module in self._gradient.roots().items():
+            module.load_state_dict(state["modules"][name])
+        with torch.no_grad():
+            for name, tensor in self._gradient.stored().items():
+                tensor.copy_(state["stored"][name])
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        for name, keeper in self._keepers().items():
+            keeper.load_state_dict(state[name][1])
+        for group, before in zip(self.optimizer.param_groups, settings, strict=True):
+            for key, value in before.items():  # a learning rate may be a tensor on the device
+                if isinstance(value, Tensor) and isinstance(group[key], Tensor):
+                    group[key] = group[key].to(value.device)
+        self.num_steps, self._calls = state["counts"]["num_steps"], state["counts"]["calls"]
+        self._batches = 0
+        self._replays.clear()
+        self._gradient.go_on(state["checked"], state["shares"])
+
+    def _refuse_other_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state that is not one of these programs, before any of it is loaded."""
+        _refuse_other_names("parameters", self._gradient.names(), state["names"])
+        _refuse_other_modules(self._gradient.roots(), state)
+        _refuse_other_tensors("pyro.param", self._gradient.stored(), state["stored"])
+        for name in ("optimizer", "scheduler", "average", "scaler"):
+            ours = self._keepers().get(name)
+            here, there = type(ours).__name__ if ours is not None else None, state.get(name, [None])[0]
+            if here != there:
+                raise ValueError(f"state must be one with the {name} {here}, but it is with {there}")
+        if self.average is not None:
+            _refuse_other_tensors("average", self.average.state_dict(), state["average"][1])
+        groups = self._groups()
+        if len(groups) != len(state["groups"]):
+            raise ValueError(
+                f"state must be one of the optimizer's {len(groups)} groups of parameters, but it has "
+                f"{len(state['groups'])}"
+            )
+        for ours, theirs in zip(groups, state["groups"], strict=True):
+            _refuse_other_names("parameters in a group of the optimizer", ours, theirs)
+        if len(self._gradient.shares()) != len(state["shares"]):
+            raise ValueError("state must be one of as many drawings, but it is not")
+
+    def _refuse_shards(self) -> None:
+        parameters = [p for module in self._gradient.roots().values() for p in module.parameters()]
+        if any(processes.is_sharded(parameter) for parameter in (*parameters, *self._gradient.parameters.values())):
+            raise ValueError("parameters must not be sharded: torch.distributed.checkpoint saves and loads those")
 
     def _refuse_averages(self) -> None:
         if self._is_averaged:
@@ -351,7 +500,99 @@ def _check_callables(model: object, guide: object, optim: object, scheduler: obj
             raise ValueError(f"{name} must be a callable, {_EXAMPLES[name]} say, but it is {checks.described(make)}")
 
 
+_PARTS = {"modules", "stored", "names", "groups", "schedules", "checked", "shares", "counts", "optimizer"}
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether it is put together when it first runs: one of Pyro's automatic guides, or of torch's lazy layers."""
+    return any(
+        getattr(part, "prototype_trace", part) is None
+        or (isinstance(part, LazyModuleMixin) and part.has_uninitialized_params())
+        for part in module.modules()
+    )
+
+
+def _schedules(roots: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Signal and noise of each schedule that is not learned, with shape (2, T + 1)."""
+    found = {f"{root}.{path}": part for root, module in roots.items() for path, part in module.named_modules()}
+    return {
+        name: part.scales(torch.arange(part.num_steps + 1, device=part.noise(0).device))
+        for name, part in found.items()
+        if isinstance(part, Schedule) and not list(part.parameters())
+    }
+
+
+def _refuse_other_modules(modules: dict[str, nn.Module], state: dict[str, Any]) -> None:
+    """Refuse the state of another schedule, or of another architecture."""
+    for name, ours in _schedules(modules).items():
+        theirs = state["schedules"].get(name, ours)
+        if ours.shape != theirs.shape or not torch.allclose(ours.cpu(), theirs.cpu(), rtol=1e-9, atol=0):
+            raise ValueError(f"state must be one of the same noise schedule, but {name} is another there")
+    for name, module in modules.items():
+        _refuse_other_tensors(name, module.state_dict(), state["modules"].get(name, {}))
+
+
+def _refuse_other_tensors(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for key in [*ours, *theirs]:
+        here, there = (_kind(tensors[key]) if key in tensors else "not there" for tensors in (ours, theirs))
+        if here != there:
+            raise ValueError(
+                f"state must be one of the same architecture, but {name}.{key} is {there} in it, and {here} in the "
+                "program"
+            )
+
+
+def _kind(part: object) -> str:
+    return checks.described(part) if isinstance(part, Tensor) else "no tensor"
+
+
+def _refuse_other_names(what: str, ours: list[str], theirs: list[str]) -> None:
+    if ours == theirs:
+        return
+    alone = [
+        f"{name} is {where} alone"
+        for name, where in ((_first(theirs, ours), "there"), (_first(ours, theirs), "here"))
+        if name
+    ]
+    raise ValueError(
+        f"state must be one of the same {what} in the same order, but {' and '.join(alone) or 'the order is another'}"
+    )
+
+
+def _first(names: list[str], others: list[str]) -> str:
+    return next((name for name in names if name not in others), "")
+
+
 def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(values[name])
+
+
+def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedModel]:
+    r"""An exponential moving average of the weights, that soon forgets the first ones: an ``average`` for :class:`SVI`.
+
+    .. math:: \bar\theta \leftarrow d_n \bar\theta + (1 - d_n) \theta, \qquad
+        d_n = \min\left(d, \frac{1 + n}{10 + n}\right) \text{ after step } n + 1, \qquad
+        \bar\theta = \theta \text{ after the first}
+
+    Arguments:
+        decay: :math:`d`, in [0, 1): the mean is over the last 1 / (1 - d) steps or so.
+
+    Returns:
+        A function that makes such an average of a module.
+
+    Raises:
+        ValueError: If ``decay`` lies outside [0, 1).
+
+    Example:
+        >>> average = pyrodiff.exponential_average(0.9)(torch.nn.Linear(2, 1))
+        >>> int(average.n_averaged)
+        0
+    """
+    checks.probability("decay", decay)
+
+    def update(means: list[Tensor], weights: list[Tensor], number: Tensor) -> None:
+        torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+
+    return lambda model: AveragedModel(model, multi_avg_fn=update)

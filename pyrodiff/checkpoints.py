@@ -1,0 +1,214 @@
+"""Checkpoints: a run on disk, whole at every instant, and without code that loading it could run.
+
+A checkpoint holds the state of an :class:`~pyrodiff.SVI` (weights, average, optimizer, scheduler, scaler, counts, the
+history of a drawing of t) and of every source of random numbers. A run that goes on from it is, on a CPU and unless
+compiled, bit for bit the one that was left.
+
+It is written beside its place, brought to the disk, and only then put there: whoever is killed meanwhile, or finds the
+disk full, still has the one before. It is read as tensors, numbers and strings; anything else in a file is refused
+before it could do anything.
+
+Example:
+    >>> import pathlib, tempfile
+    >>> pair = pyrodiff.Diffusion(
+    ...     forward := pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10)),
+    ...     pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,))),
+    ...     event_shape=(2,),
+    ... ).one_step()
+    >>> make = lambda: pyrodiff.SVI(pair.model, pair.guide, torch.optim.Adam, pyrodiff.DiffusionELBO())
+    >>> svi, x_0 = make(), pyrodiff.datasets.swiss_roll(100)
+    >>> loss = svi.step(x_0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "run.pt")
+    ...     pyrodiff.checkpoints.save(path, svi, epoch=3)
+    ...     left_alone = svi.step(x_0)
+    ...     again = make()
+    ...     pyrodiff.checkpoints.restore(path, again)
+    {'epoch': 3}
+    >>> again.step(x_0) == left_alone
+    tensor(True)
+"""
+
+import io
+import os
+import pickle
+import zipfile
+from collections import Counter, OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, processes
+from .randomness import put_sources, sources
+from .svi import SVI
+
+__all__ = ["load", "restore", "save", "write"]
+
+_FORMAT, _NAMES = 1, {"format", "svi", "sources", "more"}
+_PLAIN = (type(None), bool, int, float, str, Tensor, nn.Parameter)
+_NESTED = (dict, OrderedDict, Counter, list, tuple, torch.Size)
+
+
+def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
+    """Save a run. Of several processes all call it, and the first writes.
+
+    Arguments:
+        path: The file; one that is there is replaced once the new one is whole.
+        svi: The run, after a step of the optimizer.
+        more: What else is to be kept: tensors, numbers and strings, in dicts, lists and tuples.
+
+    Raises:
+        ValueError: If ``svi`` has no state yet, or something is to be kept that is not plain; nothing is written.
+        OSError: If the file cannot be written; what was there before is as it was.
+    """
+    checks.instance("svi", svi, SVI)
+    path = _path(path)
+    state = {"format": _FORMAT, "svi": svi.state_dict(), "sources": processes.each(sources()), "more": more}
+    problem = None
+    try:
+        state = {name: _plain(name, part) for name, part in state.items()}
+        if processes.number() == 0:
+            data = io.BytesIO()
+            torch.save(state, data)
+            write(path, data.getbuffer())
+    except Exception as error:  # the other processes are not to wait for this one
+        problem = error
+    if not processes.all_say(problem is None):
+        raise problem or OSError(f"{path} could not be written by another process")
+
+
+def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
+    """Go on with a run that was saved. Of several processes all call it.
+
+    Where they are as many as there were, each goes on with its own random numbers; a process that was not there keeps
+    those it has.
+
+    Arguments:
+        path: The file.
+        svi: Made as the one that was saved, from programs of the same kind.
+
+    Returns:
+        What else was kept.
+
+    Raises:
+        ValueError: If there is no such file, it is cut short, corrupt, of a newer version, or holds anything but
+            tensors, numbers and strings, or is the checkpoint of another architecture, schedule or optimizer; nothing
+            is loaded. On a step, where the programs show only then that they are others.
+    """
+    checks.instance("svi", svi, SVI)
+    state = load(path)
+    try:
+        svi.load_state_dict(state["svi"])
+    except ValueError as error:
+        raise ValueError(f"path must be a checkpoint of this run, but {path} is not: {error}") from None
+    if processes.number() < len(state["sources"]):
+        put_sources(state["sources"][processes.number()])
+    return state["more"]
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU: "svi", "sources", of each process, and "more".
+
+    Arguments:
+        path: The file.
+
+    Raises:
+        ValueError: As of :func:`restore`, as far as the file is concerned.
+    """
+    file = _path(path)
+    if not file.is_file():
+        raise ValueError(f"path must be the path of a checkpoint, but there is no file {file}")
+    try:
+        with zipfile.ZipFile(file) as records:
+            damaged = records.testzip()  # by their checksums, which torch does not look at
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"path must be a checkpoint, of tensors, numbers and strings, but {file} holds something else, which may "
+            "run code when it is loaded, and was not loaded"
+        ) from error
+    except Exception as error:  # a damaged file makes readers raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"path must be a whole checkpoint, but {file} is cut short or corrupt: {reason}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise ValueError(f"path must be a checkpoint of this package, but {file} is some other file of torch's")
+    if state["format"] > _FORMAT:
+        raise ValueError(
+            f"path must be a checkpoint of format {_FORMAT} at most, but {file} has {state['format']}, by "
+            "a newer version of pyrodiff, which this one has to be updated to"
+        )
+    if not _NAMES <= state.keys():
+        raise ValueError(f"path must be a checkpoint of this package, but {file} has no {min(_NAMES - state.keys())!r}")
+    return state
+
+
+def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens meanwhile.
+
+    Arguments:
+        path: The file; one that is there is replaced once the new one is on the disk.
+        data: What it is to hold.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is as it was.
+    """
+    path = _path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a new name to the disk, where a system knows how."""
+    if hasattr(os, "O_DIRECTORY"):
+        with suppress(OSError):  # the file is there, and whole; some file systems know no more
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _path(value: str | os.PathLike[str]) -> Path:
+    if not isinstance(value, str | os.PathLike) or not Path(value).name:
+        raise ValueError(f"path must be the path of a file, a str or os.PathLike, but it is {value!r}")
+    return Path(value)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What a file can hold without code: the value itself, or with numbers of NumPy's, say, as Python's."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) not in (str, int):
+                raise ValueError(f"{name} must have strings or ints as keys, but one is {key!r}")
+        parts = {key: _plain(f"{name}[{key!r}]", part) for key, part in value.items()}
+        is_plain = all(parts[key] is part for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        parts = [_plain(f"{name}[{i}]", part) for i, part in enumerate(value)]
+        is_plain = all(part is before for part, before in zip(parts, value, strict=True))
+        parts = parts if isinstance(value, list) else tuple(parts)
+    else:
+        for kind in (int, float, str):
+            if isinstance(value, kind):
+                return kind(value)
+        raise ValueError(
+            f"{name} must be a tensor, a number or a string, which a file can hold without code, but it is "
+            f"{checks.described(value)}"
+        )
+    return value if is_plain and type(value) in _NESTED else parts

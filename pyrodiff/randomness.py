@@ -1,0 +1,48 @@
+"""The sources that programs draw random numbers from: torch's on every device, NumPy's and Python's."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["kept_sources", "put_sources", "sources"]
+
+
+def sources() -> dict[str, Any]:
+    """The state of every global source, as tensors, numbers and strings."""
+    kind, keys, *numpy_rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *numpy_rest],
+        "python": [version, torch.tensor(words), gauss],
+    }
+
+
+def put_sources(state: dict[str, Any]) -> None:
+    """Let every global source go on from a state; a device that it does not have, or that is not here, is left alone.
+
+    Arguments:
+        state: What :func:`sources` returned.
+    """
+    torch.set_rng_state(state["torch"])
+    for device, source in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(source, device)
+    kind, keys, *numpy_rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *numpy_rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+
+
+@contextmanager
+def kept_sources() -> Iterator[None]:
+    """Within, draws leave no trace: afterwards every source goes on as if there had been none."""
+    state = sources()
+    try:
+        yield
+    finally:
+        put_sources(state)

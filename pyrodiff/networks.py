@@ -1,7 +1,8 @@
 r"""Plain networks f(x_t, t), which know nothing of probability.
 
 A network takes the state ``x_t``, with shape (B, *event_shape), and the time ``t``, an int or an integer tensor with
-shape (B,), and returns a tensor of the shape of ``x_t``. What that tensor means is said by a denoiser.
+shape (B,), and returns a tensor of the shape of ``x_t``. What that tensor means is said by a denoiser. The parts, named
+sizes and labels are shown in :doc:`networks`.
 
 References:
     Attention Is All You Need (Vaswani et al., 2017), section 3.5: the sinusoidal embedding,
@@ -9,15 +10,17 @@ References:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
 
-__all__ = ["MLP", "TimeEmbedding", "UNet"]
+__all__ = ["LogSNREmbedding", "MLP", "Offset", "TimeEmbedding", "UNet"]
 
 
 class TimeEmbedding(nn.Module):
@@ -39,6 +42,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         checks.positive_int("features", features, even=True)
+        self.features = features
         frequencies = torch.exp(-math.log(10000) * torch.arange(features // 2) / (features // 2))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features))
@@ -47,6 +51,60 @@ class TimeEmbedding(nn.Module):
         """The features of times ``t`` of any shape (*), with shape (*, features)."""
         angles = t[..., None].to(self.frequencies.dtype) * self.frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], -1))
+
+
+class LogSNREmbedding(nn.Module):
+    r"""The log signal-to-noise ratio of the time, embedded as :class:`TimeEmbedding` embeds the time itself.
+
+    .. math:: \left(\sin(50 \lambda_t \omega_k), \cos(50 \lambda_t \omega_k)\right)_{k = 0}^{K - 1}, \qquad
+        \omega_k = 10000^{-k / K}
+
+    A network that is told :math:`\lambda_t`, and not the number of a step, means the same under any schedule and any
+    number of steps. Variational diffusion models spread the schedule's ends over 1000 radians; they are some 20 nats
+    apart, so 50 radians a nat is nearly that, but the ends need not be known, and where they are learned the network
+    sees them move.
+
+    The schedule is asked at each call and is a part of the module, so the tables of a schedule stand in the
+    ``state_dict`` under this name too, as they do under each name that a model has for its schedule.
+
+    Arguments:
+        schedule: The noise schedule, its log signal-to-noise ratio finite at all of t = 1..T.
+        features: The number of features returned, even: 2 K.
+
+    Raises:
+        ValueError: If ``schedule`` is not one or is infinite at t = 1 or T, or ``features`` is not a positive even int.
+            On a call, if t is none of 1..T, as far as may be seen.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), Appendix B, https://arxiv.org/abs/2107.00630: the network
+        is told :math:`\gamma = -\lambda`.
+
+    Example:
+        >>> schedule = pyrodiff.LogSNRSchedule(num_steps=1000)
+        >>> time = pyrodiff.networks.LogSNREmbedding(schedule, features=128)
+        >>> network = pyrodiff.networks.UNet(event_shape=(8, 8), time=time)
+        >>> network(torch.zeros(5, 8, 8), t=3).shape
+        torch.Size([5, 8, 8])
+    """
+
+    def __init__(self, schedule: nn.Module, features: int) -> None:
+        super().__init__()
+        if not (isinstance(schedule, nn.Module) and hasattr(schedule, "log_snr") and hasattr(schedule, "num_steps")):
+            raise ValueError(f"schedule must be a pyrodiff.Schedule, but it is {checks.described(schedule)}")
+        ends = torch.stack([schedule.log_snr(t) for t in (1, schedule.num_steps)])
+        if not checks.holds(ends.isfinite()):
+            raise ValueError(
+                f"schedule must have a finite log signal-to-noise ratio at t = 1 and T, but of {schedule!r} they are "
+                f"{ends.tolist()}"
+            )
+        self.schedule, self.embedding, self.features = schedule, TimeEmbedding(features), features
+
+    def forward(self, t: Tensor) -> Tensor:
+        """The features of times ``t`` of any shape (*), with shape (*, features)."""
+        log_snr = self.schedule.log_snr(t)
+        if not checks.trusted() and not checks.holds(log_snr.isfinite()):
+            raise ValueError(f"t must lie in 1..{self.schedule.num_steps}, but it has values in {t.min()}..{t.max()}")
+        return self.embedding(50 * log_snr)
 
 
 class MLP(nn.Module):
@@ -136,9 +194,11 @@ class _Block(nn.Module):
 class UNet(nn.Module):
     r"""A convolutional network for pictures: residual blocks at each of a few sizes, each half the one before.
 
-    Each block is normed, told the time by a scale and a shift of its channels, and left out at the start of training.
-    At the smallest size a layer of hidden units sees the whole picture. The place of a pixel is known to it, so that it
-    need not be the same everywhere.
+    Each block is normed, told the time by a scale and a shift of its channels, and left out at the start of training;
+    where asked for, self-attention over all places follows, left out at first too. At the smallest size a layer of
+    hidden units sees the whole picture. The place of a pixel is known to it, so that it need not be the same
+    everywhere. With labels it is called as ``network(x_t, t, y)``, or, where one is :meth:`given`, as
+    ``network(x_t, t)``.
 
     Arguments:
         event_shape: The shape of one picture, (H, W) or (C, H, W).
@@ -148,13 +208,25 @@ class UNet(nn.Module):
         dropout: The probability that a channel's number, or a hidden unit, is dropped while training.
         outputs: How many numbers are returned for each of the input's, in a last dimension; just one, without that
             dimension, if not given.
+        attention: The heights, of H, H / 2, ..., at which attention follows each block.
+        heads: The number of heads of each attention; it divides the channels there.
+        groups: The number of groups of channels that are normed apart; it divides all channels.
+        time: What embeds the time: a module called as ``time(t)``, with t of shape (B,), that returns features, with
+            shape (B, ``time.features``). ``TimeEmbedding(64)`` if not given.
+        classes: The number of labels, 0..classes - 1; none if not given. A label's embedding is added to the time's,
+            and 0 at the start of training.
 
     Raises:
         ValueError: If ``event_shape`` does not have two or three dimensions or is not divisible by 2 so often,
-            ``channels`` is empty, a number is not a positive int, or ``dropout`` lies outside [0, 1).
+            ``channels`` is empty, a number is not a positive int, ``dropout`` lies outside [0, 1), ``attention`` names
+            a height that there is not, ``heads`` or ``groups`` do not divide the channels, or ``time`` is not a module
+            with a number of features. On a call, if ``y`` is no label, or none is expected.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), Appendix B, https://arxiv.org/abs/2006.11239
+
+        Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021), section 3: attention at several
+        sizes, with several heads, and labels added to the time, https://arxiv.org/abs/2105.05233
 
         FiLM: Visual Reasoning with a General Conditioning Layer (Perez et al., 2018): the scale and shift,
         https://arxiv.org/abs/1709.07871
@@ -163,6 +235,9 @@ class UNet(nn.Module):
         >>> network = pyrodiff.networks.UNet(event_shape=(8, 8), channels=(16, 32), outputs=17)
         >>> network(torch.zeros(5, 8, 8), t=3).shape
         torch.Size([5, 8, 8, 17])
+        >>> network = pyrodiff.networks.UNet((3, 32, 32), (16, 32), attention=(16,), heads=4, groups=8, classes=10)
+        >>> network(torch.zeros(5, 3, 32, 32), t=3, y=torch.tensor([0, 9, 3, 3, 1])).shape
+        torch.Size([5, 3, 32, 32])
     """
 
     def __init__(
@@ -173,30 +248,51 @@ class UNet(nn.Module):
         num_blocks: int = 1,
         dropout: float = 0.1,
         outputs: int | None = None,
+        *,
+        attention: Sequence[int] = (),
+        heads: int = 1,
+        groups: int = 1,
+        time: nn.Module | None = None,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.event_shape, self.outputs = checks.event_shape(event_shape), outputs
         _check_unet(self.event_shape, channels, hidden, num_blocks, dropout, outputs)
         planes, (height, width) = self.event_shape[:-2].numel(), self.event_shape[-2:]
-        self.embedding = nn.Sequential(TimeEmbedding(64), nn.SiLU())
+        sizes = {height >> depth: size for depth, size in enumerate(channels)}
+        _check_parts(sizes, attention, heads, groups, time, classes)
+        time = TimeEmbedding(64) if time is None else time
+
+        def blocks() -> nn.ModuleList:
+            """Some at each size, with heads where there is attention."""
+            kinds = [
+                (size, time.features, dropout, groups, heads * (high in attention)) for high, size in sizes.items()
+            ]
+            return nn.ModuleList(nn.ModuleList(_Residual(*kind) for _ in range(num_blocks)) for kind in kinds)
+
+        self.embedding = nn.Sequential(time, nn.SiLU())
         self.inlet = nn.Conv2d(planes + 2, channels[0], 3, padding=1)
-        sizes = list(pairwise(channels))
-        self.before = nn.ModuleList(_blocks(size, num_blocks, dropout) for size in channels)
-        self.down = nn.ModuleList(nn.Conv2d(here, below, 2, stride=2) for here, below in sizes)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(below, here, 2, stride=2) for here, below in sizes)
-        self.after = nn.ModuleList(_blocks(size, num_blocks, dropout) for size in channels)
-        area = (height * width) >> (2 * len(sizes))
-        self.whole = _Whole(channels[-1] * area, hidden, dropout) if hidden else None
-        self.norm = nn.GroupNorm(1, channels[0])
+        self.before = blocks()
+        self.down = nn.ModuleList(nn.Conv2d(here, below, 2, stride=2) for here, below in pairwise(channels))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(below, here, 2, stride=2) for here, below in pairwise(channels))
+        self.after = blocks()
+        area = (height * width) >> (2 * len(self.down))
+        self.whole = _Whole(channels[-1] * area, hidden, time.features, dropout) if hidden else None
+        self.norm = nn.GroupNorm(groups, channels[0])
         self.outlet = _zero(nn.Conv2d(channels[0], planes * (outputs or 1), 3, padding=1))
+        self.labels = _Labels(classes, time.features) if classes else None
         lines = (torch.linspace(-1, 1, size) for size in (height, width))
         self.register_buffer("place", torch.stack(torch.meshgrid(*lines, indexing="ij")), persistent=False)
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The output, with the shape of ``x_t``, and a last dimension of ``outputs`` if that is given."""
+    def forward(self, x_t: Tensor, t: int | Tensor, y: int | Tensor | None = None) -> Tensor:
+        """The output, with the shape of ``x_t``, and a last dimension of ``outputs`` if that is given.
+
+        The label ``y`` is an int, or an integer tensor that broadcasts to the batch, (B,); -1 is no label. If it is
+        None, it is the one that is :meth:`given`, or none.
+        """
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
         x = x_t.reshape((-1, self.event_shape[:-2].numel(), *self.event_shape[-2:]))
-        embedding = self.embedding(torch.as_tensor(t, device=x.device).expand(batch_shape).reshape(-1))
+        embedding = self._embedded(torch.as_tensor(t, device=x.device), y, batch_shape)
         h = self.inlet(torch.cat([x, self.place.expand(len(x), *self.place.shape)], 1))
         skips = []
         for depth, blocks in enumerate(self.before):
@@ -216,6 +312,41 @@ class UNet(nn.Module):
         if self.outputs is None:
             return output.reshape(x_t.shape)
         return output.unflatten(1, (-1, self.outputs)).movedim(2, -1).reshape((*x_t.shape, self.outputs))
+
+    @contextmanager
+    def given(self, y: int | Tensor | None) -> Iterator[None]:
+        """Within, calls without a label of their own have this one; a copy of the network has none.
+
+        It may stand in a program, also one that is compiled, and around a step of one, a bound or a sampler. A tensor
+        is of one batch: a bound, which takes its batch apart, needs an int, class by class.
+
+        Arguments:
+            y: An int, the label of all; an integer tensor that broadcasts to the batch; or None, for no label.
+
+        Raises:
+            ValueError: If the network has no labels, or this is none of them.
+
+        Example:
+            >>> network = pyrodiff.networks.UNet(event_shape=(8, 8), classes=10)
+            >>> with network.given(3):
+            ...     network(torch.zeros(5, 8, 8), t=1).shape
+            torch.Size([5, 8, 8])
+        """
+        self._refuse_labels_without_classes()
+        with self.labels.holding(-1 if y is None else y):
+            yield
+
+    def _embedded(self, t: Tensor, y: int | Tensor | None, batch_shape: torch.Size) -> Tensor:
+        """The time and the label, with shape (B, features)."""
+        time, activation = self.embedding
+        embedding = time(t.expand(batch_shape).reshape(-1))
+        if y is not None:
+            self._refuse_labels_without_classes()
+        return activation(embedding if self.labels is None else embedding + self.labels(y, batch_shape))
+
+    def _refuse_labels_without_classes(self) -> None:
+        if self.labels is None:
+            raise ValueError("classes must be given to UNet for it to have labels, but it is None")
 
 
 def _check_unet(
@@ -239,8 +370,28 @@ def _check_unet(
         checks.positive_int("outputs", outputs)
 
 
-def _blocks(channels: int, number: int, dropout: float) -> nn.ModuleList:
-    return nn.ModuleList(_Residual(channels, dropout) for _ in range(number))
+def _check_parts(
+    sizes: dict[int, int],
+    attention: Sequence[int],
+    heads: int,
+    groups: int,
+    time: nn.Module | None,
+    classes: int | None,
+) -> None:
+    """The sizes are given by their heights, with the channels of each."""
+    if not isinstance(attention, Sequence) or any(high not in tuple(sizes) for high in attention):
+        there = ", ".join(map(str, sizes))
+        raise ValueError(f"attention must be a sequence of heights of the network, of {there}, but it is {attention!r}")
+    attending = [sizes[high] for high in attention]
+    for name, number, channels in (("heads", heads, attending), ("groups", groups, sizes.values())):
+        checks.positive_int(name, number)
+        if any(size % number for size in channels):
+            raise ValueError(f"{name} must divide the channels {tuple(channels)}, but it is {number}")
+    if time is not None:
+        checks.instance("time", time, nn.Module)
+        checks.positive_int("time.features", getattr(time, "features", None))
+    if classes is not None:
+        checks.positive_int("classes", classes)
 
 
 def _zero(layer: nn.Module) -> nn.Module:
@@ -249,12 +400,82 @@ def _zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class _Labels(nn.Module):
+    """The embedding of labels from 0 on, and of -1, which is none.
+
+    A compiled graph reads a label that is held where it lies in memory. So labels of one shape lie in one place, and
+    that place is a submodule, by which a graph knows it from that of another shape. It is no buffer: those are averaged
+    with the weights, and made the same in all processes.
+    """
+
+    def __init__(self, classes: int, features: int) -> None:
+        super().__init__()
+        self.classes, self._places = classes, {}
+        self.embedding = _zero(nn.Embedding(classes + 1, features))
+        self.register_module("held", None)
+
+    def forward(self, y: int | Tensor | None, batch_shape: torch.Size) -> Tensor:
+        """The features of the label, or else of the one that is held, with shape (B, features)."""
+        if y is not None:
+            self._check(y)
+        else:
+            y = -1 if self.held is None else self.held.y
+        index = torch.as_tensor(y, device=self.embedding.weight.device).long() + 1
+        try:
+            index = index.expand(batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"y must be an int, or broadcast to the batch shape {tuple(batch_shape)}, but its shape is "
+                f"{tuple(index.shape)}"
+            ) from None
+        return self.embedding(index.reshape(-1))
+
+    @contextmanager
+    def holding(self, y: int | Tensor) -> Iterator[None]:
+        """Within, this is the label of calls without one."""
+        self._check(y)
+        before = self.held
+        try:
+            self.held = self._held(y, 0 if before is None else before.depth + 1)
+            yield
+        finally:
+            self.held = before
+
+    def _held(self, y: int | Tensor, depth: int) -> "_Held":
+        if checks.blind():  # as an argument of the graph that is being made
+            return _Held(y, depth)
+        y = torch.as_tensor(y, device=self.embedding.weight.device)
+        key = depth, y.shape, y.device
+        if key not in self._places:
+            with torch.inference_mode(False):
+                self._places[key] = _Held(torch.empty_like(y, dtype=torch.long), depth)
+        self._places[key].y.copy_(y)
+        return self._places[key].train(self.training)
+
+    def _check(self, y: object) -> None:
+        checks.integer("y", y, self.classes - 1, low=-1)
+        value = y.long() if isinstance(y, Tensor) else y
+        if not checks.holds((value >= -1) & (value < self.classes)):
+            raise ValueError(f"y must lie in 0..{self.classes - 1}, or be -1 for no label, but it is {y}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_places": {}, "_modules": {**self._modules, "held": None}}
+
+
+class _Held(nn.Module):
+    """A label, held within so many others."""
+
+    def __init__(self, y: int | Tensor, depth: int) -> None:
+        super().__init__()
+        self.y, self.depth = y, depth
+
+
 class _Modulation(nn.Module):
     """A scale and a shift of each channel by the time."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, features: int) -> None:
         super().__init__()
-        self.layer = _zero(nn.Linear(64, 2 * channels))
+        self.layer = _zero(nn.Linear(features, 2 * channels))
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.layer(embedding).reshape(len(h), -1, *(1,) * (h.dim() - 2)).chunk(2, 1)
@@ -262,26 +483,90 @@ class _Modulation(nn.Module):
 
 
 class _Residual(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
+    """Two convolutions around a residual path, and self-attention if there are heads."""
+
+    def __init__(self, channels: int, features: int, dropout: float, groups: int, heads: int) -> None:
         super().__init__()
-        self.norm, self.time, self.dropout = nn.GroupNorm(1, channels), _Modulation(channels), nn.Dropout(dropout)
+        self.norm, self.time = nn.GroupNorm(groups, channels), _Modulation(channels, features)
+        self.dropout = nn.Dropout(dropout)
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = _zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.attention = _Attention(channels, groups, heads) if heads else None
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         inner = self.first(nn.functional.silu(self.time(self.norm(h), embedding)))
-        return h + self.second(self.dropout(nn.functional.silu(inner)))
+        h = h + self.second(self.dropout(nn.functional.silu(inner)))
+        return h if self.attention is None else self.attention(h)
+
+
+class _Attention(nn.Module):
+    """Every place asks all others, with several heads."""
+
+    def __init__(self, channels: int, groups: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
+        self.inlet, self.outlet = nn.Linear(channels, 3 * channels), _zero(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        places = self.norm(h).flatten(2).mT  # (B, places, channels)
+        parts = self.inlet(places).unflatten(-1, (3, self.heads, -1))
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)  # each (B, heads, places, channels of a head)
+        found = nn.functional.scaled_dot_product_attention(queries, keys, values)
+        return h + self.outlet(found.transpose(1, 2).flatten(2)).mT.reshape(h.shape)
 
 
 class _Whole(nn.Module):
     """A hidden layer that sees all channels everywhere."""
 
-    def __init__(self, size: int, hidden: int, dropout: float) -> None:
+    def __init__(self, size: int, hidden: int, features: int, dropout: float) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(size, hidden), _zero(nn.Linear(hidden, size))
-        self.time, self.dropout = _Modulation(hidden), nn.Dropout(dropout)
+        self.time, self.dropout = _Modulation(hidden, features), nn.Dropout(dropout)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         inner = self.first(self.dropout(nn.functional.silu(h.flatten(1))))
         inner = self.dropout(nn.functional.silu(self.time(inner, embedding)))
         return h + self.second(inner).reshape(h.shape)
+
+
+class Offset(nn.Module):
+    r"""A network and a learned number for each of its outputs, :math:`f(x_t, t) + c`, which starts at a given value.
+
+    A network that starts at 0, as :class:`UNet` does, then starts at what is known of the data without a network: for
+    :class:`LevelPrediction`, at how often each pixel has each level.
+
+    Arguments:
+        network: A module called as ``network(x_t, t)``, or as ``network(x_t, t, y)`` where it has labels.
+        offset: The value to start from, a tensor of floats that broadcasts to the network's output.
+
+    Raises:
+        ValueError: If ``network`` is not a module, or ``offset`` is not a tensor of finite floats. On a call, if it
+            does not broadcast to the output.
+
+    Example:
+        >>> k = pyrodiff.datasets.digits("train").long()
+        >>> often = (torch.nn.functional.one_hot(k, 17).float().sum(0) + 0.1) / (len(k) + 1.7)
+        >>> network = pyrodiff.networks.UNet(event_shape=(8, 8), outputs=17)
+        >>> network = pyrodiff.networks.Offset(network, often.log())
+        >>> torch.equal(network(torch.zeros(1, 8, 8), t=3)[0], often.log())
+        True
+    """
+
+    def __init__(self, network: nn.Module, offset: Tensor) -> None:
+        super().__init__()
+        checks.instance("network", network, nn.Module)
+        checks.instance("offset", offset, Tensor)
+        if not offset.is_floating_point() or not checks.holds(offset.isfinite()):
+            raise ValueError(f"offset must be finite floats, but it is {checks.described(offset)}")
+        self.network, self.offset = network, nn.Parameter(offset.detach().clone())
+
+    def forward(self, x_t: Tensor, t: int | Tensor, y: int | Tensor | None = None) -> Tensor:
+        """The output, with the shape of the network's."""
+        output = self.network(x_t, t) if y is None else self.network(x_t, t, y)
+        try:
+            return output + self.offset.expand(output.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"offset must broadcast to the output, of shape {tuple(output.shape)}, but its shape is "
+                f"{tuple(self.offset.shape)}"
+            ) from None

@@ -1,9 +1,20 @@
-"""The networks: shapes, the start, and that the time matters."""
+"""The networks: shapes, the start, that the time and the label matter, and each part against arithmetic by hand."""
 
+import copy
+import math
+import pickle
+from contextlib import nullcontext
+
+import pyro
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from pyrodiff.networks import MLP, TimeEmbedding, UNet
+import pyrodiff
+from pyrodiff import AncestralSampler, DiffusionELBO
+from pyrodiff.compilation import Compiled
+from pyrodiff.networks import MLP, LogSNREmbedding, Offset, TimeEmbedding, UNet
 
 
 @pytest.mark.parametrize("event_shape", [(), (3,), (2, 4)])
@@ -69,7 +80,7 @@ SHAPES = [((8, 8), (4, 6)), ((3, 8, 4), (4, 6, 8)), ((1, 5, 7), (4,))]
 
 def unet(event_shape, channels, **kwargs):
     """A U-Net in float64, none of whose parameters is at the zeros that training starts from."""
-    network = UNet(event_shape, channels, hidden=8, **kwargs).double().eval()
+    network = UNet(event_shape, channels, **{"hidden": 8, **kwargs}).double().eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return network
@@ -143,8 +154,525 @@ def test_dropout_of_a_u_net_is_random_in_training_only():
         ({"num_blocks": 0}, "num_blocks must be an int"),
         ({"dropout": 1.0}, "dropout must be a number in"),
         ({"outputs": 0}, "outputs must be an int"),
+        ({"attention": 8}, "attention must be a sequence of heights of the network, of 8, 4, but it is 8"),
+        ({"attention": (8, 2)}, "attention must be a sequence of heights of the network, of 8, 4, but it is .8, 2."),
+        ({"attention": ([8],)}, "attention must be a sequence of heights"),
+        ({"heads": 0}, "heads must be an int"),
+        ({"heads": 2.0}, "heads must be an int"),
+        ({"attention": (4,), "heads": 3}, r"heads must divide the channels \(64,\), but it is 3"),
+        ({"groups": 0}, "groups must be an int"),
+        ({"groups": 64}, r"groups must divide the channels \(32, 64\), but it is 64"),
+        ({"time": 64}, "time must be a torch.nn.modules.module.Module"),
+        ({"time": nn.Linear(1, 8)}, "time.features must be an int"),
+        ({"classes": 0}, "classes must be an int"),
+        ({"classes": True}, "classes must be an int"),
     ],
 )
 def test_what_a_u_net_cannot_be_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         UNet(**{"event_shape": (8, 8), **arguments})
+
+
+# Attention, groups, sizes
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_is_the_softmax_of_scaled_products_head_by_head(heads):
+    attention = unet((2, 4), (6,), attention=(2,), heads=heads, groups=2).before[0][0].attention
+    h = torch.randn(3, 6, 2, 4, dtype=torch.float64)
+    output = attention(h)
+    normed = nn.functional.group_norm(h, 2, attention.norm.weight, attention.norm.bias)
+    size = 6 // heads
+    for b in range(3):
+        places = [normed[b, :, i, j] for i in range(2) for j in range(4)]
+        projected = [attention.inlet.weight @ place + attention.inlet.bias for place in places]
+        for i, asking in enumerate(projected):
+            found = []
+            for head in range(heads):
+                part = slice(head * size, (head + 1) * size)
+                scores = [asking[:6][part] @ asked[6:12][part] / math.sqrt(size) for asked in projected]
+                weights = torch.stack(scores).softmax(0)
+                found.append(sum(w * asked[12:][part] for w, asked in zip(weights, projected, strict=True)))
+            expected = h[b, :, i // 4, i % 4] + attention.outlet.weight @ torch.cat(found) + attention.outlet.bias
+            torch.testing.assert_close(output[b, :, i // 4, i % 4], expected)
+
+
+def test_attention_stands_at_the_heights_that_are_named():
+    network = UNet((8, 4), (4, 6, 8), attention=[8, 2], num_blocks=2)
+    for blocks in (network.before, network.after):
+        attends = [[block.attention is not None for block in size] for size in blocks]
+        assert attends == [[True, True], [False, False], [True, True]]
+
+
+def test_attention_lets_every_place_see_every_other():
+    for attention, sees in (((32,), True), ((), False)):
+        network = unet((32, 32), (4,), attention=attention, hidden=0)
+        for module in network.modules():
+            if hasattr(module, "norm"):  # which would spread a change too
+                module.norm = nn.Identity()
+        x = torch.zeros(1, 32, 32, dtype=torch.float64)
+        changed = x.clone()
+        changed[0, 0, 0] = 1
+        assert bool((network(changed, 2) - network(x, 2))[0, 31, 31] != 0) == sees
+
+
+PARTS = {"attention": (8, 4), "heads": 2, "classes": 3}
+
+
+def test_attention_and_labels_change_nothing_at_the_start():
+    """With all that the plain network has at random, what is added to it leaves its output as it is."""
+    plain, network = unet((3, 8, 8), (4, 6)), UNet((3, 8, 8), (4, 6), hidden=8, **PARTS).double().eval()
+    missing = network.load_state_dict(plain.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert {key.split(".")[-3] for key in missing.missing_keys if "labels" not in key} == {"attention"}
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for y in (None, 0, torch.tensor([2, 1])):
+        torch.testing.assert_close(network(x, 3, y), plain(x, 3))
+
+
+def test_the_groups_are_normed_apart():
+    network = unet((4, 4), (6,), groups=3, attention=(4,))
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    block = network.after[0][0]
+    for norm in (network.norm, block.norm, block.attention.norm):
+        groups = x.unflatten(1, (3, 2))
+        off = groups - groups.mean((2, 3, 4), keepdim=True)
+        normed = (off / (off.square().mean((2, 3, 4), keepdim=True) + 1e-5).sqrt()).flatten(1, 2)
+        torch.testing.assert_close(norm(x), normed * norm.weight[:, None, None] + norm.bias[:, None, None])
+
+
+@pytest.mark.parametrize("event_shape", [(4, 8), (1, 4, 8), (3, 8, 4)])
+@pytest.mark.parametrize("batch_shape", [(6,), (2, 3)])
+def test_all_parts_together_take_any_picture_and_each_datum_by_itself(event_shape, batch_shape):
+    network = unet(event_shape, (4, 6), attention=(4,), heads=2, groups=2, classes=3, outputs=2)
+    x = torch.randn(batch_shape + event_shape, dtype=torch.float64)
+    t, y = torch.arange(1, 7).reshape(batch_shape), torch.tensor([0, 1, 2, -1, 0, 1]).reshape(batch_shape)
+    output = network(x, t, y)
+    assert output.shape == (*x.shape, 2)
+    assert output.dtype == torch.float64
+    output = output.reshape(6, *event_shape, 2)
+    for i, one in enumerate(x.reshape(6, 1, *event_shape)):
+        torch.testing.assert_close(network(one, i + 1, int(y.flatten()[i])), output[i : i + 1])
+
+
+def test_all_parts_together_learn_all_of_their_parameters():
+    schedule = pyrodiff.LogSNRSchedule(5)
+    network = unet((8, 8), (4, 6), groups=2, num_blocks=2, time=LogSNREmbedding(schedule, 6), **PARTS)
+    x, t, y = torch.randn(5, 8, 8, dtype=torch.float64), torch.arange(1, 6), torch.tensor([0, 1, 2, -1, 0])
+    network(x, t, y).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        rows = parameter.grad.reshape(len(parameter), -1).abs().sum(1)
+        assert (rows > 0).all() if "labels" in name else rows.sum() > 0, name
+
+
+def test_a_u_net_that_starts_at_zero_learns_its_attention_and_its_labels():
+    network = UNet((8, 8), (4, 6), hidden=0, dropout=0.0, **PARTS)
+    adam, x = torch.optim.Adam(network.parameters(), lr=1e-2), torch.randn(5, 8, 8)
+    before = copy.deepcopy(network.state_dict())
+    for _ in range(10):
+        adam.zero_grad()
+        (network(x, 3, torch.tensor([0, 1, 2, -1, 0])) - torch.arange(5)[:, None, None]).square().sum().backward()
+        adam.step()
+    assert all((value != before[name]).any() for name, value in network.state_dict().items())
+    assert not torch.allclose(network(x, 3, 0), network(x, 3))
+    assert torch.equal(network(x, 3, -1), network(x, 3))
+
+
+# The time
+
+
+class Doubled(nn.Module):
+    features = 3
+
+    def forward(self, t):
+        return torch.stack([t, 2 * t, 3 * t], -1).double()
+
+
+def test_what_embeds_the_time_is_a_module_of_any_number_of_features():
+    network = unet((8, 8), (4, 6), time=Doubled())
+    seen = []
+    network.before[0][0].time.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    network(torch.randn(2, 8, 8, dtype=torch.float64), torch.tensor([1, 4]))
+    expected = nn.functional.silu(torch.tensor([[1, 2, 3], [4, 8, 12]], dtype=torch.float64))
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_the_log_snr_embedding_holds_sines_and_cosines_of_the_log_snr():
+    schedule = pyrodiff.BetaSchedule([0.1, 0.3, 0.6])
+    embedding = LogSNREmbedding(schedule, 6).double()
+    seen = []
+    embedding.embedding.layers.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    assert embedding(torch.tensor([[1, 2, 3]])).shape == (1, 3, 6)
+    for t, alpha_bar in ((1, 0.9), (2, 0.9 * 0.7), (3, 0.9 * 0.7 * 0.4)):
+        angles = [50 * math.log(alpha_bar / (1 - alpha_bar)) * 10000 ** (-k / 3) for k in range(3)]
+        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        torch.testing.assert_close(seen[0][0, t - 1], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_the_log_snr_embedding_sees_its_schedule_as_it_is():
+    """The very object, live: where its table changes, so does what the network is told; and it can be learned."""
+    schedule = pyrodiff.LogSNRSchedule(4, first=3.0, last=-3.0)
+    embedding = LogSNREmbedding(schedule, 8).double()
+    assert embedding.schedule is schedule
+    before = embedding(torch.tensor([1, 2]))
+    with torch.no_grad():
+        schedule._log_snr[1] -= 2.0  # to that of t = 2
+    torch.testing.assert_close(embedding(torch.tensor([1])), before[1:])
+
+
+class Learned(pyrodiff.Schedule):
+    """The log SNR is first - t, with a learned start."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.first = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def beta(self, t): ...
+    def signal(self, t): ...
+    def noise(self, t): ...
+
+    def log_snr(self, t):
+        return self.first - torch.as_tensor(t)
+
+
+def test_the_gradient_passes_through_the_log_snr_embedding():
+    embedding = LogSNREmbedding(Learned(), 8).double()
+    t = torch.tensor([1, 3])
+    embedding(t).sum().backward()
+    gradient, step = embedding.schedule.first.grad.clone(), 1e-5
+    with torch.no_grad():
+        embedding.schedule.first += step
+        above = embedding(t).sum()
+        embedding.schedule.first -= 2 * step
+        slope = (above - embedding(t).sum()) / (2 * step)
+    torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6)
+
+
+def with_labels(dtype=torch.float64, T=10, **kwargs):
+    """A network of labels told the log SNR, and a diffusion of it."""
+    forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(T))
+    network = unet((4, 4), (2, 4), classes=3, time=LogSNREmbedding(forward.schedule, 8), **kwargs).to(dtype)
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.VelocityPrediction(network, forward))
+    return network, pyrodiff.Diffusion(forward, reverse, (4, 4))
+
+
+def test_a_shorter_chain_keeps_the_log_snr_of_its_times():
+    network, diffusion = with_labels()
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    seen = []
+    network.embedding[0].embedding.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    diffusion.subchain([2, 5, 9]).reverse(x, torch.tensor([3, 1]))
+    torch.testing.assert_close(seen[0], 50 * diffusion.forward_process.schedule.log_snr(torch.tensor([9, 2])))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (10, "schedule must be a pyrodiff.Schedule, but it is 10"),
+        (nn.Linear(1, 1), "schedule must be a pyrodiff.Schedule, but it is a Linear"),
+        (pyrodiff.ReciprocalSchedule(4), "finite log signal-to-noise ratio at t = 1 and T, but of ReciprocalSchedule"),
+    ],
+)
+def test_what_has_no_log_snr_is_refused(schedule, words):
+    with pytest.raises(ValueError, match=words):
+        LogSNREmbedding(schedule, 8)
+
+
+def test_a_time_without_a_log_snr_is_refused():
+    embedding = LogSNREmbedding(pyrodiff.LogSNRSchedule(4), 8)
+    for t in (0, 5):
+        with pytest.raises(ValueError, match="t must lie in"):
+            embedding(torch.tensor([1, t]))
+    with pytest.raises(ValueError, match="features must be an int"):
+        LogSNREmbedding(pyrodiff.LogSNRSchedule(4), 7)
+
+
+# Labels
+
+
+def test_a_label_is_added_to_the_embedded_time():
+    network = unet((4, 4), (2,), classes=3)
+    seen = []
+    network.before[0][0].time.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    time, table = network.embedding[0], network.labels.embedding.weight
+    x = torch.randn(3, 4, 4, dtype=torch.float64)
+    for y, rows in ((None, [0, 0, 0]), (2, [3, 3, 3]), (torch.tensor([1, -1, 0], dtype=torch.int32), [2, 0, 1])):
+        network(x, 5, y)
+        torch.testing.assert_close(seen[-1], nn.functional.silu(time(torch.tensor([5, 5, 5])) + table[rows]))
+
+
+def test_a_given_label_is_that_of_calls_without_one_for_as_long_as_it_is_given():
+    network = unet((4, 4), (2,), classes=3)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    y, other, column = torch.tensor([0, 1, 2]), torch.tensor([2, 2, -1]), torch.tensor([[1], [2]], dtype=torch.uint8)
+    none, one, many, others, columns = (network(x, 5, each) for each in (None, 1, y, other, column))
+    assert not torch.allclose(none, one)
+    kept = y.clone()
+    with network.given(kept):
+        kept.fill_(0)  # the caller's own
+        assert torch.equal(network(x, 5), many)
+        assert torch.equal(network(x, 5, 1), one)
+        with network.given(1):
+            assert torch.equal(network(x, 5), one)
+            with network.given(other), network.given(column):
+                assert torch.equal(network(x, 5), columns)
+            assert torch.equal(network(x, 5), one)
+        with network.given(other):
+            assert torch.equal(network(x, 5), others)
+        with network.given(None):
+            assert torch.equal(network(x, 5), none)
+        with pytest.raises(RuntimeError, match="inside"), network.given(other):
+            raise RuntimeError("inside")
+        assert torch.equal(network(x, 5), many)
+    assert torch.equal(network(x, 5), none)
+    with pytest.raises(RuntimeError, match="inside"), network.given(2):
+        raise RuntimeError("inside")
+    assert torch.equal(network(x, 5), none)
+
+
+def test_the_gradient_is_that_of_the_label_at_the_call():
+    """Also where another of the same shape was given before the backward pass."""
+    network = unet((4, 4), (2,), classes=3)
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    with network.given(torch.tensor([0, 0])):
+        output = network(x, 5)
+    with network.given(torch.tensor([2, 1])):
+        network(x, 5)
+        output.square().sum().backward()
+    assert (network.labels.embedding.weight.grad.abs().sum(1) > 0).tolist() == [False, True, False, False]
+
+
+def test_a_label_is_not_part_of_what_is_kept_copied_or_averaged():
+    network = unet((4, 4), (2,), classes=3)
+    names, x = set(network.state_dict()), torch.randn(2, 4, 4, dtype=torch.float64)
+    none = network(x, 5)
+    with network.given(torch.tensor([1, 2])):
+        assert set(network.state_dict()) == names
+        average = AveragedModel(network, use_buffers=True)
+        average.update_parameters(network)
+        copies = [copy.deepcopy(network), pickle.loads(pickle.dumps(network)), average.module]
+        for other in copies:
+            torch.testing.assert_close(other(x, 5), none)
+    with network.given(2), copies[0].given(1):
+        torch.testing.assert_close(network(x, 5), copies[1](x, 5, 2))
+
+
+def test_a_label_given_where_nothing_is_differentiated_can_be_given_elsewhere():
+    network = unet((4, 4), (2,), classes=3)
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    for y in (0, 1):
+        with torch.inference_mode(), network.given(y):
+            inside = network(x, 5)
+        with network.given(y):
+            torch.testing.assert_close(network(x, 5), inside.clone())
+
+
+@pytest.mark.parametrize(
+    ("y", "words"),
+    [
+        (3, "y must lie in 0..2, or be -1 for no label, but it is 3"),
+        (-2, "y must lie in 0..2"),
+        (torch.tensor([0, 3]), "y must lie in 0..2"),
+        (1.0, "y must be an int or an integer tensor"),
+        (True, "y must be an int or an integer tensor"),
+        (torch.tensor([0.0, 1.0]), "y must be an int or an integer tensor in -1..2, but it is a tensor of dtype"),
+        (torch.zeros(2, 3, dtype=torch.bool), "y must be an int or an integer tensor"),
+    ],
+)
+def test_what_is_no_label_is_refused(y, words):
+    network = UNet((4, 4), (2,), classes=3)
+    with pytest.raises(ValueError, match=words):
+        network(torch.zeros(2, 4, 4), 1, y)
+    with pytest.raises(ValueError, match=words), network.given(y):
+        pass
+    assert network.labels.held is None
+
+
+def test_labels_of_another_batch_are_refused():
+    network, x = UNet((4, 4), (2,), classes=3), torch.zeros(2, 4, 4)
+    words = r"y must be an int, or broadcast to the batch shape \(2,\), but its shape is"
+    for y in (torch.tensor([0, 1, 2]), torch.tensor([[0, 1]])):
+        with pytest.raises(ValueError, match=words):
+            network(x, 1, y)
+        with network.given(y), pytest.raises(ValueError, match=words):
+            network(x, 1)
+
+
+def test_a_network_without_classes_has_no_labels():
+    network = UNet((4, 4), (2,))
+    with pytest.raises(ValueError, match="classes must be given to UNet"):
+        network(torch.zeros(2, 4, 4), 1, 0)
+    with pytest.raises(ValueError, match="classes must be given to UNet"), network.given(None):
+        pass
+
+
+X_0 = torch.linspace(-1, 2, 48, dtype=torch.float64).reshape(3, 4, 4)
+LABELS = [torch.tensor(y) for y in ([0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 2, 1], [-1, 0, 0])]
+
+
+class Labelled(nn.Module):
+    """A program given labels."""
+
+    def __init__(self, program, network):
+        super().__init__()
+        self.program, self.network = program, network
+
+    def forward(self, x_0, y):
+        with self.network.given(y):
+            return self.program(x_0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The graphs, run operation by operation: nothing is compiled, which would take its time. Returns the list."""
+    made = []
+
+    def keep(module, *args, **kwargs):
+        made.append(module)
+        return module
+
+    monkeypatch.setattr("torch._inductor.compile", keep)
+    return made
+
+
+def training(steps, inside, compiled):
+    """The losses and the gradients of steps (x_0, y) with the same draws, the labels given in the program or around."""
+    torch.manual_seed(0)
+    network, diffusion = with_labels(attention=(4,), hidden=0)
+    pair = diffusion.one_step()
+    programs = [Labelled(program, network) if inside else program for program in (pair.model, pair.guide)]
+    still = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
+    svi, found = pyrodiff.SVI(*programs, still, DiffusionELBO(), compile=compiled), []
+    for x_0, y in steps:
+        pyro.set_rng_seed(1)
+        if inside:
+            loss = svi.step(x_0, y)
+        else:
+            with network.given(y):
+                loss = svi.step(x_0)
+        found.append((loss, [parameter.grad.clone() for parameter in network.parameters()]))
+    return found
+
+
+def test_a_graph_has_the_labels_that_are_arguments_of_the_step(interpreted):
+    steps = [(X_0, y) for y in LABELS]
+    found = training(steps, inside=True, compiled=True)
+    assert len(interpreted) == 1
+    torch.testing.assert_close(found, training(steps, inside=True, compiled=False))
+    assert len({float(loss) for loss, _ in found[2:]}) == 3
+
+
+def test_a_graph_has_the_labels_that_are_given_around_the_step(interpreted):
+    """One graph for labels of one shape, whatever they are, and another where one label is that of all, or there is
+    none; each as without a graph. Here the second step differs from the first, which Pyro's handlers run."""
+    labels = [*LABELS, 0, 0, 2, None, *LABELS[2:], None, None, 1]
+    steps = [(X_0, y) for y in labels]
+    found = training(steps, inside=False, compiled=True)
+    assert len(interpreted) >= 2
+    torch.testing.assert_close(found, training(steps, inside=False, compiled=False))
+    losses = [float(loss) for loss, _ in found]
+    assert losses[3] == pytest.approx(losses[10])
+    assert losses[8] == pytest.approx(losses[13])
+    assert len({round(loss, 9) for loss in (*losses[2:5], *losses[6:9], losses[14])}) == 7
+
+
+def test_what_inductor_makes_of_a_label_is_not_stale(recwarn):
+    """The embedding alone, compiled: of a label that is held around the call, and of one that is an argument."""
+    network = unet((4, 4), (2,), classes=3)
+    table = network.labels.embedding.weight
+
+    def embedded(y):
+        with nullcontext() if y is None else network.given(y):
+            return (network.labels(None, (3,)),)
+
+    compiled = Compiled(embedded, [network])
+    for y in LABELS:
+        assert torch.equal(compiled(y)[0], table[y + 1])
+        with network.given(y):
+            assert torch.equal(compiled(None)[0], table[y + 1])
+    assert compiled.made == 2
+    assert not recwarn.list
+
+
+def test_a_compiled_sampler_draws_of_the_label_that_is_given(interpreted):
+    network, diffusion = with_labels(hidden=0, T=4)
+    eager, compiled = AncestralSampler(diffusion), AncestralSampler(diffusion, compile=True)
+    found = []
+    for y in (0, 2, 1):
+        with network.given(y):
+            found.append(compiled(3, generator=0))
+            torch.testing.assert_close(found[-1], eager(3, generator=0))
+    assert len(interpreted) == 1
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_the_trajectory_pair_takes_one_label_around_it_and_many_in_the_program():
+    """All its steps run as one batch, to which the labels of the data do not broadcast: they are not guessed."""
+    network, diffusion = with_labels(T=3)
+    still = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
+    svi = pyrodiff.SVI(diffusion.model, diffusion.guide, still, DiffusionELBO())
+    for _ in range(3):
+        with network.given(1):
+            svi.step(X_0)
+    with network.given(LABELS[0]):
+        svi.step(X_0)  # the first with a label of this shape, which Pyro's handlers run
+        with pytest.raises(ValueError, match=r"broadcast to the batch shape \(6,\)"):
+            svi.step(X_0)
+    programs = (Labelled(program, network) for program in (diffusion.model, diffusion.guide))
+    svi = pyrodiff.SVI(*programs, still, DiffusionELBO())
+    for _ in range(3):
+        svi.step(X_0, LABELS[0])
+
+
+def test_the_bound_of_a_class_is_that_of_its_label():
+    network, diffusion = with_labels(T=4)
+    fixed = copy.deepcopy(diffusion)
+    fixed.reverse.denoiser.network.labels.embedding.weight.data[:] = network.labels.embedding.weight.data[3]
+    with network.given(2):
+        bound = pyrodiff.bound(diffusion, X_0, generator=0).nats
+    torch.testing.assert_close(bound, pyrodiff.bound(fixed, X_0, generator=0).nats)
+    assert not torch.allclose(bound, pyrodiff.bound(diffusion, X_0, generator=0).nats)
+    with network.given(LABELS[0]), pytest.raises(ValueError, match="broadcast to the batch shape"):
+        pyrodiff.bound(diffusion, X_0)
+
+
+# The offset
+
+
+def test_an_offset_is_added_and_learned():
+    network, offset = unet((4, 4), (2,), outputs=3, classes=2), torch.randn(4, 3, dtype=torch.float64)
+    module = Offset(network, offset)
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(module(x, 3), network(x, 3) + offset)
+    torch.testing.assert_close(module(x, 3, 1), network(x, 3, 1) + offset)
+    with torch.no_grad():
+        module.offset.add_(1)
+    torch.testing.assert_close(module(x, 3), network(x, 3) + offset + 1)  # a copy of what it was given
+    module(x, 3).sum().backward()
+    torch.testing.assert_close(module.offset.grad, torch.full((4, 3), 40.0, dtype=torch.float64))
+
+
+def test_an_offset_serves_networks_without_labels():
+    network, x, offset = MLP((2,), hidden=8), torch.randn(3, 2), torch.tensor([1.0, -2.0])
+    torch.testing.assert_close(Offset(network, offset)(x, 3), network(x, 3) + offset)
+
+
+@pytest.mark.parametrize(
+    ("network", "offset", "words"),
+    [
+        (len, torch.zeros(2), "network must be a torch.nn"),
+        (nn.Identity(), [0.0, 1.0], "offset must be a torch.Tensor"),
+        (nn.Identity(), torch.zeros(2, dtype=torch.long), "offset must be finite floats"),
+        (nn.Identity(), torch.tensor([0.0, 1.0]).log(), "offset must be finite floats"),
+    ],
+)
+def test_what_is_no_offset_is_refused(network, offset, words):
+    with pytest.raises(ValueError, match=words):
+        Offset(network, offset)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1, 2)])
+def test_an_offset_that_does_not_fit_the_output_is_refused(shape):
+    network = Offset(MLP((2,), hidden=8), torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"offset must broadcast to the output, of shape \(5, 2\), but its shape is"):
+        network(torch.zeros(5, 2), 1)

@@ -55,6 +55,10 @@ class Compiled:
         tensors: Further tensors that it reads and changes.
         limit: How many graphs are made at most.
         name: What is compiled, for warnings.
+
+    Attributes:
+        made: How many graphs were made.
+        failure: Why no more are made: the limit is reached, or one could not be traced or compiled; empty until then.
     """
 
     def __init__(
@@ -75,11 +79,9 @@ class Compiled:
         graph = self._graphs.get(key)
         if graph is not None and graph.parts.holds():
             return graph(*args)
-        if self.failure or self.made >= self.limit:
-            if not self.failure:
-                self._give_up(f"{self.limit} graphs were made for it, and this would be one more")
-            return self.function(*args)
-        return self._make(key, args)
+        if not self.failure and self.made >= self.limit:
+            self._give_up(f"{self.limit} graphs were made for it, and this would be one more")
+        return self.function(*args) if self.failure else self._make(key, args)
 
     def graph_for(self, *args: Any) -> Callable | None:
         """The graph for arguments of this kind, if there is one that holds now: for a loop in which nothing changes."""
@@ -92,16 +94,16 @@ class Compiled:
 
     def _make(self, key: Hashable, args: tuple) -> Any:
         """The graph of these arguments; what the function returns as it is traced is the result."""
-        failure, restore = None, _snapshot(self.modules)
+        untraced, restore = None, _snapshot(self.modules)
         with Recorder() as heard:
             try:
                 graph = _Graph(self.function, args, self.modules, self.tensors)
                 changed = graph.parts.changed()
             except Exception as error:  # whatever a program does that a graph cannot
-                failure = error
-        if failure is not None:
+                untraced = error
+        if untraced is not None:
             restore()
-            self._give_up(_reason(failure, heard.sites))
+            self._give_up(_reason(untraced, heard.sites))
             return self.function(*args)
         if changed:  # as it would at every call
             self._give_up(f"it puts another tensor or module in the place of {changed}")
@@ -114,6 +116,7 @@ class Compiled:
         return graph.take_results()
 
     def _give_up(self, reason: str) -> None:
+        """Make no more graphs, and say why, once. Those that were made before are still run."""
         self.failure = reason
         warnings.warn(f"{self.name} runs without being compiled: {reason}", RuntimeWarning, stacklevel=2)
 
@@ -191,7 +194,7 @@ class _Graph:
     """
 
     def __init__(self, function: Callable, args: tuple, modules: list[nn.Module], tensors: list[Tensor]) -> None:
-        state = [tensor for module in modules for tensor in _own(module).values()]
+        state = [*_of(modules, "_parameters"), *_of(modules, "_buffers")]
         known = list({id(tensor): tensor for tensor in (*state, *tensors)}.values())
         args = _copied(args, {id(tensor) for tensor in known})
         given = _tensors(args)
@@ -204,7 +207,7 @@ class _Graph:
 
         self.module = make_fx(run)(*given, *known)
         self.inputs = _lifted(self.module, len(given), known)
-        self.num_given, self.given = len(given), given
+        self.given = given
         self._alike: list[int] | None = None
 
     def compile(self) -> None:
@@ -282,9 +285,9 @@ def _copied(args: tuple, taken: set[int]) -> tuple:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in taken else leaf, args)
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    tensors = {**module._parameters, **module._buffers}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def _of(modules: list[nn.Module], kind: str) -> list[Tensor]:
+    """The ``_parameters`` or ``_buffers`` of the modules themselves."""
+    return [tensor for module in modules for tensor in getattr(module, kind).values() if tensor is not None]
 
 
 def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> list[Tensor]:
@@ -314,9 +317,7 @@ def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> list
 
 def _snapshot(modules: list[nn.Module]) -> Callable[[], None]:
     """Keeps the random sources and the buffers; called, it puts them back."""
-    buffers = [
-        (buffer, buffer.clone()) for module in modules for buffer in module._buffers.values() if buffer is not None
-    ]
+    buffers = [(buffer, buffer.clone()) for buffer in _of(modules, "_buffers")]
     random, on_cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore() -> None:

@@ -38,7 +38,7 @@ def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, ag
 
 @contextmanager
 def _seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool) -> Iterator[None]:
-    source = torch.Generator().set_state(torch.get_rng_state())  # drawn from, once all went well
+    source = processes.copied_source()  # drawn from, once all went well
     if generator is None:
         seed = int(torch.randint(2**63 - 1, (), generator=source))
     elif isinstance(generator, torch.Generator):
@@ -48,7 +48,9 @@ def _seeded(generator: torch.Generator | int | None, device: torch.device, agree
     else:
         raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
     if agreed:
-        seed = processes.agreed(seed, device)
+        of_first = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+        processes.agree([of_first])
+        seed = int(of_first)
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         seed_draws(seed, device)

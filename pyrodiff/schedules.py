@@ -59,22 +59,19 @@ class Float64Module(nn.Module):
         return self
 
 
-_OWN: set[type] = set()
-
-
 def own(kind: type) -> type:
     """Decorates a class whose instances, but not those of a subclass, are wholly given by their buffers and own parts.
 
     Arguments:
         kind: The class.
     """
-    _OWN.add(kind)
+    kind._own = kind
     return kind
 
 
 def _state(part: nn.Module) -> list[tuple[object, int]] | None:
     """The part and its buffers, with their versions; None where something else may matter."""
-    if type(part) not in _OWN or part._parameters:
+    if getattr(type(part), "_own", None) is not type(part) or part._parameters:
         return None
     found: list[tuple[object, int]] = [(part, 0)]
     found += [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in part._buffers.values()]

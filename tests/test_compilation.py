@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import bit_diffusion
+from loops import adam, level_data, nothing, sgd, still
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import constraints
@@ -20,22 +21,6 @@ from pyrodiff.compilation import Compiled
 
 X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]], dtype=torch.float64)
 X = torch.tensor([1.0, -2.0, 4.0])
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
-
-
-def still(parameters):
-    return torch.optim.SGD(parameters, lr=0.0)
-
-
-def nothing(*args):
-    pass
 
 
 class Network(nn.Module):
@@ -120,6 +105,13 @@ def interpreted(monkeypatch):
     return made
 
 
+@pytest.fixture
+def scalar():
+    """Inductor without vector instructions, whose code is written and compiled in less than half the time."""
+    with torch._inductor.config.patch({"cpp.simdlen": 1}):
+        yield
+
+
 # The same steps
 
 
@@ -166,6 +158,7 @@ def test_all_that_changes_in_a_step_is_what_it_would_be(interpreted):
     assert svis[0]._gradient.compiled.made == 2
 
 
+@pytest.mark.usefixtures("scalar")
 def test_draws_differ_from_call_to_call_and_within_one():
     """Of two draws of one kind in a program, and, at a rate of 0 and with no new seed, of one after another."""
 
@@ -187,10 +180,7 @@ def test_draws_differ_from_call_to_call_and_within_one():
     assert len({float(svi.step()) for _ in range(8)}) > 5
 
 
-def level_data():
-    return pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=5).double()
-
-
+@pytest.mark.usefixtures("scalar")
 def test_the_trajectory_pair_with_a_decoder_of_levels():
     svis = twins(make(decoder=pyrodiff.DiscretizedDecoder(levels=5), T=2))
     agree(svis, [[level_data()]] * 3)
@@ -205,6 +195,7 @@ def test_a_last_short_batch_has_a_graph_of_its_own(one_step, interpreted):
     assert graphs(svis[0]) == 2
 
 
+@pytest.mark.usefixtures("scalar")
 def test_the_pair_of_bits():
     """In the mean of value and gradient, by 5 standard errors: inductor draws bits in a way of its own."""
     x_0 = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
@@ -248,6 +239,7 @@ def stored():
     return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
 
 
+@pytest.mark.usefixtures("scalar")
 def test_a_pair_in_plain_pyro():
     found, layer = [], nn.Linear(1, 1).double()
     for compiled in (True, False):
@@ -276,6 +268,7 @@ class RandomWeight(PyroModule):
         return dist.Normal(x_t + self.net(x_t), 0.7).to_event(1)
 
 
+@pytest.mark.usefixtures("scalar")
 def test_a_random_weight_is_drawn_and_its_law_learned():
     found, first = [], RandomWeight().double()
     for compiled in (True, False):

@@ -4,6 +4,7 @@ import io
 import math
 from collections import deque
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_where_the_counts_are_whole_they_are_exact():
 def test_every_datum_sees_every_time_by_its_probability(make_drawing, B):
     p = [0.5, 0.05, 0.15, 0.3]
     drawing = make_drawing(p)
-    t = torch.stack([drawn(drawing, torch.zeros(B), 4)[0] for _ in range(4000)])
+    t, _ = drawing(torch.stack([drawing.uniforms(torch.zeros(B)).sample() for _ in range(4000)]), 4)
     assert not far((t[..., None] == torch.arange(1, 5)).double(), torch.tensor(p).double())
 
 
@@ -179,18 +180,27 @@ def drawings(T):
     }
 
 
+def values_and_gradients(pair, x_0, number):
+    def draw():
+        loss = DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0) / len(x_0)
+        return torch.cat([loss.detach()[None], gradient(loss, pair.model.reverse)])
+
+    return repeat(number, draw)
+
+
+@pytest.fixture(scope="module", params=["vp", "bits"])
+def trajectories(request):
+    """A diffusion, data, and draws of the trajectory pair's value and gradient."""
+    pyro.set_rng_seed(0)
+    diffusion, x_0 = make(request.param)
+    return diffusion, x_0, values_and_gradients(diffusion, x_0, 60)
+
+
 @pytest.mark.parametrize("drawing", drawings(1))
-@pytest.mark.parametrize("kind", ["vp", "bits"])
-def test_value_and_gradient_are_the_trajectory_pairs_in_mean(kind, drawing):
-    diffusion, x_0 = make(kind)
-    elbo, samples = DiffusionELBO(), []
-    for pair, number in ((diffusion, 60), (diffusion.one_step(drawings(5)[drawing]), 100)):
-
-        def draw(pair=pair):
-            loss = elbo.differentiable_loss(pair.model, pair.guide, x_0) / len(x_0)
-            return torch.cat([loss.detach()[None], gradient(loss, diffusion.reverse)])
-
-        samples.append(repeat(number, draw))
+def test_value_and_gradient_are_the_trajectory_pairs_in_mean(trajectories, drawing):
+    diffusion, x_0, expected = trajectories
+    pair = diffusion.one_step(drawings(5)[drawing])
+    samples = [expected, values_and_gradients(pair, x_0, 100)]
     means = [sample.mean(0) for sample in samples]
     error = sum(sample.var(0) / len(sample) for sample in samples).sqrt()
     assert ((means[0] - means[1]).abs() <= 5 * error + 1e-10).all()

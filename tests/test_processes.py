@@ -11,12 +11,14 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import loops
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import torch._inductor
 import torch.distributed.fsdp
+from loops import adam, nothing
 from pyro.distributions import TorchDistribution
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,6 +28,7 @@ from pyrodiff import SVI, DiffusionELBO, processes, steps
 from pyrodiff.forward import Isotropic
 
 B, T = 8, 6  # the batch of one process, and the steps of a diffusion
+sgd = partial(loops.sgd, lr=1e-2)
 
 
 # What is learned.
@@ -102,10 +105,6 @@ class Regression(nn.Module):
             pyro.sample("y", dist.Normal(mean, 1.0), obs=x.sum(-1))
 
 
-def nothing(*args):
-    pass
-
-
 def by_parameters(x):
     """A program of functions, without draws."""
     weight = pyro.param("weight", lambda: torch.randn(2))
@@ -115,14 +114,6 @@ def by_parameters(x):
 
 
 # What is done, in each process of two, or in one for both (``rank`` is None).
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=1e-2)
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
 
 
 def batch(rank, seed=0, first=B):
@@ -401,10 +392,10 @@ EAGER = {
 TRACED = {  # the graphs run as they are, since inductor takes half a minute
     "training, compiled": partial(training, compile=True),
     "accumulated, compiled": partial(same_draws, steps=4, accumulate=2, compile=True, clip_norm=5.0),
+    "functions, compiled": partial(functions, compile=True),
 }
 COMPILED = {
     "regression, compiled": partial(regression, compile=True),
-    "functions, compiled": partial(functions, compile=True),
 }
 
 

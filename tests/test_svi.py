@@ -1,13 +1,16 @@
 """Our SVI is a torch loop: one optimizer, whatever the parameters are and whenever they appear."""
 
 import copy
+from functools import partial
 
+import loops
 import pyro
 import pyro.distributions as dist
 import pyro.infer
 import pyro.optim
 import pytest
 import torch
+from loops import adam, pair_of, same, values
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
@@ -18,14 +21,7 @@ import pyrodiff
 from pyrodiff import SVI, DiffusionELBO, networks
 
 X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]])
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=1.0)
+sgd = partial(loops.sgd, lr=1.0)
 
 
 class PlainReverse(nn.Module):
@@ -52,18 +48,6 @@ def make(reverse=None, T=4):
         denoiser = pyrodiff.NoisePrediction(networks.MLP((2,), hidden=8), forward)
         reverse = pyrodiff.GaussianReverse(forward, denoiser)
     return pyrodiff.Diffusion(forward, reverse, (2,))
-
-
-def pair_of(diffusion, one_step):
-    return diffusion.one_step() if one_step else diffusion
-
-
-def values(module):
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def same(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("one_step", [False, True])

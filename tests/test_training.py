@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import bit_diffusion, far, gradient, repeat
+from loops import adam, level_data, nothing, pair_of, same, sgd, still, values
 from oracles import bit_matrix, exploding_steps, moments, preserving_steps
 from pyro import poutine
 from pyro.nn import PyroModule, PyroSample
@@ -25,18 +26,6 @@ X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]])
 NAN = math.nan
 
 
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
-
-
-def still(parameters):
-    return torch.optim.SGD(parameters, lr=0.0)
-
-
 def mean_of(model):
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
 
@@ -48,20 +37,8 @@ def make(T=4, decoder=None, network=None):
     return pyrodiff.Diffusion(forward, reverse, (2,), decoder=decoder)
 
 
-def pair_of(diffusion, one_step):
-    return diffusion.one_step() if one_step else diffusion
-
-
 def stepped(pair, optim=adam, **options):
     return SVI(pair.model, pair.guide, optim, DiffusionELBO(), **options)
-
-
-def values(module):
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def same(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 class Line(nn.Module):
@@ -76,10 +53,6 @@ class Line(nn.Module):
         self.seen += x.detach().mean()
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(self.w * x + self.b, 1.0), obs=y)
-
-
-def nothing(*args):
-    pass
 
 
 X, Y = torch.tensor([0.5, 2.0, -1.0, 3.0]), torch.tensor([1.0, 2.5, 0.5, 7.0])
@@ -559,10 +532,6 @@ def test_a_network_that_takes_the_place_of_another_is_learned(one_step):
 # The bound without messages
 
 
-def level_data():
-    return pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=5).double()
-
-
 def bits():
     return bit_diffusion([0.2, 0.3, 0.5], rate=0.3, bits=2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]).double()
 
@@ -586,7 +555,7 @@ PAIRS = {
 def test_the_bound_without_messages_is_that_of_pyros_handlers(kind, one_step):
     """In the mean, the value and the gradient in every parameter: 5 standard errors of the difference."""
     diffusion, x_0 = PAIRS[kind]()
-    pair = pair_of(diffusion, one_step)
+    pair, x_0, number = pair_of(diffusion, one_step), x_0.repeat(16, 1), 50
 
     def draw():
         loss = DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0)
@@ -598,8 +567,8 @@ def test_the_bound_without_messages_is_that_of_pyros_handlers(kind, one_step):
             return draw()
 
     draw()  # a program has to have run before it can be trusted
-    by_messages, directly = repeat(400, draw), repeat(400, draw_directly)
-    deviation = ((by_messages.var(0) + directly.var(0)) / 400).sqrt()
+    by_messages, directly = repeat(number, draw), repeat(number, draw_directly)
+    deviation = ((by_messages.var(0) + directly.var(0)) / number).sqrt()
     off = (by_messages.mean(0) - directly.mean(0)).abs()
     assert (off <= 5 * deviation + 1e-9).all()
     assert (deviation > 0).any()
@@ -788,7 +757,8 @@ def test_all_states_at_once_are_independent_numbers(kind):
     """Of two data with two numbers each: their states have no covariance, and each its own mean."""
     schedule, x_0 = SCHEDULES[kind](), torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
     forward = pyrodiff.GaussianForward(schedule)
-    draws = repeat(4000, lambda: forward.trajectory(x_0))
+    batches = repeat(400, lambda: forward.trajectory(x_0.repeat(10, 1)))  # of ten times the two, side by side
+    draws = batches.unflatten(2, (10, 2)).transpose(1, 2).flatten(0, 1)
     gains = torch.tensor([gain for gain, _ in moments(steps_of(schedule))[1:]], dtype=torch.float64)
     off = (draws - gains[:, None, None] * x_0).flatten(2)
     assert not far(off, 0.0)
@@ -1098,14 +1068,14 @@ OWN = {
 @pytest.mark.parametrize("one_step", [False, True])
 @pytest.mark.parametrize("name", OWN)
 def test_kernels_of_ones_own_are_those_that_are_scored(name, one_step):
-    """The step without messages against the handlers, 5 standard errors of 60 batches of 100."""
+    """The step without messages against the handlers, 5 standard errors of 30 batches of 300."""
     pair = pair_of(OWN[name](), one_step)
-    x_0 = 1 + torch.randn(100, 2, dtype=torch.float64)
+    x_0 = 1 + torch.randn(300, 2, dtype=torch.float64)
     elbo, losses = DiffusionELBO(), []
     for direct in (False, True):
         with checks.trusting() if direct else nullcontext(), torch.no_grad():
-            losses.append(torch.stack([elbo.differentiable_loss(pair.model, pair.guide, x_0) for _ in range(60)]) / 100)
-    error = sum(loss.var() / 60 for loss in losses).sqrt()
+            losses.append(torch.stack([elbo.differentiable_loss(pair.model, pair.guide, x_0) for _ in range(30)]) / 300)
+    error = sum(loss.var() / 30 for loss in losses).sqrt()
     assert abs(losses[0].mean() - losses[1].mean()) < 5 * error
 
 

@@ -132,7 +132,7 @@ class Gradient:
             self._checked_before.discard(_in_words(kind))
 
     def look(self, names: list[str]) -> bool:
-        """Find the parameters without running the programs, if those of these names are among them; whether they are."""
+        """Find parameters without running the programs, if those of these names are among them; whether they are."""
         there = [id(parameter) for parameter in self._of_modules("_parameters") if _can_be_learned(parameter)]
         keys = dict.fromkeys([*self.parameters, *there])
         if not set(names) <= set(self._names(keys)):

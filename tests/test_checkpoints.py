@@ -387,7 +387,6 @@ def test_what_is_kept_beside_comes_back(tmp_path):
         "shape": torch.Size([2, 3]),
         "of": {"a": torch.arange(3), 4: (True, "x")},
         "weights": nn.Linear(2, 1).state_dict(),
-        "point": multiprocessing.process.__dict__.get("x", 0),
     }
     checkpoints.save(tmp_path / "run.pt", svi, **more)
     found = checkpoints.load(tmp_path / "run.pt")
@@ -416,9 +415,10 @@ def test_a_graph_goes_on_from_the_weights(tmp_path, monkeypatch):
     svi = fresh(make, 1)
     steps(svi, [8] * 6)
     checkpoints.save(tmp_path / "run.pt", svi)
+    expected = torch.stack(steps(svi, [8] * 4))
     again = fresh(make, 2)
     checkpoints.restore(tmp_path / "run.pt", again)
-    torch.testing.assert_close(torch.stack(steps(again, [8] * 4)), torch.stack(steps(svi, [8] * 4)))
+    torch.testing.assert_close(torch.stack(steps(again, [8] * 4)), expected)
     assert again._gradient.compiled.made == 1
 
 
@@ -435,8 +435,8 @@ def reversed_adam(parameters):
 
 def other_order():
     svi = of_pair()
-    layers = svi.model.reverse.denoiser.network.layers
-    layers._modules = dict(reversed(layers._modules.items()))
+    layer = svi.model.reverse.denoiser.network.layers[0]
+    layer._parameters = dict(reversed(layer._parameters.items()))
     return svi
 
 
@@ -632,7 +632,7 @@ def test_there_is_no_state_of_sharded_parameters(monkeypatch, tmp_path):
     state = svi.state_dict()
     monkeypatch.setattr(processes, "is_sharded", lambda tensor: tensor.dim() == 2)
     for act in (svi.state_dict, partial(other.load_state_dict, state), partial(checkpoints.save, tmp_path / "x", svi)):
-        with pytest.raises(ValueError, match="must not be sharded: torch.distributed.checkpoint"):
+        with pytest.raises(ValueError, match=r"must not be sharded: torch.distributed.checkpoint"):
             act()
 
 
@@ -711,22 +711,22 @@ def test_kinds_of_ones_own_are_saved_as_what_they_are_made_of(there):
 def test_a_failure_of_the_disk_leaves_the_file_before(there, monkeypatch):
     svi, path, before = there
 
-    def full(descriptor):
+    def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def stopped(descriptor):
+    def stopped(*args):
         raise KeyboardInterrupt
 
-    for kind, fails in ((OSError, full), (KeyboardInterrupt, stopped)):
-        with monkeypatch.context() as patch, pytest.raises(kind):
-            patch.setattr(os, "fsync", fails)
+    for owner, name, kind, fails in (
+        (os, "fsync", OSError, full),
+        (os, "fsync", KeyboardInterrupt, stopped),
+        (type(path), "replace", OSError, full),
+    ):
+        monkeypatch.setattr(owner, name, fails)
+        with pytest.raises(kind):
             checkpoints.save(path, svi)
+        monkeypatch.undo()
         assert unharmed(path, before)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "replace", lambda *args: full(0))
-        patch.setattr(type(path), "replace", lambda *args: full(0))
-        checkpoints.save(path, svi)
-    assert unharmed(path, before)
     checkpoints.save(path, svi, number=2)
     assert checkpoints.load(path)["more"] == {"number": 2}
     assert os.listdir(path.parent) == [path.name]
@@ -838,7 +838,7 @@ def test_a_file_of_another_kind_is_refused(there, content, message):
 def context():
     """Processes that are there in milliseconds, since one that has imported everything parts in two."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pyrodiff", __name__])
+    context.set_forkserver_preload(["pyrodiff", "pyro.infer.autoguide", "pytest", "torch._dynamo"])
     return context
 
 
@@ -988,8 +988,11 @@ def test_sources_go_on_whatever_was_drawn():
 
 
 def test_sources_go_on_after_an_error():
-    before = sources()
-    with pytest.raises(KeyError), kept_sources():
+    def fail():
         torch.rand(3), np.random.rand(), random.random()
         raise KeyError
+
+    before = sources()
+    with pytest.raises(KeyError), kept_sources():
+        fail()
     assert alike(before, sources())

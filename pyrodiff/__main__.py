@@ -1,0 +1,8 @@
+"""``python -m pyrodiff`` is the command ``pyrodiff``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,24 +2,23 @@
 
     python examples/binary_digits.py
 
-Trained on 1,000 pictures, scored on the 447 of the test split, in nats a picture. Beside the bound stand what a
-Bernoulli a pixel and a mixture of Bernoullis score on the same pictures; the mixture is fitted by EM, its number of
-components, its smoothing and its iterations chosen on the validation split.
+Trained on 1,000 pictures, scored on the 447 of the test split: two cores do it, and the roll and the heartbeat of
+``demo.py``, in under four minutes. Expect 16.51 ± 0.21 nats a picture. Beside the bound stand what a Bernoulli a pixel
+(25.2) and a mixture of Bernoullis (17.3) score on the same pictures; the mixture's size, smoothing and number of
+iterations are chosen on the validation split.
 """
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
+import baselines
 import pyro
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from training import output_folder, train
+from training import draw_pictures, options, train
 
 import pyrodiff
-from pyrodiff import datasets, networks, plots
+from pyrodiff import datasets, networks
 
 
 class PictureNetwork(nn.Module):
@@ -56,42 +55,6 @@ class PictureNetwork(nn.Module):
         return (self.outlet(silu(h)) + shifts[3] * x)[:, 0]
 
 
-def log_mixture(x: Tensor, weights: Tensor, probs: Tensor) -> Tensor:
-    """log p(x) of a mixture of Bernoullis: x (N, D), weights (K,), probs (K, D); with shape (N, K) before the sum."""
-    return weights.log() + x @ probs.log().T + (1 - x) @ (1 - probs).log().T
-
-
-def fit_mixture(x: Tensor, num_components: int, smoothing: float, num_iterations: int = 60) -> Iterator[tuple]:
-    """EM for a mixture of Bernoullis, each component shrunk to the mean as by ``smoothing`` pictures of it.
-
-    Yields the weights and the probabilities after each iteration, so that it can be stopped early.
-    """
-    mean = x.mean(0).clamp(1e-3, 1 - 1e-3)
-    probs = ((x[torch.randperm(len(x))[:num_components]] + mean) / 2).clamp(0.02, 0.98)
-    weights = x.new_full((num_components,), 1 / num_components)
-    for _ in range(num_iterations):
-        resp = log_mixture(x, weights, probs).softmax(-1)
-        counts = resp.sum(0)
-        weights = (counts + 0.1) / (counts + 0.1).sum()
-        probs = (resp.T @ x + smoothing * mean) / (counts[:, None] + smoothing)
-        yield weights, probs
-
-
-def baselines(train_set: Tensor, validation_set: Tensor, test_set: Tensor) -> dict[str, Tensor]:
-    """-log p of each test picture, with shape (N,), under the simple models."""
-    x, validation, test = (data.flatten(1).double() for data in (train_set, validation_set, test_set))
-    bernoulli = x.new_ones(1), ((x.sum(0) + 0.5) / (len(x) + 1))[None]
-    fits = itertools.chain.from_iterable(
-        fit_mixture(x, size, smoothing)
-        for size, smoothing, _ in itertools.product((40, 80, 120, 200), (0.5, 1.0, 2.0), range(2))
-    )
-    mixture = max(fits, key=lambda fit: float(log_mixture(validation, *fit).logsumexp(-1).mean()))
-    return {
-        "Bernoulli a pixel": -log_mixture(test, *bernoulli).logsumexp(-1),
-        f"mixture of {len(mixture[0])} Bernoullis": -log_mixture(test, *mixture).logsumexp(-1),
-    }
-
-
 def fit(num_steps: int = 3000) -> pyrodiff.Diffusion:
     """The diffusion, trained."""
     pyro.set_rng_seed(0)
@@ -110,20 +73,18 @@ def main(out: Path, num_steps: int = 3000) -> pyrodiff.Bound:
     test_set = splits[-1]
     bound = pyrodiff.bound(diffusion, test_set)
     print(bound)
-    rows = {"bound of the diffusion": bound.nats, **baselines(*splits)}
+    rows = {"bound of the diffusion": bound.nats, **baselines.of_bits(*splits)}
     for name, nats in rows.items():
         print(f"  test split, {name:28}{float(nats.mean()):8.3f} ± {float(bound.standard_error(nats)):.3f} nats")
     gain = list(rows.values())[-1] - bound.nats
     print(f"  the mixture takes {float(gain.mean()):.3f} ± {float(bound.standard_error(gain)):.3f} nats a picture more")
 
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
     pictures = {"data (test split)": test_set[:48], "samples": diffusion.model(num_samples=48)}
-    for axes, (title, x) in zip(figure.subplots(1, 2), pictures.items(), strict=True):
-        plots.bits(x, axes, columns=8).set_title(title)
-    figure.savefig(out / "binary_digits.png", dpi=130)
+    draw_pictures(pictures, out / "binary_digits.png")
     print(f"  picture: {out / 'binary_digits.png'}")
     return bound
 
 
 if __name__ == "__main__":
-    main(output_folder(__doc__))
+    arguments = options(__doc__, 3000).parse_args()
+    main(arguments.out, arguments.steps)

@@ -4,27 +4,34 @@
 
 (a) handwritten digits as bits, by binomial diffusion, on held-out images beside what simple density models score;
 (b) the Swiss roll, by Gaussian diffusion in 40 steps; (c) the binary heartbeat, by binomial diffusion in 2000 steps.
+Under four minutes on two cores; expect 16.51 ± 0.21 nats, 1.25 ± 0.02 nats, and log2 p of at least -2.335 ± 0.006 bits.
 """
 
 import time
+from pathlib import Path
 
 import binary_digits
 import heartbeat
 import swiss_roll
-from training import output_folder
+from training import options
+
+import pyrodiff
 
 
-def main() -> None:
-    out, start = output_folder(__doc__), time.perf_counter()
+def main(out: Path, num_steps: int = 3000) -> dict[str, pyrodiff.Bound]:
+    """Train all three, print their bounds, draw their pictures; returns the bounds."""
+    start, bounds = time.perf_counter(), {}
     for title, example in (
         ("(a) handwritten digits, binary, 8 x 8: binomial diffusion", binary_digits),
         ("(b) Swiss roll: Gaussian diffusion", swiss_roll),
         ("(c) binary heartbeat: binomial diffusion", heartbeat),
     ):
         print(f"\n{title}")
-        example.main(out)
+        bounds[example.__name__] = example.main(out, num_steps)
     print(f"\nall in {time.perf_counter() - start:.0f} s; the pictures are in {out.resolve()}")
+    return bounds
 
 
 if __name__ == "__main__":
-    main()
+    arguments = options(__doc__, 3000).parse_args()
+    main(arguments.out, arguments.steps)

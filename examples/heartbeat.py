@@ -2,6 +2,9 @@
 
     python examples/heartbeat.py
 
+Two cores do it, and the digits and the roll of ``demo.py``, in under four minutes. Expect log2 p of at least -2.335 ±
+0.006 bits.
+
 The truth is log2(1/5) = -2.322 bits a sequence, the 2015 paper reached -2.414 at T = 2000, and no reverse process with
 independent bits can pass -2.325 at that T.
 """
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pyro
 from matplotlib.figure import Figure
-from training import output_folder, train
+from training import options, train
 
 import pyrodiff
 from pyrodiff import datasets, networks, plots
@@ -49,4 +52,5 @@ def main(out: Path, num_steps: int = 3000) -> pyrodiff.Bound:
 
 
 if __name__ == "__main__":
-    main(output_folder(__doc__))
+    arguments = options(__doc__, 3000).parse_args()
+    main(arguments.out, arguments.steps)

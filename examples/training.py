@@ -1,15 +1,16 @@
-"""What the examples share: a loop of SVI with a progress bar, and a folder for the pictures."""
+"""What the examples share: a loop of SVI with a progress bar, the command line, pictures in a grid; nothing to run."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.optim.swa_utils import AveragedModel
 from tqdm import trange
 
 import pyrodiff
+from pyrodiff import plots
 
 
 def train(
@@ -47,7 +48,7 @@ def train(
         pyrodiff.DiffusionELBO(),
         clip_norm=10.0 * batch_size,
         scheduler=lambda optimizer: CosineAnnealingLR(optimizer, num_steps),
-        average=(lambda model: AveragedModel(model, multi_avg_fn=_running_average(average))) if average > 0 else None,
+        average=pyrodiff.exponential_average(average) if average > 0 else None,
         compile=compile,
     )
     diffusion.train()
@@ -63,19 +64,27 @@ def train(
         svi.adopt_average()
 
 
-def _running_average(decay: float) -> Callable:
-    """As torch.optim.swa_utils has it, but short at the start, so that the first weights are soon forgotten."""
+def options(description: str, num_steps: int | None = None, out: str = "out") -> argparse.ArgumentParser:
+    """The options of an example: a folder for its pictures and, if there is a default, the number of steps."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=folder, default=out, help=f"folder for the pictures (default: {out})")
+    if num_steps is not None:
+        parser.add_argument("--steps", type=int, default=num_steps, help=f"gradient steps (default: {num_steps})")
+    return parser
 
-    def update(means: list[torch.Tensor], weights: list[torch.Tensor], number: torch.Tensor) -> None:
-        torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
 
-    return update
+def folder(name: str) -> Path:
+    """The folder of that name, made if it is not there."""
+    path = Path(name)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def output_folder(description: str) -> Path:
-    """The folder given on the command line, made if it is not there."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def draw_pictures(pictures: dict[str, torch.Tensor], path: Path, columns: int = 8) -> None:
+    """Grids of pictures, with shape (n, H, W) and values in [0, 1], side by side under their titles, as a file."""
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    for axes, (title, x) in zip(figure.subplots(1, len(pictures)), pictures.items(), strict=True):
+        plots.bits(x, axes, columns=columns).set_title(title)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,222 @@
+"""Every example runs, at a small size, and what it prints is what it returns. How good it gets is not tested."""
+
+import ast
+import gzip
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyrodiff
+from pyrodiff import datasets
+
+FOLDER = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example, on few data: as many to train on as it likes from the package, and 40 to be scored."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    kept = {name: getattr(datasets, name) for name in ("swiss_roll", "checkerboard", "eight_gaussians", "heartbeat")}
+    for name, draw in kept.items():
+        monkeypatch.setattr(datasets, name, lambda n, seed=0, draw=draw: draw(min(n, 40 if seed > 1 else 5000), seed))
+    digits = datasets.digits
+
+    def few(split="train", binary=False):
+        return digits(split, binary)[: 1000 if split == "train" else 40]
+
+    monkeypatch.setattr(datasets, "digits", few)
+    return importlib.import_module
+
+
+def numbers_of(bound):
+    """The row of a bound as its table has it."""
+    return f"{float(bound.nats.mean()):.4f}"
+
+
+def check(bound, out, capsys, *pictures):
+    """The bound is finite and was printed, and the pictures are there."""
+    assert bool(bound.nats.isfinite().all())
+    printed = capsys.readouterr().out
+    assert re.search(rf"^bound +{re.escape(numbers_of(bound))} ", printed, re.MULTILINE), printed
+    for picture in pictures:
+        assert (out / picture).read_bytes().startswith(b"\x89PNG"), picture
+    return printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_is_short_and_says_how_it_is_run(script):
+    source = script.read_text()
+    assert len(source.splitlines()) < 120
+    docstring = ast.get_docstring(ast.parse(source))
+    if 'if __name__ == "__main__":' in source:
+        assert re.search(rf"^ *(python|torchrun .*) examples/{script.name}", docstring, re.MULTILINE)
+        assert re.search(r"second|minute|hour", docstring)
+        assert re.search(r"\d\.\d", docstring), "the number to expect"
+        assert "@" not in docstring
+    else:
+        assert re.search(r"nothing to run", docstring.replace("\n", " "))
+
+
+def test_the_swiss_roll(example, tmp_path, capsys):
+    bound = example("swiss_roll").main(tmp_path, 10)
+    printed = check(bound, tmp_path, capsys, "swiss_roll.png")
+    assert f"K = {float(bound.K.mean()):.2f}" in printed
+
+
+def test_the_heartbeat(example, tmp_path, capsys):
+    bound = example("heartbeat").main(tmp_path, 10)
+    printed = check(bound, tmp_path, capsys, "heartbeat.png")
+    assert f"at least {-float(bound.bits.mean()):.3f}" in printed
+    assert bound.num_steps == 2000
+
+
+def test_the_checkerboard(example, tmp_path, capsys):
+    check(example("checkerboard").main(tmp_path, 10), tmp_path, capsys, "checkerboard.png", "checkerboard_terms.png")
+
+
+def test_the_binary_digits_beside_simple_models(example, tmp_path, capsys):
+    printed = check(example("binary_digits").main(tmp_path, 10), tmp_path, capsys, "binary_digits.png")
+    found = {name: float(nats) for name, nats in re.findall(r"test split, (.*?) +(\d+\.\d+) ±", printed)}
+    mixture = next(nats for name, nats in found.items() if name.startswith("mixture"))
+    assert 15 < mixture < 20 < found["Bernoulli a pixel"] < 28  # of few pictures; 17.3 and 25.2 of all
+
+
+@pytest.mark.parametrize("prediction", ["level", "velocity"])
+def test_the_digits_in_their_levels(example, tmp_path, capsys, monkeypatch, prediction):
+    if prediction == "velocity":  # once is enough
+        monkeypatch.setattr(example("baselines"), "of_levels", lambda *splits: {})
+    bound = example("digits").main(tmp_path, 6, prediction, T=100)
+    printed = check(bound, tmp_path, capsys, "digits.png")
+    found = {name: float(bits) for name, bits in re.findall(r"^  (\S.*?) +(\d+\.\d+) ±", printed, re.MULTILINE)}
+    assert found[f"bound, T = 100, {prediction} prediction"] == round(float(bound.bits_per_dim.mean()), 4)
+    if prediction == "level":
+        assert found["mixture of 10 categoricals"] < found["histogram a pixel"] < found["uniform"] == 4.0875
+    assert found["T = 3"] > found["T = 10"] > found["T = 30"]
+
+
+def test_the_demo_runs_all_three(example, tmp_path, capsys, monkeypatch):
+    demo, ran = example("demo"), []
+    for name in ("binary_digits", "swiss_roll", "heartbeat"):
+        monkeypatch.setattr(getattr(demo, name), "main", lambda out, steps, name=name: ran.append((name, out, steps)))
+    assert list(demo.main(tmp_path, 7)) == ["binary_digits", "swiss_roll", "heartbeat"]
+    assert ran == [(name, tmp_path, 7) for name in ("binary_digits", "swiss_roll", "heartbeat")]
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_the_sandwich_around_what_is_known(example, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torchode")
+    sandwich = example("sandwich")
+    monkeypatch.setattr(sandwich, "PARTICLES", (1, 2, 64))
+    for name in ("gaussian", "eight_gaussians", "bits"):
+        build = getattr(sandwich, name)
+        monkeypatch.setattr(sandwich, name, lambda *args, build=build: _cut(*build(*args)))
+    tables = sandwich.main(tmp_path)
+    printed = capsys.readouterr().out
+    for name, estimates in tables.items():
+        assert f"{float(estimates['log p'].mean()):.4f}" in next(row for row in printed.splitlines() if name in row)
+        loose, tight = (estimates["log p"] - estimates[bound] for bound in ("ELBO", "IW_64"))
+        error = 5 * float((loose - tight).std()) / len(loose) ** 0.5
+        assert float(tight.mean()) < float(loose.mean()) + error
+    assert float((tables["bits, T = 4"]["log p"] - tables["bits, T = 4"]["ELBO"]).mean()) > 1
+    eight = tables["eight Gaussians, T = 1000"]
+    torch.testing.assert_close(eight["flow"], eight["log p"], atol=1e-3, rtol=0)
+    assert (tmp_path / "sandwich.png").exists()
+
+
+def _cut(diffusion, x_0, log_p):
+    return diffusion, x_0[:8], log_p[:8]
+
+
+def test_how_t_is_drawn(example, tmp_path, capsys):
+    settings = {"num_particles": 2, "num_pairs": 4, "batch_size": 32}
+    accounts = example("drawings").main(tmp_path, 3, **settings)
+    printed = capsys.readouterr().out
+    for name, account in accounts.items():
+        assert f"{name}: {account}" in printed
+        assert (tmp_path / f"variance_{name}.png").exists()
+
+
+def test_the_price_of_the_variance(example, capsys):
+    bounds = example("variances").main()
+    printed = capsys.readouterr().out
+    assert len(bounds) == 4
+    for name, bound in bounds.items():
+        assert f"{name:42}{float(bound.nats.mean()):7.3f} " in printed
+    means = [float(bound.nats.mean()) for bound in bounds.values()]
+    assert all(posterior > 4 > forward > 2.5 for posterior, forward in zip(means[::2], means[1::2], strict=True))
+
+
+def test_a_variant_of_ones_own(example, tmp_path, capsys):
+    bounds = example("custom_variant").main(tmp_path, 60)
+    printed = capsys.readouterr().out
+    for name, bound in bounds.items():
+        row = next(row for row in printed.splitlines() if row.strip().startswith(name))
+        before, after = (float(number) for number in re.findall(r"(-?\d+\.\d+) (?:before|±)", row))
+        assert after == round(float(bound.nats.mean()), 3)
+        assert after < before
+    assert printed.count("9 of 9 claims of verify hold") == 2
+    assert (tmp_path / "custom_variant.png").exists()
+
+
+def test_two_processes_get_what_one_gets(example, tmp_path, capsys):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(FOLDER / "multi_gpu.py"), "--out", str(tmp_path), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu" in done.stdout
+    assert done.stdout.count("bound on -log p(x_0)") == 1
+    bound = example("multi_gpu").main(tmp_path, 3)  # from the checkpoint, on other data
+    alone = capsys.readouterr().out
+    assert "goes on at step 3" in alone
+    assert numbers_of(bound) in alone
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder like MNIST's: bright bars on black, 60 to train on and 8 to be scored."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, number in (("train", 60), ("t10k", 8)):
+        k = torch.zeros(number, 28, 28, dtype=torch.uint8)
+        for i in range(number):
+            k[i, 4 + i % 5 : 24, 8 + i % 12 : 11 + i % 12] = 100 + torch.randint(150, (), dtype=torch.uint8)
+        header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in k.shape)
+        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + k.numpy().tobytes()))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "unit"), [("fashion_mnist", "bits/dim"), ("binarized_mnist", "nats")])
+def test_a_run_in_parts_is_one_run(example, tmp_path, pictures, capsys, name, unit):
+    script, scores, long_run = (example(module) for module in (name, "scores", "long_run"))
+    size = scores.Size((8, 16, 16), 1, 21, 8, 2, 20, 2, 2, 2**28)
+    results = {}
+    for parts in (1, 2):
+        out = tmp_path / f"{parts} parts"
+        given = ["--data", str(pictures), "--out", str(out), "--steps", "2", "--batch", "4", "--device", "cpu"]
+        given += ["--no-compile", "--no-bfloat16"]
+        limit = ["--minutes", "0"] if parts > 1 else []  # a step each
+        for _ in range(parts):
+            parser = long_run.options(script.__doc__, "out", num_steps=100, batch_size=100)
+            result = script.main(parser.parse_args([*given, *limit]), size)
+            assert (result is None) == (parts > 1)
+        result = script.main(parser.parse_args([*given, *limit]), size)  # all steps are taken
+        results[parts] = result.nats
+        printed = capsys.readouterr().out
+        mean, _ = scores.mean(result, unit)
+        assert f"test set, bound: {mean:.4f} ± " in printed
+        rows = [json.loads(row) for row in (out / "curve.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2]
+        assert all(f"{row['held_out']:.4f} ± {row['error']:.4f} {unit}" in printed for row in rows)
+        assert sorted(row["minutes"] for row in rows) == [row["minutes"] for row in rows]
+        assert torch.equal(pyrodiff.Bound.load(out / "test.npz").nats, result.nats)
+        assert all((out / picture).exists() for picture in ("curve.png", "samples.png"))
+    assert torch.equal(results[1], results[2])

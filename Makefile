@@ -40,4 +40,4 @@ $(VENV)/installed-docs: $(VENV)/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out docs/_build build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) out runs docs/_build docs/generated build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,19 +1,33 @@
-"""Sphinx configuration: `sphinx-build -W --keep-going -b html docs docs/_build/html`, without a network."""
+"""Sphinx configuration: `sphinx-build -W --keep-going -b html docs docs/_build/html`, without a network.
+
+The programs in `docs/tutorials` run meanwhile (a minute or two), and an error in one of them is an error of the build.
+"""
 
 import re
 import sys
+from pathlib import Path
 
 from sphinx.application import Sphinx
 
 import pyrodiff
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import gallery  # noqa: E402 - the file beside this one
 
 project = "pyrodiff"
 author = "The pyrodiff authors"
 copyright = "The pyrodiff authors"
 release = version = pyrodiff.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-exclude_patterns = ["_build"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "tutorials", f"{gallery.TUTORIALS}/*.ipynb", f"{gallery.TUTORIALS}/*.py"]
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -29,7 +43,28 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Arguments", "params_style"), ("Returns", "returns_style"), "References"]
 
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": gallery.TUTORIALS,
+    "filename_pattern": r"/\d_",
+    "ignore_pattern": r"conftest\.py",
+    "within_subsection_order": "FileNameSortKey",
+    "abort_on_example_error": True,
+    "run_stale_examples": gallery.is_older(HERE / gallery.TUTORIALS, Path(pyrodiff.__file__).parent),
+    "image_scrapers": ("gallery.pictures",),
+    "reset_modules": ("matplotlib", "gallery.start_afresh"),
+    "capture_repr": (),  # what is printed is shown, and pictures
+    "min_reported_time": 10**6,  # no times of one machine on a page
+    "write_computation_times": False,
+    "download_all_examples": False,
+    "notebook_extensions": set(),
+    "show_signature": False,
+    "remove_config_comments": True,
+}
+
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tutorials.css"]
 html_title = f"pyrodiff {release}"
 html_copy_source = False
 
@@ -62,6 +97,8 @@ def no_empty_arguments(app: Sphinx, what: str, name: str, obj: object, options: 
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", gallery.plain_page)
+    app.connect("build-finished", gallery.stamp)
     app.connect("autodoc-process-docstring", literal_shapes)
     app.connect("autodoc-skip-member", skip_private)
     app.connect("autodoc-process-bases", public_bases)

@@ -34,18 +34,17 @@ import os
 import pickle
 import zipfile
 from collections import Counter, OrderedDict
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, processes
+from .files import path_of, write
 from .randomness import put_sources, sources
 from .svi import SVI
 
-__all__ = ["load", "restore", "save", "write"]
+__all__ = ["load", "restore", "save"]
 
 _FORMAT, _NAMES = 1, {"format", "svi", "sources", "more"}
 _PLAIN = (type(None), bool, int, float, str, Tensor, nn.Parameter)
@@ -65,7 +64,7 @@ def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
         OSError: If the file cannot be written; what was there before is as it was.
     """
     checks.instance("svi", svi, SVI)
-    path = _path(path)
+    path = path_of(path)
     state = {"format": _FORMAT, "svi": svi.state_dict(), "sources": processes.each(sources()), "more": more}
     problem = None
     try:
@@ -118,7 +117,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: As of :func:`restore`, as far as the file is concerned.
     """
-    file = _path(path)
+    file = path_of(path)
     if not file.is_file():
         raise ValueError(f"path must be the path of a checkpoint, but there is no file {file}")
     try:
@@ -145,48 +144,6 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not _NAMES <= state.keys():
         raise ValueError(f"path must be a checkpoint of this package, but {file} has no {min(_NAMES - state.keys())!r}")
     return state
-
-
-def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens meanwhile.
-
-    Arguments:
-        path: The file; one that is there is replaced once the new one is on the disk.
-        data: What it is to hold.
-
-    Raises:
-        OSError: If it cannot be written; what was there before is as it was.
-    """
-    path = _path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Bring a new name to the disk, where a system knows how."""
-    if hasattr(os, "O_DIRECTORY"):
-        with suppress(OSError):  # the file is there, and whole; some file systems know no more
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _path(value: str | os.PathLike[str]) -> Path:
-    if not isinstance(value, str | os.PathLike) or not Path(value).name:
-        raise ValueError(f"path must be the path of a file, a str or os.PathLike, but it is {value!r}")
-    return Path(value)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -18,8 +18,9 @@ import torch
 from matplotlib.animation import PillowWriter
 from torch import Tensor
 
-from . import checkpoints, plots, processes, recipes
+from . import plots, processes, recipes
 from .bounds import Bound, bound, importance_bound
+from .files import write
 from .reports import report, versions
 from .runs import (
     Interrupted,
@@ -294,7 +295,7 @@ def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tup
         _say(f"going on with {folder} from step {run.svi.num_steps} of {settings.steps}")
     if processes.number() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(folder / "settings.toml", settings.toml().encode())
+        write(folder / "settings.toml", settings.toml().encode())
         with (folder / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(options.line + "\n")
     return run, data

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .files import write
 
 __all__ = ["Likelihood"]
 
@@ -199,13 +200,9 @@ class Likelihood(ABC):
                 arrays[field.name] = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
             else:
                 rest[field.name] = list(value) if isinstance(value, torch.Size) else value
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays, rest=np.array(json.dumps(rest)))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        data = io.BytesIO()
+        np.savez_compressed(data, **arrays, rest=np.array(json.dumps(rest)))
+        write(path, data.getbuffer())
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike) -> Self:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import plots
 from .bounds import Bound
-from .checkpoints import write
+from .files import write
 from .runs import Metrics, Run, spelled
 
 __all__ = ["report", "versions"]

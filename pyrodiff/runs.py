@@ -39,6 +39,7 @@ from . import checkpoints, plots, processes, recipes
 from .bounds import Bound, bound
 from .diffusion import Diffusion
 from .elbo import DiffusionELBO
+from .files import write
 from .recipes import Data, Form
 from .samplers import AncestralSampler
 from .settings import Settings, option
@@ -316,7 +317,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
         lines = [json.dumps(record) for record in self.read(folder) if record["step"] <= step]
-        checkpoints.write(self.path, "".join(f"{line}\n" for line in lines).encode())
+        write(self.path, "".join(f"{line}\n" for line in lines).encode())
         self._board = _board(folder / "tensorboard", step)
 
     def note(self, step: int, **values: Any) -> None:
@@ -505,7 +506,7 @@ def save_figure(path: Path, figure: Any) -> None:
     """
     data = io.BytesIO()
     figure.savefig(data, dpi=130, format="png")
-    checkpoints.write(path, data.getbuffer())
+    write(path, data.getbuffer())
 
 
 def save_arrays(path: Path, **arrays: Tensor) -> None:
@@ -517,7 +518,7 @@ def save_arrays(path: Path, **arrays: Tensor) -> None:
     """
     data = io.BytesIO()
     np.savez_compressed(data, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
-    checkpoints.write(path, data.getbuffer())
+    write(path, data.getbuffer())
 
 
 def spelled(found: Bound) -> str:

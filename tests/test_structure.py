@@ -18,6 +18,7 @@ import pyrodiff
 FOLDER = Path(pyrodiff.__file__).parent
 SPINE = [
     "checks",
+    "files",
     "randomness",
     "processes",
     "schedules",
@@ -67,6 +68,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "kind_of",
     "number",
     "pair_costs",
+    "path_of",
     "precisely",
     "prior_cost",
     "progress_bar",
@@ -80,6 +82,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "step_costs",
     "together",
     "total_norm",
+    "write",
 }
 ASIDE = {
     "readers": {"checks"},

@@ -1,0 +1,3 @@
+"""The pages of this folder are tests, its programs are not: building the docs runs the tutorials."""
+
+collect_ignore = ["conf.py", "gallery.py", "tutorials", "generated", "_build"]

@@ -1,0 +1,257 @@
+r"""
+On a GPU, and on several
+========================
+
+What changes on the way from a laptop to a GPU and to a cluster: a device, a few options of SVI, a checkpoint, a
+launcher.
+
+The model does not change, and neither does the bound. This page runs small and on the CPU, as all of these pages do;
+the lines that need a GPU or a compiler's patience are shown and not run, and say so.
+"""
+
+# %%
+# One program for both
+# --------------------
+#
+# A diffusion is a ``torch.nn.Module`` and moves like one, its schedule's tables with it. Data have to be where the
+# model is. Make the pair after the move.
+
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pyro
+import torch
+from matplotlib.figure import Figure
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import pyrodiff
+from pyrodiff import checkpoints, datasets, networks
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pyro.set_rng_seed(0)
+data, test_set = (
+    datasets.swiss_roll(20000, seed=1).to(device),
+    datasets.swiss_roll(500, seed=2).to(device),
+)
+
+
+def build():
+    forward = pyrodiff.GaussianForward(
+        pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0)
+    )
+    denoiser = pyrodiff.VelocityPrediction(
+        networks.MLP(event_shape=(2,), hidden=32), forward
+    )
+    reverse = pyrodiff.GaussianReverse(forward, denoiser)
+    return pyrodiff.Diffusion(forward, reverse, event_shape=(2,)).to(device)
+
+
+# %%
+# What a longer training wants
+# ----------------------------
+#
+# Each option is off unless it is given (:doc:`/training` has all of them).
+#
+# - ``autocast=torch.bfloat16``: networks compute in bfloat16 where that does no harm. Parameters, the kernels and the
+#   bound stay in float32.
+# - ``average``: a moving average of the weights, which is what one samples from and scores.
+# - ``fused=True``: the optimizer's arithmetic in one kernel.
+
+
+def svi_of(diffusion):
+    pair = diffusion.one_step()
+    return pyrodiff.SVI(
+        pair.model,
+        pair.guide,
+        partial(torch.optim.AdamW, lr=3e-3, fused=True),
+        pyrodiff.DiffusionELBO(),
+        clip_norm=2560.0,  # of the gradient of the loss, which is a sum over the batch
+        scheduler=partial(CosineAnnealingLR, T_max=300),
+        autocast=torch.bfloat16,
+        average=pyrodiff.exponential_average(0.99),
+    )
+
+
+def train(svi, num_steps):
+    batches = (
+        data[torch.randint(len(data), (256,), device=device)] for _ in range(num_steps)
+    )
+    return torch.stack([svi.step(batch) / 256 for batch in batches])
+
+
+diffusion = build()
+svi = svi_of(diffusion)
+losses = train(svi, 150)
+print(f"{svi.num_steps} steps, the last loss is {float(losses[-1]):.3f} nats a datum")
+
+# %%
+# ``svi.step`` returns a tensor that is still on the device. To read its value is to wait for the device, so read it now
+# and then, and not at each step.
+#
+# Stop, and go on
+# ---------------
+#
+# A checkpoint holds all that a run is: weights and their average, optimizer, scheduler, counts, and the state of every
+# source of random numbers. It is written whole or not at all, and to load one cannot run code. Here a run goes on for
+# 150 steps; another, in a new model, goes on from the checkpoint; on a CPU they are the same bit for bit.
+
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder, "run.pt")
+    checkpoints.save(path, svi, epoch=1)
+    left_alone = train(svi, 150)
+
+    again = build()
+    resumed = svi_of(again)
+    more = checkpoints.restore(path, resumed)
+    print("restored:", more, "after", resumed.num_steps, "steps")
+    gone_on = train(resumed, 150)
+
+print("the same losses: ", torch.equal(gone_on, left_alone))
+weights = zip(diffusion.reverse.parameters(), again.reverse.parameters(), strict=True)
+print("the same weights:", all(torch.equal(one, other) for one, other in weights))
+
+figure = Figure(figsize=(6, 2.6), layout="constrained")
+axes = figure.subplots()
+axes.plot(
+    range(1, 301),
+    torch.cat([losses, left_alone]).cpu(),
+    color="#1f4e79",
+    label="the run",
+)
+axes.plot(
+    range(151, 301), gone_on.cpu(), ":", color="#b5452c", label="from the checkpoint"
+)
+axes.axvline(150, color="#888888", linewidth=1)
+axes.set(xlabel="step", ylabel="nats a datum", ylim=(0, 5))
+axes.legend(frameon=False)
+
+# %%
+# With the averaged weights, the bound. It reads its data wherever they are, and divides the work by ``memory_budget``.
+
+with svi.averaged():
+    print(pyrodiff.bound(diffusion, test_set, generator=0))
+
+# %%
+# One graph
+# ---------
+#
+# With ``compile=True`` the loss of the pair and its gradient become one compiled graph: the second step takes some
+# seconds for it, and the rest are faster. With ``capturable=True`` in the optimizer the whole step is a CUDA graph,
+# so that the GPU does not wait for Python. (Not run here.)
+#
+# .. code-block:: python
+#
+#    svi = pyrodiff.SVI(
+#        pair.model,
+#        pair.guide,
+#        partial(torch.optim.AdamW, lr=torch.tensor(3e-3, device=device), fused=True, capturable=True),
+#        pyrodiff.DiffusionELBO(),
+#        autocast=torch.bfloat16,
+#        compile=True,
+#    )
+#    sampler = pyrodiff.AncestralSampler(diffusion, compile=True)
+#
+# Several processes
+# -----------------
+#
+# Under ``torchrun`` the same script is run by several processes, a GPU each. Where a process group is initialised,
+# SVI starts all from the same weights, lets each draw its own times and noise for its own batch, and learns from all
+# of them together. ``bound(..., sharded=True)`` shares the work of the bound, and gives each process the bound that
+# one alone would get. Here is a whole script:
+
+script = """
+import os
+from functools import partial
+
+import torch
+
+import pyrodiff
+from pyrodiff import datasets, networks
+
+device = torch.device("cpu")
+if torch.cuda.is_available():
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
+number, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+torch.manual_seed(number)
+
+forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0))
+denoiser = pyrodiff.VelocityPrediction(networks.MLP(event_shape=(2,), hidden=32), forward)
+reverse = pyrodiff.GaussianReverse(forward, denoiser)
+diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,)).to(device)
+pair = diffusion.one_step()
+svi = pyrodiff.SVI(pair.model, pair.guide, partial(torch.optim.AdamW, lr=3e-3), pyrodiff.DiffusionELBO())
+
+x_0 = datasets.swiss_roll(20000, seed=1).to(device)
+for _ in range(100):
+    loss = svi.step(x_0[torch.randint(len(x_0), (256 // count,), device=device)])  # summed over all processes
+
+test_set = datasets.swiss_roll(200, seed=2).to(device)
+shared = pyrodiff.bound(diffusion, test_set, generator=0, sharded=True)
+alone = pyrodiff.bound(diffusion, test_set, generator=0)
+if number == 0:
+    print(f"{count} processes, {svi.num_steps} steps")
+    print("bound, the work shared:", f"{float(shared.nats.mean()):.4f}", "alone:", f"{float(alone.nats.mean()):.4f}")
+torch.distributed.destroy_process_group()
+"""
+
+# %%
+# ``torchrun --standalone --nproc-per-node 2 script.py`` runs it twice on this machine.
+
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder, "script.py")
+    path.write_text(script)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    done = subprocess.run([*launcher, str(path)], capture_output=True, text=True)
+print(done.stdout if done.returncode == 0 else done.stderr)
+if done.returncode:
+    raise RuntimeError("the processes failed")
+
+# %%
+# On a cluster the launcher is told of the machines, and the script stays as it is. Each machine runs, under Slurm say,
+#
+# .. code-block:: sh
+#
+#    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$FIRST_MACHINE:29500" script.py
+#
+# Save a checkpoint by all processes (each calls ``checkpoints.save``, the first writes), and restore by all of them.
+#
+# The command line
+# ----------------
+#
+# For data of the package, or files of your own, there is a command for all of this. It trains, evaluates on held-out
+# data, keeps checkpoints and writes a report into a folder (:doc:`/command`).
+#
+# .. code-block:: sh
+#
+#    pyrodiff train digits --device cuda --compile --autocast bfloat16 --out runs/digits
+#    pyrodiff train --out runs/digits --resume    # go on where it was killed
+#    torchrun --standalone --nproc-per-node 8 -m pyrodiff train pictures/ --out runs/pictures
+#    pyrodiff bound runs/digits
+#    pyrodiff sample runs/digits
+#
+# A small run on the CPU, as a shell would start it:
+
+with tempfile.TemporaryDirectory() as folder:
+    command = "train swiss-roll --steps 300 --hidden 32 --average 0 --device cpu --final-times 10 --samples 200".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "pyrodiff", *command, "--out", "roll"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    print(*sorted(path.name for path in Path(folder, "roll").iterdir()), sep="\n")
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    print(pyrodiff.Bound.load(Path(folder, "roll", "bound.npz")))

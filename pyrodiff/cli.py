@@ -21,6 +21,7 @@ from torch import Tensor
 from . import plots, processes, recipes
 from .bounds import Bound, bound, importance_bound
 from .files import write
+from .loading import BUILT_IN, Data
 from .reports import report, versions
 from .runs import (
     Interrupted,
@@ -246,10 +247,10 @@ def _train(options: argparse.Namespace) -> int:
 def _told(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Settings]:
     """The folder, and what is asked for: by the record of a run that goes on, by a file, and by the line."""
     values = {**(Settings.read(options.config) if options.config is not None else {}), **given}
-    if "data" in values and Path(values["data"]).exists() and values["data"] not in recipes.BUILT_IN:
+    if "data" in values and Path(values["data"]).exists() and values["data"] not in BUILT_IN:
         values["data"] = str(Path(values["data"]).resolve())
     if options.out is None and not values.get("data"):
-        raise ValueError(f"data must be given: one of {', '.join(recipes.BUILT_IN)}, or a path")
+        raise ValueError(f"data must be given: one of {', '.join(BUILT_IN)}, or a path")
     folder = options.out or Path("runs") / (Path(values["data"]).stem or "run")
     above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
@@ -281,7 +282,7 @@ def _join(settings: Settings) -> None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tuple[Run, recipes.Data]:
+def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tuple[Run, Data]:
     """The run, as far as it has come; only when nothing can be wrong any more is anything written."""
     device = device_of(settings)
     settings, data = recipes.prepare(settings, device)
@@ -301,7 +302,7 @@ def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tup
     return run, data
 
 
-def _finish(run: Run, data: recipes.Data, stop: Stop, options: argparse.Namespace) -> None:
+def _finish(run: Run, data: Data, stop: Stop, options: argparse.Namespace) -> None:
     """The bound on the test data, samples and the report, with the best weights."""
     settings, folder, first = run.settings, run.folder, processes.number() == 0
     run = Run.opened(folder, "best", settings.device)
@@ -435,7 +436,7 @@ def _info(options: argparse.Namespace) -> int:
     if options.run is None:
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         device = torch.device("cuda" if gpus else "cpu")
-        facts = {**versions(device), "GPUs": ", ".join(gpus) or "none", "data": ", ".join(recipes.BUILT_IN)}
+        facts = {**versions(device), "GPUs": ", ".join(gpus) or "none", "data": ", ".join(BUILT_IN)}
     else:
         run = _mistakes(Run.opened, options.run, "last", "cpu")
         records = [record for record in Metrics.read(run.folder) if "bound" in record]

@@ -307,7 +307,7 @@ def _whole(name: str, k: Tensor, levels: int) -> Tensor:
         )
     whole = k.float()
     valid = (whole == whole.round()) & (whole >= 0) & (whole <= levels - 1)
-    if not bool(valid.all()):
+    if not checks.holds(valid):
         raise ValueError(
             f"{name} must be whole numbers in 0..{levels - 1}, for {levels} levels, but {int((~valid).sum())} of its "
             f"{k.numel()} values are not, the first {k[~valid][0].item()}"

@@ -329,7 +329,8 @@ class Gradient:
         """Within, every module that is called is noted, also where a program is a function that closes over it."""
 
         def note(module: nn.Module, args: tuple) -> None:
-            self._called[id(module)] = module
+            if not isinstance(module, DistributedDataParallel | _Objective):  # which hold the programs, and are ours
+                self._called[id(module)] = module
 
         handle = register_module_forward_pre_hook(note)
         try:

@@ -278,7 +278,7 @@ class UNet(nn.Module):
         self.after = blocks()
         area = (height * width) >> (2 * len(self.down))
         self.whole = _Whole(channels[-1] * area, hidden, time.features, dropout) if hidden else None
-        self.norm = nn.GroupNorm(groups, channels[0])
+        self.norm = _GroupNorm(groups, channels[0])
         self.outlet = _zero(nn.Conv2d(channels[0], planes * (outputs or 1), 3, padding=1))
         self.labels = _Labels(classes, time.features) if classes else None
         lines = (torch.linspace(-1, 1, size) for size in (height, width))
@@ -400,6 +400,15 @@ def _zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class _GroupNorm(nn.GroupNorm):
+    """In float32 where a network computes in less, as autocast has it on a GPU, and not on a CPU."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if torch.finfo(h.dtype).bits < 32:
+            return super().forward(h.float()).to(h.dtype)
+        return super().forward(h)
+
+
 class _Labels(nn.Module):
     """The embedding of labels from 0 on, and of -1, which is none.
 
@@ -487,7 +496,7 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int, features: int, dropout: float, groups: int, heads: int) -> None:
         super().__init__()
-        self.norm, self.time = nn.GroupNorm(groups, channels), _Modulation(channels, features)
+        self.norm, self.time = _GroupNorm(groups, channels), _Modulation(channels, features)
         self.dropout = nn.Dropout(dropout)
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = _zero(nn.Conv2d(channels, channels, 3, padding=1))
@@ -504,7 +513,7 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
+        self.heads, self.norm = heads, _GroupNorm(groups, channels)
         self.inlet, self.outlet = nn.Linear(channels, 3 * channels), _zero(nn.Linear(channels, channels))
 
     def forward(self, h: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from .bounds import Bound, bound
 from .diffusion import Diffusion
 from .elbo import DiffusionELBO
 from .files import write
-from .recipes import Data, Form
+from .loading import Data, Form
 from .samplers import AncestralSampler
 from .settings import Settings, option
 from .svi import SVI, exponential_average

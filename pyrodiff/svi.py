@@ -593,6 +593,11 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
     checks.probability("decay", decay)
 
     def update(means: list[Tensor], weights: list[Tensor], number: Tensor) -> None:
-        torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+        if number.device.type == "cpu":
+            torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+        else:  # nobody is to wait for it
+            changes = torch._foreach_sub(weights, means)
+            torch._foreach_mul_(changes, 1 - ((1 + number) / (10 + number)).clamp(max=decay))
+            torch._foreach_add_(means, changes)
 
     return lambda model: AveragedModel(model, multi_avg_fn=update)

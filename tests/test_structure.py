@@ -89,7 +89,7 @@ ASIDE = {
     "datasets": {"checks", "readers"},
     "plots": {"accounting", "bounds", "checks", "diffusion"},
 }
-PROGRAM = ["settings", "recipes", "runs", "reports", "cli", "__main__"]  # the command, on top of all
+PROGRAM = ["settings", "loading", "recipes", "runs", "reports", "cli", "__main__"]  # the command, on top of all
 OFFERED_WHOLE = {"checkpoints", "networks"}  # as modules
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 every_module = pytest.mark.parametrize("module", MODULES)

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from . import checks, processes
 from .diffusion import Diffusion
-from .evaluation import batches, evaluating, expect, progress_bar, rows_within, seed_draws
+from .evaluation import batches, evaluating, expect, progress_bar, rows_within
 from .likelihoods import Likelihood
+from .randomness import seed_draws
 from .terms import prior_cost, step_costs
 
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
@@ -152,7 +153,7 @@ def bound(
     checks.one_of("sharded", sharded, (False, True))
     parts = _parts(T, T - 1 if num_times is None else num_times)
     with evaluating(diffusion, generator, agreed=sharded), progress_bar(progress, "bound") as bar:
-        bounds, share, rows = [], _Share(sharded), 0
+        bounds, share, rows = [], _Part(sharded), 0
         for batch in batches(diffusion, x_0):
             rows = rows or rows_within(memory_budget, diffusion, batch)
             expect(bar, x_0, batch, (len(parts) - 1) * num_particles * len(batch))
@@ -166,7 +167,7 @@ def _parts(T: int, num_times: int) -> Tensor:
 
 
 def _bound(
-    diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor, rows: int, share: "_Share", bar: tqdm
+    diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor, rows: int, share: "_Part", bar: tqdm
 ) -> Bound:
     B, P, T = len(x_0), num_particles, diffusion.num_steps
     steps = x_0.new_zeros(T * B)
@@ -192,7 +193,7 @@ def _bound(
     )
 
 
-class _Share:
+class _Part:
     """Of several processes, the part of the work that this one does; all of it, if it is not shared.
 
     Each piece of work draws from a source of its own, so that it does not matter who does it.

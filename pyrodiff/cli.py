@@ -158,7 +158,7 @@ def _command(commands: Any, name: str, command: Callable, help: str) -> argparse
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that pyrodiff train made")
     parser.add_argument("--checkpoint", default="best", help="best, last, or the path of a checkpoint (default: best)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of all draws (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="the seed of all draws (default: 0)")
     parser.set_defaults(command=command)
     return parser
 
@@ -208,6 +208,12 @@ def _ints(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be ints with commas between, as 32,64, but it is {text!r}") from None
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be an int in 0..{2**32 - 1}, but it is {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from . import checks, processes
 from .diffusion import Diffusion
+from .randomness import copied_source, seed_draws
 
-__all__ = ["batches", "bytes_a_row", "evaluating", "expect", "progress_bar", "rows_within", "seed_draws"]
+__all__ = ["batches", "bytes_a_row", "evaluating", "expect", "progress_bar", "rows_within"]
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, ag
 
 @contextmanager
 def _seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool) -> Iterator[None]:
-    source = processes.copied_source()  # drawn from, once all went well
+    source = copied_source()  # drawn from, once all went well
     if generator is None:
         seed = int(torch.randint(2**63 - 1, (), generator=source))
     elif isinstance(generator, torch.Generator):
@@ -57,20 +58,6 @@ def _seeded(generator: torch.Generator | int | None, device: torch.device, agree
         yield
     if generator is None:
         torch.set_rng_state(source.get_state())
-
-
-def seed_draws(seed: int, device: torch.device) -> None:
-    """Seed what draws on the CPU and on a device, and no other device.
-
-    Arguments:
-        seed: The seed.
-        device: The device.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        accelerator = getattr(torch, device.type)
-        with accelerator.device(device):
-            accelerator.manual_seed(seed)
 
 
 @contextmanager

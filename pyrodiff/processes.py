@@ -11,6 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from .randomness import copied_source
+
 __all__ = [
     "agree",
     "all_say",
@@ -178,8 +180,3 @@ def set_apart() -> int:
     if draws.index(next_draw) < number():  # an earlier one has this source
         torch.manual_seed(next_draw * count() + number())
     return draws[0]
-
-
-def copied_source() -> torch.Generator:
-    """A generator that draws what torch's global source on the CPU would, which stays where it is."""
-    return torch.Generator().set_state(torch.get_rng_state())

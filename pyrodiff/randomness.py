@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["kept_sources", "put_sources", "sources"]
+__all__ = ["copied_source", "kept_sources", "put_sources", "seed_draws", "sources"]
 
 
 def sources() -> dict[str, Any]:
@@ -46,3 +46,22 @@ def kept_sources() -> Iterator[None]:
         yield
     finally:
         put_sources(state)
+
+
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Seed what draws on the CPU and on a device, and no other device.
+
+    Arguments:
+        seed: The seed.
+        device: The device.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        accelerator = getattr(torch, device.type)
+        with accelerator.device(device):
+            accelerator.manual_seed(seed)
+
+
+def copied_source() -> torch.Generator:
+    """A generator that draws what torch's global source on the CPU would, which stays where it is."""
+    return torch.Generator().set_state(torch.get_rng_state())

@@ -234,7 +234,10 @@ class Settings:
             raise ValueError(f"{name} must be a TOML file, but {path} is not: {error}") from error
         except OSError as error:
             raise ValueError(f"{name} must be a file that can be read, but {path}: {error.strerror}") from error
-        values = {key.replace("-", "_"): value for key, value in values.items()}
+        spelled, values = values, {key.replace("-", "_"): value for key, value in values.items()}
+        if len(values) < len(spelled):
+            twice = next(key for key in spelled if key.replace("-", "_") != key and key.replace("-", "_") in spelled)
+            raise ValueError(f"{name} must name each option once, but {path} has {twice!r} in two spellings")
         names = [one.name for one in dataclasses.fields(Settings)]
         for key in values:
             if key not in names:

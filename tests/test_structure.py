@@ -57,6 +57,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "bytes_a_row",
     "captured",
     "clip",
+    "copied_source",
     "count",
     "each",
     "evaluating",

@@ -301,10 +301,15 @@ def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tup
             raise ValueError(f"--steps must be at least the {run.svi.num_steps} taken, but it is {settings.steps}")
         _say(f"going on with {folder} from step {run.svi.num_steps} of {settings.steps}")
     if processes.number() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "settings.toml", settings.toml().encode())
-        with (folder / "commands.txt").open("a", encoding="utf-8") as file:
-            file.write(options.line + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder / "settings.toml", settings.toml().encode())
+            with (folder / "commands.txt").open("a", encoding="utf-8") as file:
+                file.write(options.line + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"--out must be a folder that can be written to, but {folder}: {error.strerror}"
+            ) from error
     return run, data
 
 

@@ -1,0 +1,646 @@
+"""A run that is killed, stopped, or out of disk goes on as if nothing had happened; and what is watched is true."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import types
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from commands import call, files, notes, points, same, saved, states, train, without_pictures, words
+
+import pyrodiff
+from pyrodiff import checkpoints, cli, runs
+from pyrodiff.randomness import kept_sources
+from pyrodiff.recipes import Data
+from pyrodiff.runs import Metrics, Run, Trainer
+from pyrodiff.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    without_pictures(monkeypatch.setattr)
+    with kept_sources():
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Data, and a run of them that is left alone."""
+    home = tmp_path_factory.mktemp("home")
+    saved(home / "x.npy", points())
+    with pytest.MonkeyPatch.context() as patch, kept_sources():
+        without_pictures(patch.setattr)
+        assert train(home / "x.npy", home / "alone").code == 0
+    return home
+
+
+@pytest.fixture(scope="module")
+def context():
+    """Processes that are there in milliseconds, since one that has imported everything parts in two."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyrodiff.cli", "pytest", "torch._dynamo", "commands"])
+    return context
+
+
+def resumed(folder, **options):
+    return call("train", "--out", folder, "--resume", *words(**options))
+
+
+def is_as_alone(folder, alone, but=()):
+    """Whether a run came out as the one that was left alone."""
+    assert same(states(folder), states(alone))
+    assert notes(folder) == notes(alone)
+    for name in ("bound.npz", "samples.npz"):
+        with np.load(folder / name) as ours, np.load(alone / name) as theirs:
+            assert ours.files == theirs.files
+            assert all(np.array_equal(ours[name], theirs[name], equal_nan=False) for name in ours.files)
+    assert files(folder) - set(but) == files(alone)
+    return True
+
+
+# Kills
+
+KILLED = {"steps": 100, "checkpoint_every": 1, "evaluate_every": 24, "log_every": 3, "evaluate_times": 4, "keep": 3}
+KILLED = {**KILLED, "drawing": "loss-second-moment", "dropout": 0.2}
+
+
+def mortal(line, delay, write):
+    """A run that is killed so many steps and seconds after training began, or in the middle of its so many-th write."""
+    torch.set_num_threads(1)
+    without_pictures()
+    sys.stderr = sys.stdout = open(os.devnull, "w")
+    begin, sync, counted = Trainer.train, os.fsync, iter(range(10**9))
+
+    def die(svi, until):
+        while svi.num_steps < until:
+            time.sleep(0.001)
+        time.sleep(delay[1])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def training(self):
+        if delay is not None:
+            until = self.run.svi.num_steps + delay[0]
+            threading.Thread(target=die, args=(self.run.svi, until), daemon=True).start()
+        begin(self)
+
+    def syncing(descriptor):
+        if next(counted) == write:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):  # and no folder
+                os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    Trainer.train, os.fsync = training, syncing
+    sys.exit(cli.main(line))
+
+
+def lived(context, line, delay=None, write=None):
+    process = context.Process(target=mortal, args=(line, delay, write))
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_one_left_alone(home, tmp_path, context):
+    folder, alone, moments = tmp_path / "killed", tmp_path / "alone", random.Random(0)
+    line = ["train", str(home / "x.npy"), *words(**{"hidden": 8, "blocks": 1, "batch_size": 4, "num_steps": 5})]
+    line += words(**KILLED, samples=3, evaluate_on=4)
+    assert lived(context, [*line, "--out", str(alone)]) == 0
+    found, parts = [], 0
+    for number in range(26):
+        by_time = number % 4 != 3  # 20 at a random moment, 6 in the middle of a write
+        when = (
+            {"delay": (moments.randrange(4), moments.uniform(0, 0.01))}
+            if by_time
+            else {"write": moments.randrange(4, 12)}
+        )
+        code = lived(context, [*line, "--out", str(folder), "--resume"], **when)
+        last = runs.last_checkpoint(folder)
+        found.append((code, 0 if last is None else int(last.stem[5:])))
+        parts += any(path.suffix == ".part" for path in folder.rglob(".*.part"))
+        for path in (folder / "checkpoints").glob("*.pt"):
+            assert checkpoints.load(path)["format"] == 1
+        if (folder / "settings.toml").is_file():
+            assert (folder / "settings.toml").read_text() == (alone / "settings.toml").read_text()
+        steps = [record["step"] for record in Metrics.read(folder)]
+        assert steps == sorted(steps)
+        if code == 0:
+            break
+    during = {step for code, step in found if code == -signal.SIGKILL and 0 < step < KILLED["steps"]}
+    assert len(during) >= 5, found
+    assert sum(code == -signal.SIGKILL for code, _ in found) >= 20, found
+    assert parts >= 2
+    assert lived(context, [*line, "--out", str(folder), "--resume"]) == 0
+    assert is_as_alone(folder, alone)
+
+
+# Signals
+
+
+def asked_at(monkeypatch, step, number):
+    """Let a signal come in the middle of a step."""
+    draw, counted = Data.draw, iter(range(1, 10**9))
+
+    def drawing(self, size):
+        if next(counted) == step:
+            signal.raise_signal(number)
+        return draw(self, size)
+
+    monkeypatch.setattr(Data, "draw", drawing)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_a_signal_saves_the_step_and_leaves(home, tmp_path, monkeypatch, number, code, step):
+    folder, handlers = tmp_path / "a run", [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        asked_at(patch, step, number)
+        done = train(home / "x.npy", folder)
+    assert done.code == code
+    last = done.err.splitlines()[-1]
+    assert f"{signal.Signals(number).name} at step {step}" in last
+    assert "--resume" in last
+    assert str(folder) in last
+    assert runs.last_checkpoint(folder).name == f"step-{step:08d}.pt"
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    again = resumed(folder)
+    assert again.code == 0
+    assert f"from step {step} of 6" in again.err
+    if step % 2 == 0:
+        assert is_as_alone(folder, home / "alone")
+    else:  # a checkpoint more was made, so that others were the last two
+        assert same(states(folder)["step-00000006.pt"], states(home / "alone")["step-00000006.pt"])
+        assert notes(folder) == notes(home / "alone")
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_a_signal_in_an_evaluation(home, tmp_path, monkeypatch, which):
+    bound, counted = runs.bound, iter(range(1, 10**9))
+
+    def asked(*args, **kwargs):
+        if next(counted) == which:
+            signal.raise_signal(signal.SIGTERM)
+        return bound(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "bound", asked)
+        done = train(home / "x.npy", tmp_path / "run")
+    assert done.code == 143
+    assert f"SIGTERM at step {2 * which}" in done.err
+    assert runs.last_checkpoint(tmp_path / "run").name == f"step-{2 * which:08d}.pt"
+    assert resumed(tmp_path / "run").code == 0
+    assert is_as_alone(tmp_path / "run", home / "alone")
+
+
+@pytest.mark.parametrize("part", ["bound", "Run.sampled"])
+def test_a_signal_after_the_last_step(home, tmp_path, monkeypatch, part):
+    with monkeypatch.context() as patch:
+        if part == "bound":
+            bound = cli.bound
+            patch.setattr(cli, "bound", lambda *a, **k: (signal.raise_signal(signal.SIGINT), bound(*a, **k))[1])
+        else:
+            sampled = Run.sampled
+
+            def asked(self, *args, **kwargs):
+                if self.svi.num_steps == 6 and self.folder.joinpath("bound.npz").exists():
+                    signal.raise_signal(signal.SIGINT)
+                return sampled(self, *args, **kwargs)
+
+            # the best weights may be of an earlier step: those that are opened in the end
+            patch.setattr(Run, "sampled", lambda self, *a, **k: asked(self, *a, **k))
+            patch.setattr(Run, "opened", classmethod(lambda cls, folder, which, device: OPENED(folder, "last", device)))
+        done = train(home / "x.npy", tmp_path / "run")
+    assert done.code == 130
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert resumed(tmp_path / "run").code == 0
+    assert is_as_alone(tmp_path / "run", home / "alone")
+
+
+OPENED = Run.opened
+
+
+def test_a_second_signal_leaves_at_once(home, tmp_path, monkeypatch):
+    def twice(self, size):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Data, "draw", twice)
+        done = train(home / "x.npy", tmp_path / "run")
+    assert done.code == 130
+    assert done.err.count("\n") == 1
+    assert resumed(tmp_path / "run").code == 0
+    assert is_as_alone(tmp_path / "run", home / "alone")
+
+
+# Going on
+
+
+def copied(home, tmp_path):
+    shutil.copytree(home / "alone", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_that_is_done_stays_as_it_is(home, tmp_path):
+    folder = copied(home, tmp_path)
+    assert resumed(folder).code == 0
+    assert is_as_alone(folder, home / "alone")
+
+
+def test_the_last_checkpoint_may_be_lost(home, tmp_path):
+    folder = copied(home, tmp_path)
+    runs.last_checkpoint(folder).unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 3.\n{"step": 8, "lo')
+    done = resumed(folder)
+    assert (done.code, "from step 4 of 6" in done.err) == (0, True)
+    assert is_as_alone(folder, home / "alone")
+
+
+def test_all_checkpoints_may_be_lost(home, tmp_path):
+    folder = copied(home, tmp_path)
+    shutil.rmtree(folder / "checkpoints")
+    assert resumed(folder).code == 0
+    assert is_as_alone(folder, home / "alone")
+
+
+def test_more_steps(home, tmp_path):
+    folder = copied(home, tmp_path)
+    done = resumed(folder, steps=9)
+    assert (done.code, "from step 6 of 9" in done.err) == (0, True)
+    assert runs.last_checkpoint(folder).name == "step-00000009.pt"
+    assert Settings.read(folder / "settings.toml")["steps"] == 9
+    assert [one["step"] for one in notes(folder) if "bound" in one] == [2, 4, 6, 8, 9]
+    assert notes(folder)[:6] == notes(home / "alone")[:6]
+
+
+def test_fewer_steps_than_were_made_are_refused(home, tmp_path):
+    folder = copied(home, tmp_path)
+    assert resumed(folder, steps=5).is_refused("--steps", "5", "6")
+    assert Settings.read(folder / "settings.toml")["steps"] == 6
+
+
+def test_with_what_a_kill_left_before_the_first_checkpoint(home, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".settings.toml.part").write_text("da")
+    assert train(home / "x.npy", folder, "--resume").code == 0
+    assert is_as_alone(folder, home / "alone")
+
+
+def test_parts_that_a_kill_left_are_swept_away(home, tmp_path):
+    folder = copied(home, tmp_path)
+    (folder / "checkpoints" / ".step-00000005.pt.part").write_text("PK")
+    assert resumed(folder).code == 0
+    assert not list(folder.rglob("*.part"))
+
+
+def test_from_another_working_directory(home, tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    shutil.copy(home / "x.npy", tmp_path / "a b" / "x y.npy")
+    monkeypatch.chdir(tmp_path / "a b")
+    assert train("x y.npy", "r 1").code == 0
+    monkeypatch.chdir(tmp_path)
+    assert resumed("a b/r 1", steps=8).code == 0
+    assert call("bound", "a b/r 1", "--number=2").code == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["\N{GRINNING FACE}", "é", 'a "quoted" \\ one', "tab\tnew\nline", "del\x7f", "[x] # y"]
+)
+def test_names_of_all_kinds(home, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(home / "x.npy", folder / "x.npy")
+    assert train(folder / "x.npy", folder / "run", steps=2).code == 0
+    assert Settings.read(folder / "run" / "settings.toml")["data"] == str(folder / "x.npy")
+    assert resumed(folder / "run").code == 0
+
+
+# What does not fit
+
+
+def other(path, **values):
+    """A checkpoint with other parts."""
+    torch.save({**checkpoints.load(path), **values}, path)
+
+
+@pytest.mark.parametrize("command", ["train", "info", "bound"])
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), ["cut short or corrupt"]),
+        (lambda path: path.write_bytes(b""), ["cut short or corrupt"]),
+        (lambda path: torch.save(print, path), ["code"]),
+        (lambda path: other(path, format=2), ["newer version"]),
+        (lambda path: other(path, more={"epoch": 3}), ["something else"]),
+        (lambda path: other(path, more={**checkpoints.load(path)["more"], "form": {"a": 1}}), ["something else"]),
+        (lambda path: other(path, more={**checkpoints.load(path)["more"], "state": {}}), []),
+    ],
+    ids=["cut short", "empty", "code", "newer", "another's", "another's form", "without a state"],
+)
+def test_a_checkpoint_that_is_none(home, tmp_path, harm, words, command):
+    folder = copied(home, tmp_path)
+    path = runs.last_checkpoint(folder)
+    harm(path)
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    line = {"train": ["train", "--out", folder, "--resume"], "info": ["info", folder]}
+    done = call(*line.get(command, ["bound", folder, "--checkpoint", "last"]))
+    if words == [] and command != "train":
+        assert done.code in (0, 2)
+    else:
+        assert done.is_refused(path.name, *words)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+def test_a_setting_of_a_newer_version_in_a_checkpoint(home, tmp_path):
+    folder = copied(home, tmp_path)
+    path = runs.last_checkpoint(folder)
+    more = checkpoints.load(path)["more"]
+    other(path, more={**more, "settings": {**more["settings"], "of_tomorrow": 3}})
+    assert call("info", folder).is_refused(path.name)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("hidden = 8", "hidden = 16", ["hidden"]),
+        ("blocks = 1", "blocks = 2", ["blocks"]),
+        ('"cosine"', '"linear"', ["schedule"]),
+        ("num_steps = 5", "num_steps = 6", ["num"]),
+        ('"velocity"', '"noise"', ["prediction"]),
+        ('"posterior"', '"forward"', ["variance"]),
+        ('weighting = "bound"', 'weighting = "simple"', ["weighting"]),
+        ("batch_size = 4", "batch_size = 8", ["batch"]),
+        ("average = 0.9", "average = 0.5", ["average"]),
+        ("average = 0.9", "average = 0", ["average"]),
+        ("seed = 0", "seed = 1", ["seed"]),
+        ("lr = 0.01", "lr = 0.02", ["lr"]),
+        ('"low-discrepancy"', '"uniform"', ["drawing"]),
+        ("hidden = 8", "hiden = 8", ["hiden", "hidden"]),
+        ("hidden = 8", "hidden = ", ["settings.toml"]),
+        ("seed = 0", "seed = -1", ["seed", "-1"]),
+    ],
+)
+def test_a_record_that_was_edited(home, tmp_path, before, after, words):
+    folder = copied(home, tmp_path)
+    record = folder / "settings.toml"
+    assert before in record.read_text()
+    record.write_text(record.read_text().replace(before, after))
+    assert resumed(folder).is_refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden", 16), ("schedule", "linear"), ("seed", 3), ("batch_size", 5), ("lr", 0.5), ("num_steps", 6)],
+)
+def test_a_run_goes_on_as_it_began(home, tmp_path, name, value):
+    assert resumed(copied(home, tmp_path), **{name: value}).is_refused(
+        f"--{name.replace('_', '-')} must stay", str(value)
+    )
+
+
+def test_a_run_is_not_begun_anew_by_mistake(home, tmp_path):
+    folder = copied(home, tmp_path)
+    assert train(home / "x.npy", folder).is_refused("--resume", str(folder))
+    assert is_as_alone(folder, home / "alone")
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("write", [0, 2, 9, 20, 36])
+def test_a_full_disk_loses_nothing(home, tmp_path, monkeypatch, write):
+    folder, sync, counted = tmp_path / "run", os.fsync, iter(range(10**9))
+
+    def full(descriptor):
+        if next(counted) >= write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = train(home / "x.npy", folder)
+    if done.code == 0:  # the disk lasted
+        assert next(counted) <= write + 10
+        return
+    assert done.code == 2
+    assert sum("error: " in line for line in done.err.splitlines()) == 1
+    assert "No space left on device" in done.err.splitlines()[-1]
+    assert not list(folder.rglob("*.part"))
+    for path in (folder / "checkpoints").glob("*.pt"):
+        checkpoints.load(path)
+    assert train(home / "x.npy", folder, "--resume").code == 0
+    assert is_as_alone(folder, home / "alone")
+
+
+def test_metrics_on_a_full_disk(home, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "note", full)
+        done = train(home / "x.npy", tmp_path / "run")
+    assert done.code == 2
+    assert "No space left" in done.err
+    assert resumed(tmp_path / "run").code == 0
+    assert is_as_alone(tmp_path / "run", home / "alone")
+
+
+# The best, and the last
+
+
+def test_the_best_is_the_one_with_the_least_held_out_bound(home, tmp_path, monkeypatch):
+    values = iter([3.0, 1.0, 2.0, 1.5, 5.0])
+    bound = runs.bound
+
+    def given(*args, **kwargs):
+        found = bound(*args, **kwargs)
+        shift = next(values) - found.nats.mean()
+        return pyrodiff.Bound(found.prior + shift, found.denoising, found.reconstruction, found.event_shape)
+
+    monkeypatch.setattr(runs, "bound", given)
+    folder = tmp_path / "run"
+    assert train(home / "x.npy", folder, steps=10, keep=1, checkpoint_every=3).code == 0
+    best, last = (checkpoints.load(folder / "checkpoints" / name) for name in ("best.pt", "step-00000010.pt"))
+    assert best["svi"]["counts"]["num_steps"] == 4
+    assert last["more"]["state"]["best_step"] == 4
+    opened = Run.opened(folder)
+    assert opened.svi.num_steps == 4
+    assert Run.opened(folder, "last").svi.num_steps == 10
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.pt", "step-00000010.pt"}
+    shift = opened.form.log_scale
+    assert last["more"]["state"]["best"] == pytest.approx(1.0 + shift)
+
+
+def test_the_average_is_what_is_opened(home):
+    run = Run.opened(home / "alone", "last")
+    state = checkpoints.load(runs.last_checkpoint(home / "alone"))
+    again = Run(home, run.settings, run.form, torch.device("cpu"))
+    again.restore(runs.last_checkpoint(home / "alone"))
+    assert state["format"] == 1
+    with again.svi.averaged():
+        for (name, ours), theirs in zip(run.diffusion.named_parameters(), again.diffusion.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+    assert not all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(run.diffusion.parameters(), again.diffusion.parameters(), strict=True)
+    )
+    assert not run.diffusion.training
+
+
+def test_the_last_k_are_kept(home, tmp_path):
+    assert train(home / "x.npy", tmp_path / "run", steps=12, checkpoint_every=3, keep=3).code == 0
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"best.pt", *(f"step-{step:08d}.pt" for step in (6, 9, 12))}
+
+
+# Metrics
+
+
+def test_what_is_noted(home):
+    records = Metrics.read(home / "alone")
+    logged, evaluated = ([one for one in records if name in one] for name in ("loss", "bound"))
+    assert [one["step"] for one in logged] == [one["step"] for one in evaluated] == [2, 4, 6]
+    for one in evaluated:
+        assert one["bound"] == pytest.approx(one["prior"] + one["denoising"] + one["reconstruction"], rel=1e-5)
+        assert one["bits_per_dim"] == pytest.approx(one["bound"] / math.log(2) / 2, rel=1e-5)
+    for one in logged:
+        assert one["lr"] == pytest.approx(0.01 * (1 + math.cos(math.pi * one["step"] / 6)) / 2, abs=1e-9)
+    state = checkpoints.load(runs.last_checkpoint(home / "alone"))["more"]["state"]
+    assert state["best"] == min(one["bound"] for one in evaluated)
+
+
+def test_the_held_out_bound_is_that_of_the_averaged_weights(home):
+    run = Run.opened(home / "alone", "last")
+    _, data = pyrodiff.recipes.prepare(run.settings, torch.device("cpu"))
+    x_0 = data.split("validation", 4)
+    found = run.form.in_units(pyrodiff.bound(run.diffusion, x_0, generator=0))
+    assert notes(home / "alone")[-1]["bound"] == pytest.approx(float(found.nats.mean()), rel=1e-6)
+
+
+def test_a_line_of_metrics_is_json_even_where_a_number_is_none(tmp_path):
+    def strict(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert train(saved(tmp_path / "x.npy", points(10)), tmp_path / "run").code == 0
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=strict)
+
+
+def test_the_loss_that_is_noted_is_that_of_a_datum(home, tmp_path):
+    """Its mean is the bound on training data, in their units, if the weights stay."""
+    options = {"lr": 1e-12, "average": 0.0, "num_steps": 3, "steps": 300, "log_every": 300, "evaluate_every": 300}
+    folder = tmp_path / "run"
+    assert train(home / "x.npy", folder, **options, checkpoint_every=300, batch_size=32, accumulate=2).code == 0
+    run = Run.opened(folder, "last")
+    _, data = pyrodiff.recipes.prepare(run.settings, torch.device("cpu"))
+    x_0 = data.split("train").repeat(200, 1)
+    found = run.form.in_units(pyrodiff.bound(run.diffusion, x_0, generator=1))
+    error = float(found.nats.std()) * (5 / (300 * 64) ** 0.5 * 2 + 5 / len(x_0) ** 0.5)
+    assert notes(folder)[0]["loss"] == pytest.approx(float(found.nats.mean()), abs=error)
+
+
+class Board:
+    """In the place of TensorBoard's writer."""
+
+    made: ClassVar = []
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.noted, self.closed = folder, purge_step, [], False
+        Board.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.noted.append((name, value, step))
+
+    def close(self):
+        self.closed = True
+
+
+def test_tensorboard(home, tmp_path, monkeypatch):
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Board
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(Board, "made", [])
+    folder = tmp_path / "run"
+    assert train(home / "x.npy", folder).code == 0
+    assert resumed(folder, steps=8).code == 0
+    first, second = Board.made
+    assert first.closed
+    assert second.closed
+    assert second.purge_step == 7
+    assert folder in first.folder.parents
+    expected = [(name, value, one["step"]) for one in notes(folder) for name, value in one.items() if name != "step"]
+    assert [one for one in first.noted + second.noted if one[0] != "seconds"] == expected
+
+
+def test_training_that_fails_says_so(home, tmp_path):
+    done = train(home / "x.npy", tmp_path / "run", lr=1e12, steps=20)
+    assert done.code == 1
+    assert done.err.count("\n") <= 20
+    assert "Traceback" not in done.err
+    assert "--lr" in done.err.splitlines()[-1]
+
+
+# Several processes
+
+
+def one_of_two(rank, port, line, folder):
+    torch.set_num_threads(1)
+    without_pictures()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port))
+    drawn, draw = [], Data.draw
+
+    def drawing(self, size):
+        drawn.append(draw(self, size))
+        return drawn[-1]
+
+    Data.draw = drawing
+    with open(f"{folder}/out {rank}", "w") as out, open(f"{folder}/err {rank}", "w") as err:
+        sys.stdout, sys.stderr = out, err
+        code = cli.main(line)
+        torch.save(drawn, f"{folder}/drawn {rank}")
+    sys.exit(code)
+
+
+def in_two(context, line, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=one_of_two, args=(rank, port, line, str(folder))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_two_processes(home, tmp_path, context):
+    folder = tmp_path / "run"
+    line = ["train", str(home / "x.npy"), "--out", str(folder), *words(hidden=8, blocks=1, batch_size=4, num_steps=5)]
+    line += words(samples=3, evaluate_every=2, evaluate_on=4, log_every=2, checkpoint_every=2, device="cpu")
+    assert in_two(context, [*line, "--steps=4"], tmp_path) == [0, 0], (tmp_path / "err 0").read_text()
+    ours, theirs = (torch.load(tmp_path / f"drawn {rank}") for rank in range(2))
+    assert (tmp_path / "out 1").read_text() == (tmp_path / "err 1").read_text() == ""
+    assert (folder / "report.html").is_file()
+    assert [one["step"] for one in notes(folder) if "loss" in one] == [2, 4]
+    assert len((folder / "commands.txt").read_text().splitlines()) == 1
+    assert in_two(context, [*line, "--steps=6", "--resume"], tmp_path) == [0, 0], (tmp_path / "err 0").read_text()
+    assert [one["step"] for one in notes(folder) if "loss" in one] == [2, 4, 6]
+    assert len(torch.load(tmp_path / "drawn 1")) == 2
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert not torch.equal(a, b), f"batch {i} is the same in both processes"

@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
 
 test: lint
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

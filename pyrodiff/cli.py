@@ -10,7 +10,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +41,11 @@ from .runs import (
 from .samplers import AncestralSampler
 from .settings import Settings, kind, option
 
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None
+
 __all__ = ["main"]
 
 
@@ -60,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         _say(f"stopped by {signal.Signals(interrupted.signal).name}: nothing was written")
         return 128 + interrupted.signal
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _say("left at once; what was saved before is as it was")
-        return 128 + signal.SIGINT
+        return 128 + next(iter(interrupt.args), signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
@@ -74,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"training failed: {error}; checkpoints are from before. A smaller --lr or --clip-norm may help")
         return 1
     except Mistake as mistake:
-        _say(f"error: {mistake}")
+        print(f"pyrodiff: error: {mistake}", file=sys.stderr, flush=True)  # of several processes, any may have it alone
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,6 +111,8 @@ _AS_OPTIONS = {one.name: option(one.name) for one in dataclasses.fields(Settings
     "num_particles": "--particles",
     "generator": "--seed",
     "path": "RUN",
+    "first": "--log-snr-first",
+    "last": "--log-snr-last",
 }
 
 
@@ -231,8 +240,8 @@ def _train(options: argparse.Namespace) -> int:
     _mistakes(_join, settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    run, data = _mistakes(_begun, folder, settings, options)
-    with Stop() as stop:
+    run, data, lock = _mistakes(_begun, folder, settings, options)
+    with lock, Stop() as stop:
         trainer = _mistakes(Trainer, run, data, stop, _say)
         try:
             trainer.train()
@@ -240,7 +249,8 @@ def _train(options: argparse.Namespace) -> int:
         except Interrupted as interrupted:
             name = signal.Signals(interrupted.signal).name
             again = shlex.join(["pyrodiff", "train", "--out", str(folder), "--resume"])
-            _say(f"stopped by {name} at step {run.svi.num_steps}, which is saved; go on with: {again}")
+            saved = f" at step {run.svi.num_steps}, which is saved" if run.svi.num_steps else " before the first step"
+            _say(f"stopped by {name}{saved}; go on with: {again}")
             return 128 + interrupted.signal
         except OSError as error:
             raise Mistake(f"{error}; the run can go on with --resume from what was saved before") from error
@@ -263,7 +273,7 @@ def _told(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Set
         raise ValueError(f"--out must be a folder that can be written to, but {above} cannot")
     record = folder / "settings.toml"
     if not record.is_file():
-        if folder.exists() and (not folder.is_dir() or any(not f.name.endswith(".part") for f in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(f.name[0] != "." for f in folder.iterdir())):
             raise ValueError(f"--out must be a new folder, an empty one or a run's, but {folder} is something else")
         return folder, Settings(**values)
     if not options.resume:
@@ -288,8 +298,41 @@ def _join(settings: Settings) -> None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tuple[Run, Data]:
-    """The run, as far as it has come; only when nothing can be wrong any more is anything written."""
+def _locked(folder: Path) -> Any:
+    """A file that only one process at a time may have, until it is closed, or the process is killed.
+
+    Raises:
+        ValueError: If another has it.
+    """
+    file = (folder / ".lock").open("w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise ValueError(f"--out must be a run that nobody else trains meanwhile, but {folder} is being") from None
+    return file
+
+
+@contextmanager
+def _recorded(folder: Path, settings: Settings, line: str) -> Iterator[None]:
+    """Within, the folder is this process's; it knows the settings and the command."""
+    with ExitStack() as lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(_locked(folder))
+            write(folder / "settings.toml", settings.toml().encode())
+            with (folder / "commands.txt").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"--out must be a folder that can be written to, but {folder}: {error.strerror}"
+            ) from error
+        yield
+
+
+def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tuple[Run, Data, Any]:
+    """The run, as far as it has come, locked; only when nothing can be wrong any more is anything written."""
     device = device_of(settings)
     settings, data = recipes.prepare(settings, device)
     often = data.often() if settings.prediction == "level" else None
@@ -300,17 +343,10 @@ def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tup
         if run.svi.num_steps > settings.steps:
             raise ValueError(f"--steps must be at least the {run.svi.num_steps} taken, but it is {settings.steps}")
         _say(f"going on with {folder} from step {run.svi.num_steps} of {settings.steps}")
-    if processes.number() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write(folder / "settings.toml", settings.toml().encode())
-            with (folder / "commands.txt").open("a", encoding="utf-8") as file:
-                file.write(options.line + "\n")
-        except OSError as error:
-            raise ValueError(
-                f"--out must be a folder that can be written to, but {folder}: {error.strerror}"
-            ) from error
-    return run, data
+    with ExitStack() as lock:
+        if processes.number() == 0:
+            lock.enter_context(_recorded(folder, settings, options.line))
+        return run, data, lock.pop_all()
 
 
 def _finish(run: Run, data: Data, stop: Stop, options: argparse.Namespace) -> None:
@@ -344,6 +380,13 @@ def _opened(options: argparse.Namespace) -> Run:
     return _mistakes(Run.opened, options.run, options.checkpoint, options.device)
 
 
+def _data_of(run: Run) -> Data:
+    """The data that a run began with."""
+    _, data = recipes.prepare(run.settings, run.device)
+    run.refuse_other_data(data.form, "what is there now")
+    return data
+
+
 def _refuse_place(path: Path) -> None:
     """Refuse where nothing can be saved, before there is anything to save."""
     if path.suffix != ".npz":
@@ -356,8 +399,7 @@ def _bound(options: argparse.Namespace) -> int:
     if options.save is not None:
         _mistakes(_refuse_place, options.save)
     run = _opened(options)
-    _, data = _mistakes(recipes.prepare, run.settings, run.device)
-    x_0 = data.split(options.split, options.number)
+    x_0 = _mistakes(_data_of, run).split(options.split, options.number)
     diffusion = _mistakes(shortened, run.diffusion, options.num_steps)
     with Stop() as stop:
         found = _mistakes(
@@ -410,9 +452,9 @@ def _write_trajectory(run: Run, path: Path, options: argparse.Namespace) -> None
     states = torch.stack([run.form.drawable(state) for state in states])
     out = path.with_name(f"{path.stem}-trajectory.{'gif' if gif else 'png'}")
     if gif:
-        part = out.with_name(f".{out.name}")
-        plots.animation(states, times).save(part, PillowWriter(fps=12))
-        part.replace(out)
+        with tempfile.TemporaryDirectory() as folder:
+            plots.animation(states, times).save(Path(folder, out.name), PillowWriter(fps=12))
+            write(out, Path(folder, out.name).read_bytes())
     else:
         save_figure(out, plots.trajectory(states, times))
     print(f"from noise to data: {out}")
@@ -422,8 +464,7 @@ def _plot(options: argparse.Namespace) -> int:
     run = _opened(options)
     folder = run.folder / "pictures"
     _mistakes(folder.mkdir, exist_ok=True)
-    _, data = _mistakes(recipes.prepare, run.settings, run.device)
-    x_0, records = data.split("test", 2000), Metrics.read(run.folder)
+    x_0, records = _mistakes(_data_of, run).split("test", 2000), Metrics.read(run.folder)
     pictures: dict[str, Any] = {}
     if any("loss" in record or "bound" in record for record in records):
         pictures["curves"] = plots.curves(records).figure
@@ -450,7 +491,7 @@ def _info(options: argparse.Namespace) -> int:
         facts = {**versions(device), "GPUs": ", ".join(gpus) or "none", "data": ", ".join(BUILT_IN)}
     else:
         run = _mistakes(Run.opened, options.run, "last", "cpu")
-        records = [record for record in Metrics.read(run.folder) if "bound" in record]
+        records = [record for record in Metrics.read(run.folder) if record.get("bound") is not None]
         checkpoint_files = sorted(path.name for path in (run.folder / "checkpoints").glob("*.pt"))
         schedule = run.diffusion.forward_process.schedule
         facts = {

@@ -8,7 +8,7 @@ __all__ = ["path_of", "write"]
 
 
 def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens meanwhile.
+    """Write a file so that it is there whole or not at all, whatever happens meanwhile; by one process at a time.
 
     Arguments:
         path: The file; one that is there is replaced once the new one is on the disk.
@@ -18,7 +18,7 @@ def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
         OSError: If it cannot be written; what was there before is as it was.
     """
     path = path_of(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")  # what a kill leaves is taken up by the next one
     try:
         with part.open("wb") as file:
             file.write(data)

@@ -4,6 +4,8 @@ Data are read as *numbers*, whose likelihood is a density, as *levels*, whole nu
 or as *bits*.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ class Form:
         shift, scale: The mean and the standard deviation that numbers are rid of, with the shape of a datum.
         rate: How many of all bits are 1.
         dtype: That of numbers as they are given.
+        fingerprint: What tells these data from others.
     """
 
     read_as: str
@@ -41,6 +44,7 @@ class Form:
     scale: Tensor | None = None
     rate: float | None = None
     dtype: str = "float32"
+    fingerprint: str = ""
 
     def plain(self) -> dict[str, Any]:
         """As tensors, numbers and strings; ``Form.of`` is the way back."""
@@ -160,8 +164,18 @@ def read(settings: Settings) -> tuple[Settings, Form, dict[str, Tensor]]:
     if not settings.data:
         raise ValueError(f"data must be given: one of {', '.join(BUILT_IN)}, or a path")
     splits = BUILT_IN[settings.data]() if settings.data in BUILT_IN else _from_path(settings)
+    _refuse_numbers(splits)
     settings = _completed_reading(settings, splits)
-    return settings, _form(settings, splits), splits
+    form = _form(settings, splits)
+    return settings, dataclasses.replace(form, fingerprint=_fingerprint(splits)), splits
+
+
+def _fingerprint(splits: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, part in splits.items():
+        digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _swiss_roll() -> dict[str, Tensor]:
@@ -227,6 +241,14 @@ def _divided(raw: Tensor, holdout: float) -> dict[str, Tensor]:
     return {"train": raw[2 * size :], "validation": raw[:size], "test": raw[size : 2 * size]}
 
 
+def _refuse_numbers(splits: dict[str, Tensor]) -> None:
+    for name, part in splits.items():
+        if part.is_floating_point() and not bool((part.abs() < 1e30).all()):
+            raise ValueError(
+                f"data must be finite and below 1e30, but the {name} data have NaN, infinite or greater numbers"
+            )
+
+
 def _completed_reading(settings: Settings, splits: dict[str, Tensor]) -> Settings:
     """What the data are, where that is left open."""
     raw = splits["train"]
@@ -237,7 +259,18 @@ def _completed_reading(settings: Settings, splits: dict[str, Tensor]) -> Setting
         if not whole or binary or settings.read_as not in (None, "bits"):
             raise ValueError(f"--binarize must be none where data are no levels, but it is {settings.binarize!r}")
         values["read_as"] = "bits"
-    values.setdefault("read_as", settings.read_as or ("bits" if binary else "levels" if whole else "numbers"))
+    if (
+        not whole
+        and not binary
+        and settings.read_as is settings.levels is None
+        and all(map(_is_whole, splits.values()))
+    ):
+        raise ValueError(
+            "--read-as must be given for floats that are whole numbers: levels, with --levels, as their density has no "
+            "bound; or numbers, if they only happen to be"
+        )
+    known_levels = whole or settings.levels is not None
+    values.setdefault("read_as", settings.read_as or ("bits" if binary else "levels" if known_levels else "numbers"))
     if values["read_as"] == "levels" or values["binarize"] != "none":
         known = 17 if settings.data == "digits" else 256 if raw.dtype == torch.uint8 else None
         if (settings.levels or known) is None:
@@ -247,6 +280,10 @@ def _completed_reading(settings: Settings, splits: dict[str, Tensor]) -> Setting
     strokes = settings.data == "digits" and values["read_as"] == "levels"
     values["augment"] = settings.augment or ("strokes" if strokes else "none")
     return settings.but(**values)
+
+
+def _is_whole(raw: Tensor) -> bool:
+    return bool((raw == raw.round()).all())
 
 
 def _refuse_reading(
@@ -287,10 +324,6 @@ def _form(settings: Settings, splits: dict[str, Tensor]) -> Form:
         if part.shape[1:] != raw.shape[1:]:
             shapes = f"{tuple(part.shape[1:])}, not {tuple(raw.shape[1:])}"
             raise ValueError(f"data must have one shape, but the {name} data have {shapes}")
-        if part.is_floating_point() and not bool((part.abs() < 1e30).all()):
-            raise ValueError(
-                f"data must be finite and below 1e30, but the {name} data have NaN, infinite or greater numbers"
-            )
     raw = splits["train"]
     shape = raw.shape[1:]
     if len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] > 4:

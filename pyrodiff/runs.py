@@ -93,7 +93,7 @@ class Stop:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.signal = number
 
     def check(self) -> None:
@@ -178,6 +178,7 @@ class Run:
         self.svi = self._svi()
         self.state: dict[str, Any] = {
             **{"logged": 0, "evaluated": 0, "saved": 0, "seconds": 0.0, "loss": torch.zeros((), device=device)},
+            **{"drawn": 0},
             **{"best": math.inf, "best_step": 0},
         }
 
@@ -190,7 +191,7 @@ class Run:
             programs.guide,
             partial(torch.optim.AdamW, **options),
             DiffusionELBO(),
-            settings.clip_norm * settings.batch_size * settings.accumulate,
+            settings.clip_norm * settings.batch_size * settings.accumulate * processes.count(),
             scheduler=partial(LambdaLR, lr_lambda=partial(_rate, steps=settings.steps, warmup=settings.warmup)),
             accumulate=settings.accumulate,
             autocast={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.autocast),
@@ -229,17 +230,42 @@ class Run:
         Raises:
             ValueError: If it is of a run with other settings, other than those that may change.
         """
-        settings, _ = _kept(path)
+        settings, form = _kept(path)
+        self.refuse_other_data(form, path)
         for one in dataclasses.fields(Settings):
             here, there = getattr(self.settings, one.name), getattr(settings, one.name)
             if here != there and not one.metadata["changeable"]:
                 raise ValueError(f"{option(one.name)} must be {there!r} as in {path}, but it is {here!r}")
         kept = checkpoints.restore(path, self.svi)
+        scheduler, rates = self.svi.scheduler, []
+        for group, base in zip(self.svi.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = base * scheduler.lr_lambdas[0](
+                scheduler.last_epoch
+            )  # there may be more steps than there were
+            rates.append(group["lr"])
+        scheduler._last_lr = rates
         self.state = {**self.state, **kept["state"]}
         self.state["loss"] = self.state["loss"].to(self.device)
 
+    def refuse_other_data(self, form: Form, where: object) -> None:
+        """Refuse data that are not those of the run: they may have been trained on, or have other units.
+
+        Arguments:
+            form: What the other data are.
+            where: Where they are known from.
+
+        Raises:
+            ValueError: If they are others.
+        """
+        if form.fingerprint != self.form.fingerprint:
+            raise ValueError(f"data must be those that the run began with, but {self.settings.data} and {where} differ")
+
     def save(self, path: Path) -> None:
-        """Save all of it."""
+        """Save all of it.
+
+        Arguments:
+            path: The file.
+        """
         settings = {name: list(one) if isinstance(one, tuple) else one for name, one in self.settings.given().items()}
         checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
 
@@ -272,7 +298,7 @@ def shortened(diffusion: Diffusion, steps: int | None) -> Diffusion:
     T = diffusion.num_steps
     if steps is None or steps >= T:
         return diffusion
-    return diffusion.subchain(sorted(set(torch.linspace(1, T, steps).round().int().tolist())))
+    return diffusion.subchain(sorted(set(torch.linspace(T, 1, steps).round().int().tolist())))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -316,8 +342,10 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
-        lines = [json.dumps(record) for record in self.read(folder) if record["step"] <= step]
-        write(self.path, "".join(f"{line}\n" for line in lines).encode())
+        records = {
+            (record["step"], "bound" in record): record for record in self.read(folder) if record["step"] <= step
+        }
+        write(self.path, "".join(f"{json.dumps(record)}\n" for record in records.values()).encode())
         self._board = _board(folder / "tensorboard", step)
 
     def note(self, step: int, **values: Any) -> None:
@@ -372,7 +400,7 @@ class Trainer:
     def __init__(self, run: Run, data: Data, stop: Stop, say: Callable[[str], None]) -> None:
         self.run, self.data, self.stop, self.say = run, data, stop, say
         self.is_first = processes.number() == 0
-        for name in ("checkpoints", "pictures") if self.is_first else ():
+        for name in (".", "checkpoints", "pictures") if self.is_first else ():
             (run.folder / name).mkdir(parents=True, exist_ok=True)
             for part in (run.folder / name).glob(".*.part"):  # a kill left it
                 part.unlink()
@@ -401,6 +429,7 @@ class Trainer:
                     break
                 for _ in range(settings.accumulate):
                     run.state["loss"] += run.svi.step(self.data.draw(settings.batch_size))
+                    run.state["drawn"] += settings.batch_size * processes.count()
                 bar.update(run.svi.num_steps - bar.n)
 
     def _bar(self) -> tqdm:
@@ -438,20 +467,21 @@ class Trainer:
 
     def _log(self, bar: tqdm) -> None:
         run = self.run
-        step, settings = run.svi.num_steps, run.settings
-        drawn = (step - run.state["logged"]) * settings.batch_size * settings.accumulate * processes.count()
-        loss = float(run.state["loss"]) / drawn + run.form.log_scale
+        step, is_bound = run.svi.num_steps, run.settings.weighting == "bound"
+        loss = float(run.state["loss"]) / run.state["drawn"] + run.form.log_scale * is_bound
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} between steps {run.state['logged']} and {step}")
-        run.state.update(logged=step, loss=torch.zeros((), device=run.device))
+        run.state.update(logged=step, loss=torch.zeros((), device=run.device), drawn=0)
         if self.metrics is not None:
             rate = run.svi.scheduler.get_last_lr()[0]
-            self.metrics.note(step, loss=loss, lr=rate, seconds=round(run.state["seconds"], 3))
-        bar.set_postfix_str(f"loss {loss:.3f} nats{self._bound}")
+            name = "loss" if is_bound else "simple_loss"  # which is no likelihood
+            self.metrics.note(step, **{name: loss}, lr=rate, seconds=round(run.state["seconds"], 3))
+        bar.set_postfix_str(f"loss {loss:.3f}{' nats' * is_bound}{self._bound}")
 
     def _evaluate(self) -> None:
         """The bound on held-out data, samples and pictures, with the averaged weights."""
         run, settings, step = self.run, self.run.settings, self.run.svi.num_steps
+        self._refuse_what_is_not_finite()
         x_0 = self.stop.between(self.data.split("validation", settings.evaluate_on))
         times = settings.evaluate_times if settings.evaluate_times < settings.num_steps else None
         with run.svi.averaged() if run.svi.average is not None else nullcontext():
@@ -486,10 +516,18 @@ class Trainer:
         )
         self.say(f"step {step}: held-out bound {spelled(found)}")
 
+    def _refuse_what_is_not_finite(self) -> None:
+        """Neither to be evaluated, nor to take the place of a checkpoint from before."""
+        run = self.run
+        for name, value in (("loss", run.state["loss"]), *run.diffusion.named_parameters()):
+            if not bool(value.isfinite().all()):
+                raise FloatingPointError(f"{name} is not finite any more at step {run.svi.num_steps}")
+
     def _save(self) -> None:
         run, step = self.run, self.run.svi.num_steps
-        if step == 0 or not math.isfinite(float(run.state["loss"])):
+        if step == 0:
             return
+        self._refuse_what_is_not_finite()
         run.state["saved"] = step
         folder = run.folder / "checkpoints"
         run.save(folder / f"step-{step:08d}.pt")

@@ -101,8 +101,8 @@ def _training(help: str, check: Callable = _any, default: Any = None, changeable
     return _option("training", help, check, default, changeable)
 
 
-def _watching(help: str, check: Callable = _any, default: Any = None) -> Any:
-    return _option("watching", help, check, default, changeable=True)
+def _watching(help: str, check: Callable = _any, default: Any = None, changeable: bool = True) -> Any:
+    return _option("watching", help, check, default, changeable)
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,7 @@ class Settings:
     average: float | None = _training("the decay of the moving average of the weights; 0 for none", checks.probability)
     drawing: str | None = _training("how t is drawn", _among("low-discrepancy", "uniform", "loss-second-moment"))
     weighting: str = _training("what a step weighs: bound, or simple as in DDPM", _among("bound", "simple"), "bound")
-    autocast: str = _training(
-        "the precision that networks compute in", _among("none", "bfloat16", "float16"), "none", changeable=True
-    )
+    autocast: str = _training("the precision that networks compute in", _among("none", "bfloat16", "float16"), "none")
     compile: bool = _training("compile the step into one graph", default=False, changeable=True)
     seed: int = _training("the seed of all random numbers", _seed, 0)
     device: str = _training("auto, cpu, cuda, cuda:1, ...", default="auto", changeable=True)
@@ -181,8 +179,10 @@ class Settings:
     )
 
     evaluate_every: int | None = _watching("steps between evaluations on held-out data", checks.positive_int)
-    evaluate_on: int = _watching("how many held-out data to evaluate on", checks.positive_int, 512)
-    evaluate_times: int = _watching("how many of the T terms to evaluate a datum, at random", checks.positive_int, 50)
+    evaluate_on: int = _watching("how many held-out data to evaluate on", checks.positive_int, 512, changeable=False)
+    evaluate_times: int = _watching(
+        "how many of the T terms to evaluate a datum, at random", checks.positive_int, 50, changeable=False
+    )
     checkpoint_every: int | None = _watching("steps between checkpoints", checks.positive_int)
     keep: int = _watching("how many of the last checkpoints to keep, beside the best", checks.positive_int, 2)
     log_every: int = _watching("steps between lines of metrics", checks.positive_int, 50)
@@ -203,6 +203,8 @@ class Settings:
             wanted = tuple if kind(one.name) not in (int, float, str, bool) else kind(one.name)
             if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
                 raise ValueError(f"{option(one.name)} must be {_KINDS[wanted]}, but it is {value!r}")
+            if isinstance(value, str) and not _is_text(value):
+                raise ValueError(f"{option(one.name)} must be text in UTF-8, but it is {value!a}")
             one.metadata["check"](option(one.name), value)
 
     def but(self, **values: Any) -> "Settings":
@@ -246,6 +248,14 @@ class Settings:
                 raise ValueError(f"{name} must have known options only, but {path} has {key!r}{hint}")
         checked = Settings(**values)
         return {key: getattr(checked, key) for key in values}
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _float(name: str, value: int) -> float:

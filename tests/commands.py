@@ -106,8 +106,8 @@ def with_pictures(put: Callable[[Any, str, Any], None]) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """All files in a folder, by their paths in it."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """All files in a folder, by their paths in it, but for the lock, which says nothing."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:

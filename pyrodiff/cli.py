@@ -310,7 +310,7 @@ def _locked(folder: Path) -> Any:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise ValueError(f"--out must be a run that nobody else trains meanwhile, but {folder} is being") from None
+            raise ValueError(f"--out must be a run that nobody else trains meanwhile, but {folder} is") from None
     return file
 
 
@@ -342,10 +342,11 @@ def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tup
         run.restore(checkpoint)
         if run.svi.num_steps > settings.steps:
             raise ValueError(f"--steps must be at least the {run.svi.num_steps} taken, but it is {settings.steps}")
-        _say(f"going on with {folder} from step {run.svi.num_steps} of {settings.steps}")
     with ExitStack() as lock:
         if processes.number() == 0:
             lock.enter_context(_recorded(folder, settings, options.line))
+        if checkpoint is not None:
+            _say(f"going on with {folder} from step {run.svi.num_steps} of {settings.steps}")
         return run, data, lock.pop_all()
 
 

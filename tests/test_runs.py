@@ -595,6 +595,75 @@ def test_training_that_fails_says_so(home, tmp_path):
     assert "--lr" in done.err.splitlines()[-1]
 
 
+def test_weights_that_are_not_finite_take_no_place(home, tmp_path):
+    """The step that breaks them is one of a checkpoint: the one before stays, and the run can be opened."""
+    folder = copied(home, tmp_path)
+    before = runs.last_checkpoint(folder).read_bytes()
+    run = Run.opened(folder, "last")
+    data = pyrodiff.recipes.prepare(run.settings, run.device)[1]
+    with torch.no_grad():
+        next(run.diffusion.parameters()).fill_(math.inf)
+    trainer = runs.Trainer(run, data, runs.Stop(), print)
+    run.state.update(saved=0, evaluated=0)
+    for watched in (trainer._save, trainer._evaluate):
+        with pytest.raises(FloatingPointError, match="is not finite any more at step 6"):
+            watched()
+    assert runs.last_checkpoint(folder).read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["another value", "another datum", "another scale"])
+@pytest.mark.parametrize("command", ["train", "bound", "plot"])
+def test_other_data_than_the_run_began_with(tmp_path, command, change):
+    x, folder = points(), tmp_path / "run"
+    assert train(saved(tmp_path / "x.npy", x), folder).code == 0
+    others = {"another datum": np.concatenate([x, x[:1]]), "another scale": 1000 * x}
+    saved(tmp_path / "x.npy", others.get(change, np.where(x == x[0], x + 1e-6, x)))
+    line = ("train", "--out", folder, "--resume", "--steps=8") if command == "train" else (command, folder)
+    assert call(*line).is_refused("data must be those that the run began with")
+
+
+def test_the_learning_rate_is_that_of_the_steps_there_are_now(home, tmp_path):
+    folder = copied(home, tmp_path)
+    assert resumed(folder, steps=12, log_every=1).code == 0
+    rates = {one["step"]: one["lr"] for one in notes(folder) if "lr" in one}
+    for step in range(7, 12):
+        assert rates[step] == pytest.approx(0.01 * (1 + math.cos(math.pi * step / 12)) / 2, rel=1e-12)
+    run = Run.opened(home / "alone", "last")
+    longer = Run(folder, run.settings.but(steps=12), run.form, run.device)
+    longer.restore(runs.last_checkpoint(home / "alone"))
+    assert longer.svi.optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-12)  # half-way, not 0
+
+
+def test_a_weighted_loss_is_called_no_likelihood(tmp_path):
+    options = {"weighting": "simple", "prediction": "noise"}
+    assert train(saved(tmp_path / "x.npy", points()), tmp_path / "run", **options).code == 0
+    assert {name for one in notes(tmp_path / "run") for name in one} & {"loss", "simple_loss"} == {"simple_loss"}
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(home, tmp_path):
+    folder = copied(home, tmp_path)
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    with cli._locked(folder):
+        assert resumed(folder, steps=8).is_refused("--out", "nobody else")
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    assert resumed(folder, steps=8).code == 0
+
+
+def test_the_gradient_a_datum_is_clipped_alike_by_any_number_of_processes(home, monkeypatch):
+    run = Run.opened(home / "alone")
+    monkeypatch.setattr(runs, "SVI", lambda model, guide, optim, loss, clip_norm, **options: clip_norm)
+    for count in (1, 2, 5):
+        monkeypatch.setattr(runs.processes, "count", lambda count=count: count)
+        assert run._svi() == 10.0 * 4 * count
+
+
+def test_a_bound_of_which_nothing_is_known(home, tmp_path):
+    folder = copied(home, tmp_path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "bound": null}\n')
+    assert call("info", folder).code == 0
+
+
 # Several processes
 
 

@@ -13,12 +13,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from matplotlib.animation import PillowWriter
 from torch import Tensor
+from tqdm import tqdm
 
 from . import plots, processes, recipes
 from .bounds import Bound, bound, importance_bound
@@ -110,7 +112,7 @@ _AS_OPTIONS = {one.name: option(one.name) for one in dataclasses.fields(Settings
     "num_times": "--times",
     "num_particles": "--particles",
     "generator": "--seed",
-    "path": "RUN",
+    "path": "checkpoint",
     "first": "--log-snr-first",
     "last": "--log-snr-last",
 }
@@ -123,19 +125,24 @@ def _is_memory(error: Exception) -> bool:
 
 def _say(line: str) -> None:
     if processes.number() == 0:
-        print(f"pyrodiff: {line}", file=sys.stderr, flush=True)
+        tqdm.write(f"pyrodiff: {line}", file=sys.stderr)  # above a bar, if there is one
+        sys.stderr.flush()
 
 
 # What can be said on the line
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pyrodiff", description="Diffusion models with a likelihood: train, bound, sample, plot.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('pyrodiff')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _train_parser(commands)
     bounds = _command(commands, "bound", _bound, "the bound on -log p of data, term by term")
@@ -147,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bounds.add_argument("--particles", type=_count, help="beside it, the importance-weighted bound of K trajectories")
     bounds.add_argument("--save", type=Path, help="an .npz file for the terms of each datum")
+    bounds.add_argument("--data", help="where the run's data are, if they have moved")
     samples = _command(commands, "sample", _sample, "draw samples: an .npz file and a picture")
     samples.add_argument("--number", type=_count, default=64, help="how many (default: 64)")
     samples.add_argument("--batch-size", type=_count, default=256, help="how many at a time (default: 256)")
@@ -155,9 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     samples.add_argument(
         "--trajectory", choices=("strip", "gif"), help="the way from noise to data too, as a strip or an animation"
     )
-    _command(commands, "plot", _plot, "draw the curves, the terms over t, samples beside data")
-    info = commands.add_parser("info", help="versions and devices; of a run, what it is and how it went")
-    info.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
+    plot = _command(commands, "plot", _plot, "draw the curves, the terms over t, samples beside data")
+    plot.add_argument("--data", help="where the run's data are, if they have moved")
+    about = "versions and devices; of a run, what it is and how far it came"
+    info = commands.add_parser("info", help=about, description=f"{about.capitalize()}.")
+    info.add_argument(
+        "run", nargs="?", type=Path, metavar="RUN", help="the folder of a run; versions and devices if left out"
+    )
     info.set_defaults(command=_info)
     return parser
 
@@ -265,6 +277,12 @@ def _told(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Set
     values = {**(Settings.read(options.config) if options.config is not None else {}), **given}
     if "data" in values and Path(values["data"]).exists() and values["data"] not in BUILT_IN:
         values["data"] = str(Path(values["data"]).resolve())
+    if not values.get("data") and options.out is not None and not (options.out / "settings.toml").is_file():
+        known = ", ".join(BUILT_IN)
+        raise ValueError(
+            f"--out must be a run's folder where no data are given, but {options.out} holds none: give data, one of "
+            f"{known}, or a path"
+        )
     if options.out is None and not values.get("data"):
         raise ValueError(f"data must be given: one of {', '.join(BUILT_IN)}, or a path")
     folder = options.out or Path("runs") / (Path(values["data"]).stem or "run")
@@ -281,7 +299,8 @@ def _told(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Set
     recorded = Settings.read(record, str(record))
     for one in dataclasses.fields(Settings):
         before = recorded.get(one.name)
-        if one.name in values and values[one.name] != before and not one.metadata["changeable"]:
+        may_change = one.metadata["changeable"] or one.name == "data"  # which may have moved, and are compared
+        if one.name in values and values[one.name] != before and not may_change:
             raise ValueError(
                 f"{option(one.name)} must stay {before!r} where a run goes on, but it is {values[one.name]!r}: give "
                 "another --out for another run"
@@ -381,9 +400,16 @@ def _opened(options: argparse.Namespace) -> Run:
     return _mistakes(Run.opened, options.run, options.checkpoint, options.device)
 
 
-def _data_of(run: Run) -> Data:
-    """The data that a run began with."""
-    _, data = recipes.prepare(run.settings, run.device)
+def _refuse_more_steps(run: Run, options: argparse.Namespace) -> None:
+    T = run.settings.num_steps
+    if options.num_steps is not None and options.num_steps > T:
+        raise Mistake(f"--num-steps must be at most {T}, those of the run, but it is {options.num_steps}")
+
+
+def _data_of(run: Run, options: argparse.Namespace) -> Data:
+    """The data that a run began with, wherever they are by now."""
+    settings = run.settings if options.data is None else run.settings.but(data=str(Path(options.data).resolve()))
+    _, data = recipes.prepare(settings, run.device)
     run.refuse_other_data(data.form, "what is there now")
     return data
 
@@ -400,8 +426,9 @@ def _bound(options: argparse.Namespace) -> int:
     if options.save is not None:
         _mistakes(_refuse_place, options.save)
     run = _opened(options)
-    x_0 = _mistakes(_data_of, run).split(options.split, options.number)
-    diffusion = _mistakes(shortened, run.diffusion, options.num_steps)
+    x_0 = _mistakes(_data_of, run, options).split(options.split, options.number)
+    _refuse_more_steps(run, options)
+    diffusion = shortened(run.diffusion, options.num_steps)
     with Stop() as stop:
         found = _mistakes(
             bound, diffusion, stop.between(x_0), num_times=options.times, generator=options.seed, progress=True
@@ -420,6 +447,7 @@ def _bound(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     run = _opened(options)
+    _refuse_more_steps(run, options)
     path = options.save or run.folder / "samples.npz"
     _mistakes(_refuse_place, path)
     if options.trajectory is not None and not run.form.is_drawable:
@@ -434,7 +462,9 @@ def _write_samples(run: Run, path: Path, number: int, size: int, seed: int, step
     """Samples batch by batch, all from one seed, and a picture of the first ones."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [size] * (number // size) + [number % size] * (number % size > 0)
-    x_0 = torch.cat([run.sampled(size, generator, steps, progress=True) for size in sizes])
+    several = len(sizes) > 1
+    with tqdm(sizes, desc="samples", unit="batch", disable=None if several else True) as bar:
+        x_0 = torch.cat([run.sampled(size, generator, steps, progress=not several) for size in bar])
     save_arrays(path, samples=run.form.decoded(x_0))
     picture = path.with_suffix(".png")
     if run.form.is_drawable:
@@ -465,7 +495,7 @@ def _plot(options: argparse.Namespace) -> int:
     run = _opened(options)
     folder = run.folder / "pictures"
     _mistakes(folder.mkdir, exist_ok=True)
-    x_0, records = _mistakes(_data_of, run).split("test", 2000), Metrics.read(run.folder)
+    x_0, records = _mistakes(_data_of, run, options).split("test", 2000), Metrics.read(run.folder)
     pictures: dict[str, Any] = {}
     if any("loss" in record or "bound" in record for record in records):
         pictures["curves"] = plots.curves(records).figure
@@ -493,6 +523,7 @@ def _info(options: argparse.Namespace) -> int:
     else:
         run = _mistakes(Run.opened, options.run, "last", "cpu")
         records = [record for record in Metrics.read(run.folder) if record.get("bound") is not None]
+        kept = run.folder / "bound.npz"
         checkpoint_files = sorted(path.name for path in (run.folder / "checkpoints").glob("*.pt"))
         schedule = run.diffusion.forward_process.schedule
         facts = {
@@ -506,6 +537,7 @@ def _info(options: argparse.Namespace) -> int:
             if records
             else "none yet",
             "best": f"{run.state['best']:.4f} nats at step {run.state['best_step']}" if records else "none yet",
+            **({"test bound": spelled(_mistakes(Bound.load, kept))} if kept.is_file() else {}),
             "checkpoints": ", ".join(checkpoint_files),
         }
     width = max(map(len, facts))

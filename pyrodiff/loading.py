@@ -85,8 +85,13 @@ class Form:
         return estimate.rescaled(self.log_scale) if self.read_as == "numbers" else estimate
 
     def drawable(self, x_0: Tensor) -> Tensor:
-        """What the model draws, as a picture shows it: points in their units, grey and colour in [0, 1]."""
-        if self.read_as == "numbers":
+        """What the model draws, as a picture shows it: points in their units, grey and colour in [0, 1].
+
+        Sequences of numbers are left without their mean and scale, so that all of them show; the first 64 of any.
+        """
+        if len(self.event_shape) == 1 and self.event_shape != (2,):
+            x_0 = x_0[:64]
+        elif self.read_as == "numbers":
             return self.decoded(x_0)
         return (x_0 + 1) / 2 if self.read_as == "levels" else x_0
 
@@ -221,7 +226,9 @@ def _from_path(settings: Settings) -> dict[str, Tensor]:
             return {"train": train[:-size], "validation": train[-size:], "test": datasets.idx_folder(path, "test")}
         return _divided(datasets.image_folder(path), settings.holdout)
     except ValueError as error:
-        raise ValueError(f"data: {error}") from error
+        name, must, rest = str(error).partition(" must ")
+        name = {"name": "--array", "path": "data", "folder": "data"}.get(name, f"data: {name}")
+        raise ValueError(f"{name}{must}{rest}") from error
 
 
 def _holds_idx(folder: Path) -> bool:

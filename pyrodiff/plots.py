@@ -130,6 +130,8 @@ def terms(bound: Bound, axes: Axes | None = None) -> Axes:
     axes.set(xlabel="t", ylabel="$L_{t-1}$ in nats")
     if len(means) and (means > 0).all():
         axes.set_yscale("log")
+        if means.min() < 1e-6 * means.max():  # what is so small is rounding, and is let go
+            axes.set_ylim(1e-6 * means.max(), 2 * means.max())
     axes.legend(frameon=False)
     return axes
 

@@ -51,8 +51,13 @@ def prepare(settings: Settings, device: torch.device) -> tuple[Settings, Data]:
 
 # What suits the data
 
-_SUITS_NUMBERS = {"num_steps": 1000, "schedule": "cosine", "prediction": "velocity", "lr": 1e-3, "weight_decay": 0.0}
-_SUITS_LEVELS = {"num_steps": 1000, "schedule": "log-snr", "lr": 1e-3, "weight_decay": 0.05}
+_SUITS_NUMBERS = {
+    **{"num_steps": 1000, "schedule": "cosine", "prediction": "velocity", "variance": "forward"},
+    **{"lr": 1e-3, "weight_decay": 0.0},
+}
+_SUITS_LEVELS = {
+    **{"num_steps": 1000, "schedule": "log-snr", "variance": "posterior", "lr": 1e-3, "weight_decay": 0.05},
+}
 _SUITS_BITS = {"num_steps": 1000, "schedule": "reciprocal", "prediction": "logit", "lr": 1e-3, "weight_decay": 0.05}
 _SUITS = {
     ("swiss-roll", "numbers"): {
@@ -84,6 +89,8 @@ def _completed(settings: Settings, form: Form) -> Settings:
     if chosen["network"] == "mlp":
         suits = {**suits, "hidden": suits["hidden"] or 128, "blocks": 3}
         suits = {name: value for name, value in suits.items() if name not in ("channels", "attention")}
+    elif "channels" in chosen:
+        suits = {**suits, "attention": _attention(form, chosen["channels"])}
     steps = chosen["steps"]
     suits = {"evaluate_every": max(1, steps // 10), "checkpoint_every": max(1, min(500, steps // 10)), **suits}
     return settings.but(**{name: value for name, value in suits.items() if getattr(settings, name) is None})
@@ -99,10 +106,14 @@ def _common(form: Form) -> dict[str, Any]:
     if halvings is None or (len(form.event_shape) == 3 and form.event_shape[0] > 4):
         return {**common, **({"prediction": "velocity"} if prediction else {}), "network": "mlp", "dropout": 0.0}
     depth = min(halvings, 1 if max(sizes) < 16 else 2)
-    heights = [sizes[0] >> n for n in range(depth + 1)]
-    attention = tuple(high for high in heights if high <= 8) if sizes[0] >= 16 else ()
-    unet = {"network": "unet", "channels": (32, 64, 128)[: depth + 1], "attention": attention or (0,)}
+    unet = {"network": "unet", "channels": (32, 64, 128)[: depth + 1]}
     return {**common, **prediction, **unet, "blocks": 1, "dropout": 0.1, "batch_size": 128}
+
+
+def _attention(form: Form, channels: tuple[int, ...]) -> tuple[int, ...]:
+    """The heights of at most 8 that large pictures are halved to; 0 where there is none."""
+    high = form.event_shape[-2]
+    return tuple(high >> n for n in range(1, len(channels)) if high >= 16 and high >> n <= 8) or (0,)
 
 
 def _wrong(settings: Settings, form: Form) -> Iterator[tuple[str, bool, str]]:
@@ -129,7 +140,7 @@ def _wrong(settings: Settings, form: Form) -> Iterator[tuple[str, bool, str]]:
     for name, value in (("log_snr_first", first), ("log_snr_last", last)):
         yield name, not log_snr and value is not None, f"left out with --schedule {settings.schedule}"
     yield "log_snr_last", log_snr and last >= first, f"below --log-snr-first {first}"
-    yield "variance", bits and settings.variance != "posterior", "left out for bits"
+    yield "variance", bits and settings.variance is not None, "left out for bits"
     yield "weighting", not numbers and settings.weighting == "simple", "bound but for numbers"
     strokes = settings.data == "digits" and form.read_as == "levels"
     yield "augment", settings.augment == "strokes" and not strokes, "none or flip but for the levels of digits"

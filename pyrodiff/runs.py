@@ -214,6 +214,12 @@ class Run:
         folder = Path(folder)
         path = _checkpoint(folder, which)
         settings, form = _kept(path)
+        record = folder / "settings.toml"
+        if record.is_file():
+            recorded = Settings(**Settings.read(record, str(record)))
+            if which not in ("best", "last"):
+                _refuse_other_settings(recorded, settings, path)
+            settings = settings.but(data=recorded.data)  # which may have moved
         run = cls(folder, settings, form, device_of(settings.but(device=device)))
         run.restore(path)
         if run.svi.average is not None:
@@ -232,10 +238,7 @@ class Run:
         """
         settings, form = _kept(path)
         self.refuse_other_data(form, path)
-        for one in dataclasses.fields(Settings):
-            here, there = getattr(self.settings, one.name), getattr(settings, one.name)
-            if here != there and not one.metadata["changeable"]:
-                raise ValueError(f"{option(one.name)} must be {there!r} as in {path}, but it is {here!r}")
+        _refuse_other_settings(self.settings, settings, path)
         kept = checkpoints.restore(path, self.svi)
         scheduler, rates = self.svi.scheduler, []
         for group, base in zip(self.svi.optimizer.param_groups, scheduler.base_lrs, strict=True):
@@ -318,6 +321,14 @@ def _checkpoint(folder: Path, which: str) -> Path:
     if found is None:
         raise ValueError(f"RUN must be the folder of a run with a checkpoint, but {folder} has none")
     return found
+
+
+def _refuse_other_settings(ours: Settings, theirs: Settings, path: Path) -> None:
+    """Refuse the checkpoint of a run that was told something else; where the data lie is another matter."""
+    for one in dataclasses.fields(Settings):
+        here, there = getattr(ours, one.name), getattr(theirs, one.name)
+        if here != there and not one.metadata["changeable"] and one.name != "data":
+            raise ValueError(f"{option(one.name)} must be {there!r} as in {path}, but it is {here!r}")
 
 
 def _kept(path: Path) -> tuple[Settings, Form]:
@@ -405,7 +416,7 @@ class Trainer:
             for part in (run.folder / name).glob(".*.part"):  # a kill left it
                 part.unlink()
         self.metrics = Metrics(run.folder, run.svi.num_steps) if self.is_first else None
-        self._bound = ""
+        self._loss = self._bound = ""
 
     def train(self) -> None:
         """Train to the last step.
@@ -457,15 +468,16 @@ class Trainer:
         run, settings, step = self.run, self.run.settings, self.run.svi.num_steps
         last = step >= settings.steps
         if step > run.state["logged"] and (step % settings.log_every == 0 or last):
-            self._log(bar)
+            self._log()
         if step > run.state["evaluated"] and (step % settings.evaluate_every == 0 or last):
             self._evaluate()
             if step == run.state["saved"]:  # by a signal, before this could be said
                 self._save()
+        bar.set_postfix_str(self._loss + self._bound, refresh=False)
         if step > run.state["saved"] and (step % settings.checkpoint_every == 0 or last):
             self._save()
 
-    def _log(self, bar: tqdm) -> None:
+    def _log(self) -> None:
         run = self.run
         step, is_bound = run.svi.num_steps, run.settings.weighting == "bound"
         loss = float(run.state["loss"]) / run.state["drawn"] + run.form.log_scale * is_bound
@@ -476,7 +488,7 @@ class Trainer:
             rate = run.svi.scheduler.get_last_lr()[0]
             name = "loss" if is_bound else "simple_loss"  # which is no likelihood
             self.metrics.note(step, **{name: loss}, lr=rate, seconds=round(run.state["seconds"], 3))
-        bar.set_postfix_str(f"loss {loss:.3f}{' nats' * is_bound}{self._bound}")
+        self._loss = f"loss {loss:.3f}{' nats' * is_bound}"
 
     def _evaluate(self) -> None:
         """The bound on held-out data, samples and pictures, with the averaged weights."""

@@ -115,9 +115,10 @@ class Settings:
         ValueError: If one cannot be; the message names it as the command line does.
 
     Example:
+        >>> from pyrodiff.settings import Settings
         >>> settings = Settings(data="digits", steps=100)
-        >>> settings.toml()
-        'data = "digits"\\nsteps = 100\\n...'
+        >>> settings.batch_size is None, settings.but(steps=5).steps
+        (True, 5)
         >>> Settings(data="digits", batch_size=0)
         Traceback (most recent call last):
         ValueError: --batch-size must be an int of at least 1, but it is 0
@@ -152,7 +153,7 @@ class Settings:
         "what the network predicts (levels and logit: of levels and of bits)",
         _among("noise", "data", "velocity", "score", "level", "logit"),
     )
-    variance: str = _model("the variance of the reverse kernels", _among("posterior", "forward"), "posterior")
+    variance: str | None = _model("the variance of the reverse kernels", _among("posterior", "forward"))
     network: str | None = _model("mlp, or unet for pictures", _among("mlp", "unet"))
     channels: tuple[int, ...] | None = _model("the U-Net's channels at each size, as 32,64", _positives)
     attention: tuple[int, ...] | None = _model("the heights at which the U-Net attends, as 16,8; 0 for none", _naturals)

@@ -651,3 +651,32 @@ def test_nothing_global_is_changed(home, tmp_path):
     assert (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()) == (threads, default, mode)
     assert Metrics.read(tmp_path / "run")
     assert runs.last_checkpoint(tmp_path / "run") is not None
+
+
+def test_the_checkpoint_of_another_run_is_refused(home, tmp_path):
+    other = tmp_path / "other"
+    assert train(home / "x.npy", other, hidden=16).code == 0
+    before = (other / "samples.npz").read_bytes()
+    done = call("sample", other, f"--checkpoint={home / 'run' / 'checkpoints' / 'best.pt'}", "--number=2")
+    assert done.is_refused("--hidden")
+    assert (other / "samples.npz").read_bytes() == before
+
+
+def test_data_may_move(home, tmp_path):
+    x = tmp_path / "x.npy"
+    x.write_bytes((home / "x.npy").read_bytes())
+    assert train(x, tmp_path / "run").code == 0
+    x.rename(tmp_path / "y.npy")
+    assert call("bound", tmp_path / "run").is_refused("data", "there is no")
+    assert call("bound", tmp_path / "run", "--data", tmp_path / "y.npy").code == 0
+    assert call("train", tmp_path / "y.npy", "--out", tmp_path / "run", "--resume", "--steps=8").code == 0
+    assert call("bound", tmp_path / "run").code == 0
+
+
+def test_more_steps_than_the_chain_has_are_refused(home):
+    for command in ("bound", "sample"):
+        assert call(command, home / "run", "--num-steps=6").is_refused("--num-steps", "at most 5")
+
+
+def test_the_version(capsys):
+    assert call("--version").code == 0

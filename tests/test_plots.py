@@ -44,6 +44,14 @@ def test_the_drift_is_the_mean_of_the_kernel_less_the_state():
     assert ratio[0] > 0
 
 
+def test_terms_that_are_rounding_do_not_stretch_the_axis():
+    denoising = torch.tensor([1e-14, 2.0, 1.0])[:, None].expand(3, 2)
+    bound = pyrodiff.Bound(torch.ones(2), denoising, torch.ones(2), torch.Size((2,)))
+    axes = plots.terms(bound)
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim() == pytest.approx((2e-6, 4.0), rel=1e-6)
+
+
 def test_the_terms_are_the_means_of_the_bound():
     bound = pyrodiff.bound(roll(), datasets.swiss_roll(20))
     (line,) = plots.terms(bound).lines

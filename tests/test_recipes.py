@@ -493,7 +493,7 @@ OPTIONS = {  # name -> the data, options, the other value, the first part that i
     "log_snr_first": (FLOATS, {"schedule": "log-snr"}, 8.0, "model"),
     "log_snr_last": (FLOATS, {"schedule": "log-snr"}, -8.0, "model"),
     "prediction": (FLOATS, {}, "noise", "model"),
-    "variance": (FLOATS, {}, "forward", "model"),
+    "variance": (FLOATS, {}, "posterior", "model"),
     "network": (LEVELS, {}, "mlp", "model"),
     "channels": (LEVELS, {"channels": (8, 8)}, (8, 16), "model"),
     "attention": (LEVELS, {"channels": (8, 8)}, (2,), "model"),
@@ -607,3 +607,25 @@ def test_the_data_that_are_built_in(monkeypatch, name):
         if name in ("swiss-roll", "checkerboard"):
             seen = set(map(bytes, train_data.numpy()))
             assert not any(bytes(one) in seen for one in part.flatten(1).numpy())
+
+
+def test_the_swiss_roll_is_that_of_the_readme():
+    """The kernels, the schedule, the network and the training of examples/swiss_roll.py, whose number README has."""
+    settings, data = recipes.prepare(Settings(data="swiss-roll"), torch.device("cpu"))
+    reverse = recipes.build(settings, data.form).reverse
+    assert isinstance(reverse.variance, pyrodiff.ForwardVariance)
+    assert isinstance(reverse.denoiser, pyrodiff.VelocityPrediction)
+    schedule = pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0)
+    torch.testing.assert_close(
+        reverse.forward_process.schedule.beta(torch.arange(1, 41)), schedule.beta(torch.arange(1, 41))
+    )
+    example = pyrodiff.networks.MLP(event_shape=(2,), hidden=128)
+    assert [p.shape for p in reverse.denoiser.network.parameters()] == [p.shape for p in example.parameters()]
+    assert (settings.steps, settings.batch_size, settings.lr) == (3000, 256, 2e-3)
+
+
+def test_attention_follows_the_channels():
+    pictures = recipes.Form("levels", torch.Size((16, 16)), 256)
+    assert recipes._attention(pictures, (8, 16)) == (8,)
+    assert recipes._attention(pictures, (8, 16, 16)) == (8, 4)
+    assert recipes._attention(recipes.Form("levels", torch.Size((8, 8)), 17), (8, 16)) == (0,)

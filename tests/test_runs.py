@@ -382,7 +382,7 @@ def test_a_setting_of_a_newer_version_in_a_checkpoint(home, tmp_path):
         ('"cosine"', '"linear"', ["schedule"]),
         ("num_steps = 5", "num_steps = 6", ["num"]),
         ('"velocity"', '"noise"', ["prediction"]),
-        ('"posterior"', '"forward"', ["variance"]),
+        ('"forward"', '"posterior"', ["variance"]),
         ('weighting = "bound"', 'weighting = "simple"', ["weighting"]),
         ("batch_size = 4", "batch_size = 8", ["batch"]),
         ("average = 0.9", "average = 0.5", ["average"]),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 
 from . import checks
+from .quantization import whole_levels
 from .readers import array, idx, idx_folder, image_folder
 
 __all__ = [
@@ -218,7 +219,7 @@ class Strokes:
     """
 
     def __init__(self, k: Tensor) -> None:
-        k = _whole("k", k, 17)
+        k = whole_levels("k", k, 17).float()
         if k.dim() != 3 or k.shape[1:] != (8, 8) or not len(k):
             raise ValueError(f"k must have shape (n, 8, 8), but its shape is {tuple(k.shape)}")
         fine = interpolate(k[:, None], size=(32, 32), mode="bicubic", align_corners=False)
@@ -289,7 +290,7 @@ def binarize(
         tensor([0., 1., 1.])
     """
     checks.levels(levels)
-    whole = _whole("k", k, levels)
+    whole = whole_levels("k", k, levels).float()
     if threshold is None:
         return torch.bernoulli(whole / (levels - 1), generator=_source(generator, k.device))
     if generator is not None:
@@ -297,22 +298,6 @@ def binarize(
     if isinstance(threshold, bool) or not isinstance(threshold, int) or not 1 <= threshold < levels:
         raise ValueError(f"threshold must be an int in 1..{levels - 1} or None, but it is {threshold!r}")
     return (whole >= threshold).float()
-
-
-def _whole(name: str, k: Tensor, levels: int) -> Tensor:
-    """Levels as float32."""
-    if not isinstance(k, Tensor) or k.is_complex():
-        raise ValueError(
-            f"{name} must be a tensor of whole numbers in 0..{levels - 1}, but it is {checks.described(k)}"
-        )
-    whole = k.float()
-    valid = (whole == whole.round()) & (whole >= 0) & (whole <= levels - 1)
-    if not checks.holds(valid):
-        raise ValueError(
-            f"{name} must be whole numbers in 0..{levels - 1}, for {levels} levels, but {int((~valid).sum())} of its "
-            f"{k.numel()} values are not, the first {k[~valid][0].item()}"
-        )
-    return whole
 
 
 def _source(generator: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:

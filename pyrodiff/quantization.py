@@ -85,7 +85,7 @@ def dequantize(
         raise ValueError(
             f"dtype must resolve the noise in a bin of width {width:.3g} for uniform=True, but it is {dtype}"
         )
-    whole = _whole_levels("k", k, levels)
+    whole = whole_levels("k", k, levels)
     x = _points(whole, levels)
     if uniform:
         if isinstance(generator, int):
@@ -131,15 +131,15 @@ def _points(k: Tensor, levels: int) -> Tensor:
     return (2 * k.double() - (levels - 1)) / (levels - 1)
 
 
-def _whole_levels(name: str, k: Tensor, levels: int) -> Tensor:
-    """The levels in float64."""
+def whole_levels(name: str, k: Tensor, levels: int) -> Tensor:
+    """Levels in float64, refused where they are none; on an accelerator, which that would stall, they are not read."""
     if not isinstance(k, Tensor) or k.is_complex():
         raise ValueError(
             f"{name} must be a tensor of whole numbers in 0..{levels - 1}, but it is {checks.described(k)}"
         )
     whole = k.double()
     valid = (whole == whole.round()) & (whole >= 0) & (whole <= levels - 1)
-    if not bool(valid.all()):
+    if not checks.holds(valid):
         raise ValueError(
             f"{name} must be whole numbers in 0..{levels - 1}, for {levels} levels, but {int((~valid).sum())} of its "
             f"{k.numel()} values are not, the first {k[~valid][0].item()}; they lie in "

@@ -14,6 +14,7 @@ from . import networks
 from .decoders import DiscretizedDecoder
 from .denoisers import (
     DataPrediction,
+    Denoiser,
     LevelPrediction,
     LogitPrediction,
     NoisePrediction,
@@ -102,12 +103,11 @@ def _common(form: Form) -> dict[str, Any]:
     common["samples"] = 2000 if form.event_shape == (2,) else 64
     sizes = form.event_shape[-2:]
     halvings = next((n for n in (2, 1) if len(form.event_shape) in (2, 3) and not any(s % 2**n for s in sizes)), None)
-    prediction = {"prediction": "level" if (form.levels or 0) <= 32 else "velocity"} if form.read_as == "levels" else {}
     if halvings is None or (len(form.event_shape) == 3 and form.event_shape[0] > 4):
-        return {**common, **({"prediction": "velocity"} if prediction else {}), "network": "mlp", "dropout": 0.0}
+        return {**common, "prediction": "velocity", "network": "mlp", "dropout": 0.0}
     depth = min(halvings, 1 if max(sizes) < 16 else 2)
-    unet = {"network": "unet", "channels": (32, 64, 128)[: depth + 1]}
-    return {**common, **prediction, **unet, "blocks": 1, "dropout": 0.1, "batch_size": 128}
+    unet = {"network": "unet", "channels": (32, 64, 128)[: depth + 1], "blocks": 1, "dropout": 0.1, "batch_size": 128}
+    return {**common, **unet, "prediction": "level" if (form.levels or 256) <= 32 else "velocity"}
 
 
 def _attention(form: Form, channels: tuple[int, ...]) -> tuple[int, ...]:
@@ -119,11 +119,8 @@ def _attention(form: Form, channels: tuple[int, ...]) -> tuple[int, ...]:
 def _wrong(settings: Settings, form: Form) -> Iterator[tuple[str, bool, str]]:
     """Each option that may not go with the others: whether it does not, and what it would have to be."""
     numbers, bits = form.read_as == "numbers", form.read_as == "bits"
-    pictures, unet, log_snr = (
-        len(form.event_shape) in (2, 3),
-        settings.network == "unet",
-        settings.schedule == "log-snr",
-    )
+    unet, log_snr = settings.network == "unet", settings.schedule == "log-snr"
+    pictures = len(form.event_shape) in (2, 3)
     predictions = ("logit",) if bits else ("noise", "data", "velocity", "score")
     if form.read_as == "levels" and unet:
         predictions = ("level", *predictions)
@@ -153,6 +150,14 @@ def _wrong(settings: Settings, form: Form) -> Iterator[tuple[str, bool, str]]:
 # The model
 
 
+_PREDICTIONS: dict[str, type[Denoiser]] = {
+    "noise": NoisePrediction,
+    "data": DataPrediction,
+    "velocity": VelocityPrediction,
+    "score": ScorePrediction,
+}
+
+
 def build(settings: Settings, form: Form, often: Tensor | None = None) -> Diffusion:
     """The model.
 
@@ -167,15 +172,12 @@ def build(settings: Settings, form: Form, often: Tensor | None = None) -> Diffus
         denoiser = LogitPrediction(_network(settings, form, None), process)
         return Diffusion(process, BinomialReverse(process, denoiser), form.event_shape)
     process = GaussianForward(_schedule(settings))
-    kinds = {
-        **{"noise": NoisePrediction, "data": DataPrediction, "velocity": VelocityPrediction, "score": ScorePrediction},
-    }
     if settings.prediction == "level":
         often = torch.full((*form.event_shape, form.levels), 1 / form.levels) if often is None else often
         network = networks.Offset(_network(settings, form, form.levels), often.log().cpu())
         denoiser = LevelPrediction(network, process, form.levels)
     else:
-        denoiser = kinds[settings.prediction](_network(settings, form, None), process)
+        denoiser = _PREDICTIONS[settings.prediction](_network(settings, form, None), process)
     variance = {"posterior": PosteriorVariance, "forward": ForwardVariance}[settings.variance]()
     reverse = GaussianReverse(process, denoiser, variance)
     if form.read_as == "levels":

@@ -177,9 +177,8 @@ class Run:
         self.diffusion: Diffusion = recipes.build(settings, form, often).to(device)
         self.svi = self._svi()
         self.state: dict[str, Any] = {
-            **{"logged": 0, "evaluated": 0, "saved": 0, "seconds": 0.0, "loss": torch.zeros((), device=device)},
-            **{"drawn": 0},
-            **{"best": math.inf, "best_step": 0},
+            **{"logged": 0, "evaluated": 0, "saved": 0, "best": math.inf, "best_step": 0, "seconds": 0.0},
+            **{"loss": torch.zeros((), device=device), "drawn": 0},
         }
 
     def _svi(self) -> SVI:
@@ -240,13 +239,9 @@ class Run:
         self.refuse_other_data(form, path)
         _refuse_other_settings(self.settings, settings, path)
         kept = checkpoints.restore(path, self.svi)
-        scheduler, rates = self.svi.scheduler, []
-        for group, base in zip(self.svi.optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = base * scheduler.lr_lambdas[0](
-                scheduler.last_epoch
-            )  # there may be more steps than there were
-            rates.append(group["lr"])
-        scheduler._last_lr = rates
+        scheduler, group = self.svi.scheduler, self.svi.optimizer.param_groups[0]
+        group["lr"] = self.settings.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)  # of the steps there are now
+        scheduler._last_lr = [group["lr"]]
         self.state = {**self.state, **kept["state"]}
         self.state["loss"] = self.state["loss"].to(self.device)
 

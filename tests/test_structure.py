@@ -87,7 +87,7 @@ INSIDE = {  # what modules share, and the package does not offer
 }
 ASIDE = {
     "readers": {"checks"},
-    "datasets": {"checks", "readers"},
+    "datasets": {"checks", "quantization", "readers"},
     "plots": {"accounting", "bounds", "checks", "diffusion"},
 }
 PROGRAM = ["settings", "loading", "recipes", "runs", "reports", "cli", "__main__"]  # the command, on top of all

@@ -54,10 +54,10 @@ def positive_int(name: str, value: object, *, even: bool = False) -> None:
         raise ValueError(f"{name} must be an int of at least 1{', even' * even}, but it is {value!r}")
 
 
-def levels(value: object) -> None:
+def levels(value: object, name: str = "levels") -> None:
     """A number of levels, an int of at least 2."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise ValueError(f"levels must be an int of at least 2, but it is {value!r}")
+        raise ValueError(f"{name} must be an int of at least 2, but it is {value!r}")
 
 
 def numbers(name: str, value: object) -> Tensor:

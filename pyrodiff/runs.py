@@ -61,16 +61,15 @@ __all__ = [
 
 
 class Interrupted(Exception):
-    """A run was asked to stop, and is saved.
+    """Something was asked to stop, and stopped where nothing is lost.
 
     Arguments:
         signal: The number of the signal that asked.
-        step: The step that is saved.
     """
 
-    def __init__(self, signal: int, step: int = 0) -> None:
-        super().__init__(signal, step)
-        self.signal, self.step = signal, step
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 class Stop:
@@ -430,7 +429,7 @@ class Trainer:
                     self._watch(bar)
                 if self._is_asked_to_stop():
                     self._save()
-                    raise Interrupted(self.stop.signal or signal.SIGTERM, run.svi.num_steps)
+                    raise Interrupted(self.stop.signal or signal.SIGTERM)
                 if run.svi.num_steps >= settings.steps:
                     break
                 for _ in range(settings.accumulate):

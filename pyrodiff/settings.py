@@ -56,8 +56,7 @@ def _fraction(name: str, value: object) -> None:
 
 
 def _levels(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise ValueError(f"{name} must be an int of at least 2, but it is {value!r}")
+    checks.levels(value, name)
 
 
 def _positives(name: str, value: object) -> None:

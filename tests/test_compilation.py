@@ -93,19 +93,6 @@ def fails(svi, *args, match):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The graphs, run operation by operation: nothing is compiled, which would take its time. Returns the list."""
-    made = []
-
-    def keep(module, *args, **kwargs):
-        made.append(module)
-        return module
-
-    monkeypatch.setattr("torch._inductor.compile", keep)
-    return made
-
-
-@pytest.fixture
 def scalar():
     """Inductor without vector instructions, whose code is written and compiled in less than half the time."""
     with torch._inductor.config.patch({"cpp.simdlen": 1}):

@@ -522,19 +522,6 @@ class Labelled(nn.Module):
             return self.program(x_0)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The graphs, run operation by operation: nothing is compiled, which would take its time. Returns the list."""
-    made = []
-
-    def keep(module, *args, **kwargs):
-        made.append(module)
-        return module
-
-    monkeypatch.setattr("torch._inductor.compile", keep)
-    return made
-
-
 def training(steps, inside, compiled):
     """The losses and the gradients of steps (x_0, y) with the same draws, the labels given in the program or around."""
     torch.manual_seed(0)

@@ -21,6 +21,8 @@ from .likelihoods import Likelihood
 from .quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
 from .reverse import (
     BinomialReverse,
+    D3PMReverse,
+    FixedLargeVariance,
     FixedVariance,
     ForwardVariance,
     GaussianReverse,
@@ -61,6 +63,7 @@ __all__ = [
     "BoundWeighting",
     "Claim",
     "CosineSchedule",
+    "D3PMReverse",
     "DataPrediction",
     "Decoder",
     "Denoiser",
@@ -69,6 +72,7 @@ __all__ = [
     "DiscretizedDecoder",
     "DiscretizedNormal",
     "Drawing",
+    "FixedLargeVariance",
     "FixedVariance",
     "FlowLikelihood",
     "Forward",

@@ -19,7 +19,8 @@ from torch.distributions import Distribution
 from . import checks
 from .diffusion import Diffusion, OneStep
 from .elbo import DiffusionELBO
-from .evaluation import batches, evaluating, progress_bar, rows_within
+from .evaluation import batches, evaluating, look, progress_bar
+from .precision import float64
 from .steps import Drawing, ImportanceDrawing, LossSecondMoment, LowDiscrepancyDrawing, UniformDrawing
 from .terms import step_costs
 
@@ -119,8 +120,8 @@ def variance_account(
     """
     checks.instance("diffusion", diffusion, Diffusion)
     checks.instance("x_0", x_0, Tensor)
-    for name, value in (("num_particles", num_particles), ("batch_size", batch_size), ("num_pairs", num_pairs)):
-        checks.positive_int(name, value)
+    num_particles = checks.positive_int("num_particles", num_particles)
+    batch_size, num_pairs = checks.positive_int("batch_size", batch_size), checks.positive_int("num_pairs", num_pairs)
     for name, value in (("num_particles", num_particles), ("num_pairs", num_pairs)):
         if value < 2:
             raise ValueError(f"{name} must be at least 2, but it is {value}")
@@ -151,14 +152,14 @@ def variance_account(
 @torch.no_grad()
 def _costs(diffusion: Diffusion, x_0: Tensor, num_particles: int, memory_budget: int) -> Tensor:
     """Costs at each t of data drawn with replacement, with shape (T, num_particles)."""
-    T, rows = diffusion.num_steps, rows_within(memory_budget, diffusion, x_0)
+    T, rows = diffusion.num_steps, look(memory_budget, diffusion, x_0).rows
     i = torch.randint(len(x_0), (T * num_particles,), device=x_0.device)
     t = torch.arange(T * num_particles, device=x_0.device) // num_particles + 1
-    costs = [
-        step_costs(diffusion.model, x_0[part], now, first=bool(now[0] == 1), later=bool(now[-1] > 1))
-        for part, now in zip(i.split(rows), t.split(rows), strict=True)
-    ]
-    return torch.cat(costs).reshape(T, num_particles).double()
+    costs, q = [], diffusion.forward_process
+    for part, now in zip(i.split(rows), t.split(rows), strict=True):
+        data = x_0[part]
+        costs.append(step_costs(diffusion.model, data, now, q.marginal(data, now).sample(), later=T > 1))
+    return float64(torch.cat(costs)).reshape(T, num_particles)
 
 
 class _Fixed(Drawing):
@@ -180,7 +181,7 @@ def _estimate(pair: OneStep, x_0: Tensor) -> list[Tensor]:
     value = DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0) / len(x_0)
     parameters = [parameter for parameter in pair.parameters() if parameter.requires_grad]
     gradient = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [value.detach(), *(torch.zeros(()) if part is None else part for part in gradient)]
+    return [value.detach(), *(value.new_zeros(()) if part is None else part for part in gradient)]
 
 
 def _half_squares(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:

@@ -8,6 +8,11 @@ r"""Bounds on the likelihood of a diffusion, datum by datum: its T terms, and th
 In :func:`bound` every :math:`x_t` is drawn from :math:`q(x_t | x_0)` by itself, which leaves the mean of each term as
 it is and lets all t run in one batch (Luo 2022, Eqs. 57-58). :func:`importance_bound` needs whole trajectories.
 
+Draws are made in blocks of fixed rows, each from a seed of its own. So the :math:`x_t` of a datum depends on the seed,
+on its position among the data, on t and on the particle, and on nothing else: not on the network, the memory, the
+batches that the data come in or the processes that share the work. Two models of one forward process, compared with one
+seed, see the same :math:`x_t`, and the difference of their bounds varies less than either.
+
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), https://arxiv.org/abs/2208.11970
 
@@ -17,17 +22,20 @@ References:
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm import tqdm
 
 from . import checks, processes
-from .diffusion import Diffusion
-from .evaluation import batches, evaluating, expect, progress_bar, rows_within
+from .diffusion import Diffusion, Generative
+from .evaluation import Look, batches, evaluating, expect, look, progress_bar
 from .likelihoods import Likelihood
-from .randomness import seed_draws
+from .precision import home, precisely
+from .randomness import seed_draws, seed_of
 from .terms import prior_cost, step_costs
 
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
@@ -121,9 +129,10 @@ def bound(
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
         num_particles: The number of draws of each x_t that a term is the mean of.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes. The bound
-            does not depend on it but for the draws.
+            does not depend on it, but for rounding.
         num_times: How many of the T - 1 denoising terms are drawn for each datum and particle, one at random from each
-            of so many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given.
+            of so many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given. Other draws
+            belong to another number.
         generator: A generator or a seed, for the same number each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         sharded: Whether the processes of ``torch.distributed`` share the work. All call it with the same model and
@@ -144,47 +153,40 @@ def bound(
         (torch.Size([99, 50]), torch.Size([50]))
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    checks.positive_int("num_particles", num_particles)
+    num_particles = checks.positive_int("num_particles", num_particles)
     T = diffusion.num_steps
     if num_times is not None:
-        checks.positive_int("num_times", num_times)
+        num_times = checks.positive_int("num_times", num_times)
         if num_times >= T:
             raise ValueError(f"num_times must be at most T - 1 = {T - 1}, but it is {num_times}")
     checks.one_of("sharded", sharded, (False, True))
-    parts = _parts(T, T - 1 if num_times is None else num_times)
-    with evaluating(diffusion, generator, agreed=sharded), progress_bar(progress, "bound") as bar:
-        bounds, share, rows = [], _Part(sharded), 0
+    num_times = T - 1 if num_times is None else num_times
+    rank, ranks = (processes.number(), processes.count()) if sharded else (0, 1)
+    with evaluating(diffusion, generator, agreed=sharded) as seed, progress_bar(progress, "bound") as bar:
+        bounds, first, start = [], None, 0
         for batch in batches(diffusion, x_0):
-            rows = rows or rows_within(memory_budget, diffusion, batch)
-            expect(bar, x_0, batch, (len(parts) - 1) * num_particles * len(batch))
-            bounds.append(_bound(diffusion, batch, num_particles, parts.to(batch.device), rows, share, bar))
+            first = first or look(memory_budget, diffusion, batch)
+            expect(bar, x_0, batch, (1 + num_times) * num_particles * len(batch))
+            draws = _Draws(diffusion.model, batch, start, seed, num_particles, first)
+            bounds.append(_bound(diffusion, draws, num_times, rank, ranks, bar))
+            start += len(batch)
     return Bound.joined(bounds)
 
 
-def _parts(T: int, num_times: int) -> Tensor:
-    """The bounds of {1}, and of equal parts of 2..T: the first of each, and T + 1."""
-    return torch.cat([torch.ones(1, dtype=torch.long), 2 + torch.arange(num_times + 1) * (T - 1) // max(num_times, 1)])
-
-
-def _bound(
-    diffusion: Diffusion, x_0: Tensor, num_particles: int, parts: Tensor, rows: int, share: "_Part", bar: tqdm
-) -> Bound:
-    B, P, T = len(x_0), num_particles, diffusion.num_steps
-    steps = x_0.new_zeros(T * B)
-    ends = (0, P * B, (len(parts) - 1) * P * B)  # rows of t = 1, which the decoder scores, and all others
-    chunks = [(start, min(start + rows, end)) for first, end in pairwise(ends) for start in range(first, end, rows)]
-    for start, stop in share.of(chunks, x_0.device):
-        row = torch.arange(start, stop, device=x_0.device)
-        part, i = row // (P * B), row % B
-        first, size = parts[part], parts[part + 1] - parts[part]
-        t = first + (torch.rand(len(row), device=x_0.device, dtype=torch.float64) * size).long()
-        with checks.trusting():  # the laws were checked as their bytes were counted
-            costs = step_costs(diffusion.model, x_0.index_select(0, i), t, first=start < P * B, later=start >= P * B)
-        steps.index_add_(0, (t - 1) * B + i, costs * size.to(x_0.dtype))
-        bar.update((stop - start) * share.count)
-    (steps,) = share.joined([steps.reshape(T, B) / P])
+def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, ranks: int, bar: tqdm) -> Bound:
+    """The bound of a batch, for which rank k of the ranks that share the work does every block of the k-th kind."""
+    x_0, T = draws.x_0, diffusion.num_steps
+    steps = x_0.new_zeros(T * len(x_0))
+    for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
+        blocks = list(draws.blocks(*(([1], [1]) if first else _parts(T, num_times))))
+        for i, t, size, *states in _joined(map(draws.drawn, blocks[rank::ranks]), draws.look.rows):
+            costs = step_costs(diffusion.model, x_0[i], t, *states, first=first, later=not first)
+            steps.index_add_(0, (t - 1) * len(x_0) + i, costs * size.to(x_0.dtype))
+            bar.update(len(i) * ranks)
+    (steps,) = processes.together([steps]) if ranks > 1 else (steps,)
+    steps = steps.reshape(T, -1) / draws.num_particles
     return Bound(
-        prior=torch.stack([prior_cost(diffusion.model, x_0) for _ in range(P)]).mean(0),
+        prior=draws.prior_costs(),
         denoising=steps[1:],
         reconstruction=steps[0],
         event_shape=diffusion.event_shape,
@@ -193,35 +195,119 @@ def _bound(
     )
 
 
-class _Part:
-    """Of several processes, the part of the work that this one does; all of it, if it is not shared.
+def _parts(T: int, num_times: int) -> tuple[list[int], list[int]]:
+    """Equal parts of 2..T: the first t of each, and how many there are."""
+    ends = [2 + part * (T - 1) // max(num_times, 1) for part in range(num_times + 1)]
+    return ends[:-1], [after - before for before, after in pairwise(ends)]
 
-    Each piece of work draws from a source of its own, so that it does not matter who does it.
+
+_NUMBERS, _ROWS = 2**18, 2**12  # in a block, at most
+
+
+class _Group(NamedTuple):
+    """Neighbouring data of a block, some of which the batch may not have.
+
+    Arguments:
+        number: Which of all groups it is.
+        index: Their indices in the batch, that of another datum in the place of one that it does not have.
+        inside: Which of the group are in the batch.
+        data: Which of the batch they are.
     """
 
-    def __init__(self, sharded: bool) -> None:
-        self.number, self.count = (processes.number(), processes.count()) if sharded else (0, 1)
-        self.source = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    number: int
+    index: Tensor
+    inside: slice
+    data: slice
 
-    def of(self, work: list, device: torch.device) -> Iterator:
-        """The pieces of this process, the random source seeded for each."""
-        for k, piece in enumerate(work):
-            seed = int(torch.randint(2**62, (), generator=self.source))
-            if k % self.count == self.number:
-                seed_draws(seed, device)
-                yield piece
-        seed_draws(int(torch.randint(2**62, (), generator=self.source)), device)
 
-    def joined(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The sums of the pieces of all processes."""
-        return processes.together(tensors) if self.count > 1 else tensors
+class _Draws:
+    """Draws for the data of a batch in blocks of rows, each from a seed that says which rows they are.
+
+    A block holds the rows of some neighbouring data and some parts of 1..T, for one particle. Which, depends on D and
+    on the parts alone; data that the batch does not have are drawn for too, and left out.
+
+    Arguments:
+        model: The model.
+        x_0: The batch, with shape (B, *event_shape).
+        start: The position of the first datum of the batch among all data.
+        seed: The seed of the whole.
+        num_particles: The number of particles P.
+        look: How network calls are batched, and whether x_s is needed.
+    """
+
+    def __init__(self, model: Generative, x_0: Tensor, start: int, seed: int, num_particles: int, look: Look) -> None:
+        self.model, self.x_0, self.start, self.seed = model, x_0, start, seed
+        self.num_particles, self.look = num_particles, look
+        self.rows = max(1, min(_ROWS, _NUMBERS // max(1, model.event_shape.numel())))
+
+    def groups(self, size: int) -> Iterator[_Group]:
+        """The groups of so many neighbouring data that the batch has a part in."""
+        B = len(self.x_0)
+        for number in range(self.start // size, (self.start + B - 1) // size + 1):
+            before = number * size - self.start
+            index = (torch.arange(size, device=self.x_0.device) + before).clamp(0, B - 1)
+            begin, end = max(0, -before), min(size, B - before)
+            yield _Group(number, index, slice(begin, end), slice(before + begin, before + end))
+
+    def blocks(self, first: list[int], size: list[int]) -> Iterator[tuple[list[int], list[int], _Group, int]]:
+        """The blocks of parts of the times: the first t of each part and its size, the data and the particle."""
+        width = max(1, min(len(first), self.rows))
+        for low in range(0, len(first), width):
+            part = slice(low, low + width)
+            for group in self.groups(max(1, self.rows // len(first[part]))):
+                for particle in range(self.num_particles):
+                    yield first[part], size[part], group, particle
+
+    def drawn(self, block: tuple[list[int], list[int], _Group, int]) -> tuple[Tensor, ...]:
+        """Of each row of a block: the index of the datum, t, the size of the part that t is of, x_t and maybe x_s."""
+        firsts, sizes, group, particle = block
+        device, q, parts, data = self.x_0.device, self.model.forward_process, len(firsts), len(group.index)
+        i = group.index.repeat_interleave(parts)
+        t, size = (torch.tensor(values, device=device).repeat(data) for values in (firsts, sizes))
+        seed_draws(seed_of(self.seed, particle, firsts[0], group.number), device)
+        with precisely():
+            if max(sizes) > 1:
+                u = torch.rand(len(i), dtype=torch.float64, device=home(device))
+                t = t + (u * size.to(u.device)).long().to(device).clamp(max=size - 1)
+            x_0 = self.x_0[i]
+            states = [q.marginal(x_0, t).sample()]
+            if not self.look.is_analytic:
+                states.append(q.posterior(states[0], x_0, t.clamp(min=2)).sample())
+        inside = slice(group.inside.start * parts, group.inside.stop * parts)
+        return tuple(value[inside] for value in (i, t, size, *states))
+
+    def prior_costs(self) -> Tensor:
+        """L_T, the mean over particles, with shape (B,)."""
+        found = []
+        for group in self.groups(self.rows):
+            x_0, costs = self.x_0[group.index], []
+            for particle in range(self.num_particles):
+                seed_draws(seed_of(self.seed, particle, 0, group.number), x_0.device)
+                x_T = self.model.forward_process.marginal(x_0, self.model.num_steps).sample()
+                costs.append(prior_cost(self.model, x_0, x_T).expand(len(x_0))[group.inside])
+            found.append(torch.stack(costs).mean(0))
+        return torch.cat(found)
+
+
+def _joined(blocks: Iterable[tuple[Tensor, ...]], rows: int) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of blocks in pieces of at most so many."""
+    waiting: list[tuple[Tensor, ...]] = []
+    for block in chain(blocks, [None]):
+        if waiting and (block is None or sum(len(one[0]) for one in waiting) + len(block[0]) > rows):
+            whole = [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*waiting, strict=True)]
+            yield from zip(*(value.split(rows) for value in whole), strict=True)
+            waiting = []
+        if block is not None:
+            waiting.append(block)
 
 
 def _prior_entropy(diffusion: Diffusion) -> float | None:
+    model = diffusion.model
     try:
-        return float(diffusion.model.top(torch.float64).entropy())
+        entropy = model.top(torch.float64, model.forward_process.schedule.device).entropy()
     except NotImplementedError:
         return None
+    return None if entropy.is_meta else float(entropy)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -271,7 +357,7 @@ class ImportanceBound(Likelihood):
         Raises:
             ValueError: If k is not an int in 1..K.
         """
-        checks.positive_int("num_particles", num_particles)
+        num_particles = checks.positive_int("num_particles", num_particles)
         if num_particles > self.num_particles:
             raise ValueError(f"num_particles must be at most K = {self.num_particles}, but it is {num_particles}")
         groups = self.num_particles // num_particles
@@ -328,28 +414,80 @@ def importance_bound(
         (torch.Size([8, 50]), torch.Size([50]), True)
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    checks.positive_int("num_particles", num_particles)
-    K, T = num_particles, diffusion.num_steps
-    with evaluating(diffusion, generator), progress_bar(progress, "importance bound") as bar:
-        weights = []
+    K, T = checks.positive_int("num_particles", num_particles), diffusion.num_steps
+    with evaluating(diffusion, generator) as seed, progress_bar(progress, "importance bound") as bar:
+        weights, first, start = [], None, 0
         for batch in batches(diffusion, x_0):
-            B, rows = len(batch), rows_within(memory_budget, diffusion, batch)
-            expect(bar, x_0, batch, K * B * T)
-            chunks = torch.arange(K * B, device=batch.device).split(rows)
-            weights.append(torch.cat([_log_weights(diffusion, batch[row % B], bar) for row in chunks]).reshape(K, B))
+            first = first or look(memory_budget, diffusion, batch)
+            expect(bar, x_0, batch, K * len(batch) * T)
+            weights.append(_log_weights(_Draws(diffusion.model, batch, start, seed, K, first), bar))
+            start += len(batch)
     return ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T)
 
 
-def _log_weights(diffusion: Diffusion, x_0: Tensor, bar: tqdm) -> Tensor:
-    """log p(x_0:T) - log q(x_1:T | x_0) of one trajectory a datum, with shape (B,)."""
-    model, q, T = diffusion.model, diffusion.forward_process, diffusion.num_steps
-    law = q.marginal(x_0, T)
-    x = law.sample()
-    log_weight = model.top(x_0.dtype).log_prob(x) - law.log_prob(x)
-    for t in range(T, 1, -1):
-        kernel, law = model.kernel(x, t), q.posterior(x, x_0, t)
-        x = law.sample()
-        log_weight += kernel.log_prob(x) - law.log_prob(x)
-        bar.update(len(x))
-    bar.update(len(x))
-    return log_weight + model.decoded(model.kernel(x, 1), x).log_prob(x_0)
+def _log_weights(draws: _Draws, bar: tqdm) -> Tensor:
+    """log p(x_0:T) - log q(x_1:T | x_0) of K trajectories per datum, with shape (K, B)."""
+    K, model, rows = draws.num_particles, draws.model, draws.look.rows
+    width = min(K, draws.rows)
+    blocks = [
+        (slice(particle, min(particle + width, K)), group)
+        for group in draws.groups(max(1, draws.rows // width))
+        for particle in range(0, K, width)
+    ]
+    weights = draws.x_0.new_zeros((K, len(draws.x_0)))
+    together = max(1, rows // draws.rows)  # blocks whose networks run as one batch
+    for k in range(0, len(blocks), together):
+        trajectories = [_Trajectory(draws, *block) for block in blocks[k : k + together]]
+        for t in range(model.num_steps, 0, -1):
+            steps = [trajectory.step(t) for trajectory in trajectories]
+            states = (torch.cat(values).split(rows) for values in zip(*steps, strict=True))
+            costs = torch.cat([_step_ratio(model, t, *part) for part in zip(*states, strict=True)])
+            for trajectory, cost in zip(trajectories, costs.split([len(step[0]) for step in steps]), strict=True):
+                trajectory.log_weight = trajectory.log_weight - cost
+            bar.update(len(costs))
+        for trajectory in trajectories:
+            weights[trajectory.particles, trajectory.group.data] = trajectory.log_weight.unflatten(
+                0, (trajectory.shape[0], -1)
+            )
+    return weights
+
+
+def _step_ratio(model: Generative, t: int, x_0: Tensor, x_t: Tensor, x_s: Tensor) -> Tensor:
+    """log q(x_s | x_t, x_0) - log p(x_s | x_t) of the step from t, and -log p(x_0 | x_1) at t = 1."""
+    times = torch.full((len(x_0),), t, device=x_0.device)
+    return step_costs(model, x_0, times, x_t, x_s, first=t == 1, later=t > 1)
+
+
+class _Trajectory:
+    """Trajectories of a block of neighbouring data and some particles, one draw of each state after the other.
+
+    Arguments:
+        draws: The draws of the batch.
+        particles: Which particles.
+        group: The data.
+    """
+
+    def __init__(self, draws: _Draws, particles: slice, group: _Group) -> None:
+        self.draws, self.particles, self.group = draws, particles, group
+        self.shape = particles.stop - particles.start, len(group.index)
+        self.x_0 = draws.x_0[group.index.repeat(self.shape[0])]
+        model = draws.model
+        law = model.forward_process.marginal(self.x_0, model.num_steps)
+        self.x_t = self._drawn(law, model.num_steps + 1)
+        top = model.top(self.x_0.dtype, self.x_0.device)
+        self.log_weight = self._of_batch(top.log_prob(self.x_t) - law.log_prob(self.x_t))
+
+    def step(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x_0, x_t and x_{t-1} (x_1 again, at t = 1) of the data of the batch."""
+        x_t = self.x_t
+        if t > 1:
+            self.x_t = self._drawn(self.draws.model.forward_process.posterior(x_t, self.x_0, t), t)
+        return self._of_batch(self.x_0), self._of_batch(x_t), self._of_batch(self.x_t)
+
+    def _drawn(self, law: Distribution, t: int) -> Tensor:
+        seed = seed_of(self.draws.seed, self.particles.start, self.particles.stop, t, self.group.number)
+        seed_draws(seed, self.x_0.device)
+        return law.sample()
+
+    def _of_batch(self, values: Tensor) -> Tensor:
+        return values.unflatten(0, self.shape)[:, self.group.inside].flatten(0, 1)

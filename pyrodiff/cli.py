@@ -460,7 +460,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _write_samples(run: Run, path: Path, number: int, size: int, seed: int, steps: int | None) -> Tensor:
     """Samples batch by batch, all from one seed, and a picture of the first ones."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     sizes = [size] * (number // size) + [number % size] * (number % size > 0)
     several = len(sizes) > 1
     with tqdm(sizes, desc="samples", unit="batch", disable=None if several else True) as bar:

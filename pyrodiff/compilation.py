@@ -7,18 +7,25 @@ out, and that inductor makes Bernoulli draws in its own way. The graph is compil
 of the arguments.
 """
 
+import functools
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import is_dataclass
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyro
 import torch
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_map
 
-from . import checks
 from .terms import Recorder
 
 __all__ = ["Compiled", "Composition", "Replayed", "captured", "kind_of"]
@@ -44,9 +51,11 @@ class Compiled:
     """A function that runs as a compiled graph of what it does to tensors, or as it is where that cannot be.
 
     The first call with tensors of some shapes runs the function and keeps its graph, the following ones run the graph.
-    A module has a graph for training and one for evaluation, and a new one where a parameter, a buffer or a submodule
-    is replaced. Only so many graphs are made, so that ever new shapes do not mean ever new compilations. What
-    Python itself does while the function runs (a counter, a draw of ``random``) happens once a graph.
+    A module has a graph for training and one for evaluation, and a new one where anything that it holds is replaced: a
+    parameter, a buffer, a submodule, a hook, a tensor or a number in a plain attribute. Only so many graphs are made,
+    so that ever new shapes do not mean ever new compilations. What Python itself does while the function runs (a draw
+    of ``random``, the value of a variable that it closes over) happens once per graph; a tensor that it closes over is
+    named in a warning, since another one put in its place is not seen.
 
     Arguments:
         function: Called with tensors, and other things that can be hashed, in any nesting; it returns a tuple of
@@ -70,7 +79,8 @@ class Compiled:
         name: str = "the program",
     ) -> None:
         self.function, self.limit, self.name = function, limit, name
-        self.modules = list({id(part): part for module in modules for part in module.modules()}.values())
+        self.roots = list(modules)
+        self.modules = _below(self.roots)  # those whose modes choose a graph
         self.tensors, self.made, self.failure = list(tensors), 0, ""
         self._graphs: dict[Hashable, _Graph] = {}
 
@@ -81,7 +91,7 @@ class Compiled:
             return graph(*args)
         if not self.failure and self.made >= self.limit:
             self._give_up(f"{self.limit} graphs were made for it, and this would be one more")
-        return self.function(*args) if self.failure else self._make(key, args)
+        return self.function(*args) if self.failure else self._make(args)
 
     def graph_for(self, *args: Any) -> Callable | None:
         """The graph for arguments of this kind, if there is one that holds now: for a loop in which nothing changes."""
@@ -90,14 +100,16 @@ class Compiled:
 
     def _key(self, args: tuple) -> Hashable:
         modes = tuple(module.training for module in self.modules)
-        return kind_of(args), modes, torch.is_grad_enabled(), torch.get_default_dtype()
+        autocast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        return kind_of(args), modes, torch.is_grad_enabled(), torch.get_default_dtype(), *autocast
 
-    def _make(self, key: Hashable, args: tuple) -> Any:
+    def _make(self, args: tuple) -> Any:
         """The graph of these arguments; what the function returns as it is traced is the result."""
-        untraced, restore = None, _snapshot(self.modules)
+        modules, untraced = _below(self.roots), None
+        restore = _snapshot(modules)
         with Recorder() as heard:
             try:
-                graph = _Graph(self.function, args, self.modules, self.tensors)
+                graph = _Graph(self.function, args, modules, self.tensors, self.modules)
                 changed = graph.parts.changed()
             except Exception as error:  # whatever a program does that a graph cannot
                 untraced = error
@@ -106,14 +118,29 @@ class Compiled:
             self._give_up(_reason(untraced, heard.sites))
             return self.function(*args)
         if changed:  # as it would at every call
-            self._give_up(f"it puts another tensor or module in the place of {changed}")
+            self._give_up(f"it puts something else in the place of {changed}")
             return graph.take_results()
+        self._warn_of(graph.unknown)
         try:
             graph.compile()
-            self.made, self._graphs[key] = self.made + 1, graph
+            self.made, self._graphs[self._key(args)] = self.made + 1, graph
         except Exception as error:  # no compiler on this machine, or an operation that inductor does not know
             self._give_up(f"inductor does not compile its graph: {_first_line(error)}")
         return graph.take_results()
+
+    def _warn_of(self, tensors: list[Tensor]) -> None:
+        """Name the tensors that a graph reads and that no module of the programs holds."""
+        if not tensors:
+            return
+        known = {id(tensor): name for name, tensor in _closed_over([self.function, *_below(self.roots)])}
+        names = [known.get(id(tensor), f"one of shape {tuple(tensor.shape)} and {tensor.dtype}") for tensor in tensors]
+        warnings.warn(
+            f"{self.name} reads tensors that no module of it holds: {', '.join(sorted(set(names)))}. The graph reads "
+            "these very tensors: what is written into them in place is seen, another tensor put in their place is not. "
+            "Let one be a buffer or an attribute of a module, or an argument",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _give_up(self, reason: str) -> None:
         """Make no more graphs, and say why, once. Those that were made before are still run."""
@@ -122,30 +149,163 @@ class Compiled:
 
 
 class Composition:
-    """What modules are made of, by identity, and of what kind tensors are.
+    """What modules are made of: parameters, buffers and submodules by identity; of what kind tensors are.
+
+    Of the ``whole`` of modules hooks and plain attributes count too: tensors and other objects by identity, numbers and
+    strings by value, and what lists, tuples, dicts, sets, dataclasses, namespaces, distributions and modules in any of
+    these hold likewise. What an object of another class holds is not looked into.
 
     Arguments:
         modules: The modules.
         tensors: The tensors.
-        buffers: Whether buffers count.
+        whole: Whether buffers, hooks and plain attributes count.
+        keyed: Modules whose mode, training or evaluation, is known otherwise.
+
+    Attributes:
+        held: The tensors that were found.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor], buffers: bool = True) -> None:
-        modules = list(modules)
-        kinds = [kind for m in modules for kind in (m._parameters, m._modules, *((m._buffers,) if buffers else ()))]
-        self._parts = [(kind, name, value) for kind in kinds for name, value in kind.items()]
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        tensors: Iterable[Tensor],
+        whole: bool = True,
+        keyed: Iterable[nn.Module] = (),
+    ) -> None:
+        self._entries: list[tuple[dict, str, Any]] = []
+        self._keys: list[tuple[dict, tuple]] = []
+        self._values: list[tuple[Any, Any]] = []  # lists, sets and arrays, and copies of them
+        self._seen: set[int] = set()
+        self.held: list[Tensor] = []
+        self._whole, self._keyed = whole, {id(module) for module in keyed}
+        for module in modules:
+            self._look_into(module) if whole else self._watch_parts(module, ("_parameters", "_modules"))
+        if whole:
+            for hooks in (_global_forward_hooks, _global_forward_pre_hooks):
+                self._watch(hooks)
         self._kinds = [(tensor, tensor.requires_grad, tensor.dtype, tensor.device) for tensor in tensors]
+
+    def _watch_parts(self, module: nn.Module, parts: Iterable[str]) -> None:
+        for part in parts:
+            self._watch(vars(module)[part])
+
+    def _watch(self, mapping: dict, ignored: Iterable[str] = (), grows: bool = False) -> None:
+        if not grows:
+            self._keys.append((mapping, tuple(mapping)))
+        for name, value in mapping.items():
+            if name not in ignored:
+                self._entries.append((mapping, name, value))
+                if self._whole:
+                    self._look_into(value)
+
+    def _look_into(self, value: Any) -> None:
+        """Watch what a value holds, if it is of a kind that is looked into."""
+        if isinstance(value, (*_PLAIN, type, FunctionType)) or value is None or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            self.held.append(value)
+        elif isinstance(value, nn.Module):
+            self._watch_parts(value, _PARTS)
+            self._watch(vars(value), _IGNORED if id(value) in self._keyed else _IGNORED - {"training"})
+        elif isinstance(value, list | tuple | set | deque | np.ndarray):
+            self._look_through(value)
+        elif isinstance(value, functools.partial):
+            self._look_through((value.func, value.args, value.keywords))
+        elif isinstance(value, dict):
+            self._watch(value)
+        elif isinstance(value, SimpleNamespace | Distribution) or is_dataclass(value) or _is_ours(value):
+            self._watch(vars(value), grows=isinstance(value, Distribution))  # which keep what they computed
+
+    def _look_through(self, values: Any) -> None:
+        if isinstance(values, np.ndarray):
+            self._values.append((values, values.copy()))
+            return
+        if not isinstance(values, tuple):
+            self._values.append((values, tuple(values)))
+        for one in values:
+            self._look_into(one)
 
     def holds(self) -> bool:
         """Whether they still are."""
-        return all(kind.get(name) is value for kind, name, value in self._parts) and all(
+        return not self.changed() and all(
             tensor.requires_grad is flag and tensor.dtype is dtype and tensor.device == device
             for tensor, flag, dtype, device in self._kinds
         )
 
     def changed(self) -> str:
         """The name of the first part that is another; empty if none is."""
-        return next((repr(name) for kind, name, value in self._parts if kind.get(name) is not value), "")
+        for mapping, name, value in self._entries:
+            found = mapping.get(name, _GONE)
+            if found is not value and not _is_equal(found, value):
+                return repr(name)
+        for mapping, keys in self._keys:
+            if len(mapping) != len(keys) or tuple(mapping) != keys:
+                return next((repr(name) for name in mapping if name not in keys), "what a dict holds")
+        for value, copy in self._values:
+            if isinstance(value, np.ndarray):
+                same = value.shape == copy.shape and value.dtype == copy.dtype and value.tobytes() == copy.tobytes()
+            else:
+                same = len(value) == len(copy) and all(a is b or _is_equal(a, b) for a, b in zip(value, copy))  # noqa: B905
+            if not same:
+                return f"what a {type(value).__name__} holds"
+        return ""
+
+
+_GONE = object()
+_PARTS = ("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_PARTS += ("_backward_hooks", "_backward_pre_hooks")
+_IGNORED = {*vars(nn.Module()), "_pyro_context", "_pyro_name"}
+_PLAIN = (int, float, complex, str, bytes, bool)
+
+
+def _is_equal(ours: Any, theirs: Any) -> bool:
+    return type(ours) is type(theirs) and isinstance(ours, _PLAIN) and ours == theirs and repr(ours) == repr(theirs)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether an object is one of this package, and no function or class."""
+    return type(value).__module__.startswith("pyrodiff.") and hasattr(value, "__dict__")
+
+
+def _below(roots: list[nn.Module]) -> list[nn.Module]:
+    """The modules and all below."""
+    return list({id(part): part for module in roots for part in module.modules()}.values())
+
+
+def _closed_over(programs: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the tensors among the variables that functions, and functions that these close over, read."""
+    seen, waiting = set(), list(programs)
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            waiting += [type(one).forward, *(value for value in vars(one).values() if callable(value))]
+            continue
+        if isinstance(one, MethodType):
+            waiting.append(one.__func__)
+            waiting += [value for value in vars(one.__self__).values() if callable(value)]
+            continue
+        if not isinstance(one, FunctionType):
+            continue
+        cells = zip(one.__code__.co_freevars, one.__closure__ or (), strict=True)
+        read = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+        read |= {name: one.__globals__[name] for name in one.__code__.co_names if name in one.__globals__}
+        for name, value in read.items():
+            if isinstance(value, Tensor):
+                yield repr(name), value
+            elif isinstance(value, FunctionType | MethodType):
+                waiting.append(value)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - it raises where there is none
+    except ValueError:
+        return False
+    return True
 
 
 class Replayed:
@@ -193,20 +353,29 @@ class _Graph:
     whatever other tensors it comes upon.
     """
 
-    def __init__(self, function: Callable, args: tuple, modules: list[nn.Module], tensors: list[Tensor]) -> None:
+    def __init__(
+        self,
+        function: Callable,
+        args: tuple,
+        modules: list[nn.Module],
+        tensors: list[Tensor],
+        keyed: list[nn.Module],
+    ) -> None:
         state = [*_of(modules, "_parameters"), *_of(modules, "_buffers")]
         known = list({id(tensor): tensor for tensor in (*state, *tensors)}.values())
         args = _copied(args, {id(tensor) for tensor in known})
         given = _tensors(args)
-        self.parts = Composition(modules, known)
+        self.parts = Composition(modules, known, keyed=keyed)
 
         def run(*tracked: Tensor) -> tuple:
-            with checks.trusting(blind=True):
+            with pyro.validation_enabled(False):  # which reads values
                 self.results = function(*args)
             return self.results
 
         self.module = make_fx(run)(*given, *known)
-        self.inputs = _lifted(self.module, len(given), known)
+        self.inputs, constants = _lifted(self.module, len(given), known)
+        held = {id(tensor) for tensor in self.parts.held}
+        self.unknown = [tensor for tensor in constants if id(tensor) not in held]
         self.given = given
         self._alike: list[int] | None = None
 
@@ -290,10 +459,14 @@ def _of(modules: list[nn.Module], kind: str) -> list[Tensor]:
     return [tensor for module in modules for tensor in getattr(module, kind).values() if tensor is not None]
 
 
-def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> list[Tensor]:
-    """Make constants of a graph its inputs, and drop those inputs, but for the given, that it does not use."""
+def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Make constants of a graph its inputs, and drop those inputs, but for the given, that it does not use.
+
+    Returns:
+        The inputs, and those of them that were constants and no literals of the function.
+    """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = []
+    inputs, constants = [], []
     for node, tensor in zip(placeholders[num_given:], known, strict=True):
         if node.users:
             inputs.append(tensor)
@@ -309,10 +482,12 @@ def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> list
             with module.graph.inserting_after(last) if last is not None else module.graph.inserting_before():
                 last = found[id(tensor)] = module.graph.placeholder(f"constant_{len(found)}")
             inputs.append(tensor)
+            if not all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users):
+                constants.append(tensor)
         node.replace_all_uses_with(found[id(tensor)])
         module.graph.erase_node(node)
     module.recompile()
-    return inputs
+    return inputs, constants
 
 
 def _snapshot(modules: list[nn.Module]) -> Callable[[], None]:

@@ -4,8 +4,11 @@ What is generated or carried is float32 with shape (n, *event_shape), the same f
 file has it (:mod:`pyrodiff.readers`). :func:`binarize` and :class:`Strokes` make data of data. All is on the CPU.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from importlib import resources
+from typing import ParamSpec
 
 import numpy as np
 import torch
@@ -31,13 +34,28 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+
+
+def _on_cpu(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """What makes data on the CPU, whatever torch's default device."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return made
+
+
 def _generator(num_samples: int, seed: int) -> torch.Generator:
     checks.positive_int("num_samples", num_samples)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not checks.is_int(seed):
         raise ValueError(f"seed must be an int, but it is {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(int(seed))
 
 
+@_on_cpu
 def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
     r"""A spiral in the plane, of unit variance a dimension as in the paper.
 
@@ -67,7 +85,7 @@ def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
         torch.Size([1000, 2])
     """
     generator = _generator(num_samples, seed)
-    if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
+    if not (checks.is_number(noise) and 0 <= noise < math.inf):
         raise ValueError(f"noise must be a number of at least 0, but it is {noise!r}")
     r = math.pi * (1.5 + 3 * torch.rand(num_samples, generator=generator, dtype=torch.float64))
     x = torch.stack([r * r.cos(), r * r.sin()], -1)
@@ -87,6 +105,7 @@ def _swiss_roll_moments() -> tuple[Tensor, Tensor]:
     return mean, (square - mean**2).sqrt()
 
 
+@_on_cpu
 def checkerboard(num_samples: int, seed: int = 0) -> Tensor:
     r"""Uniform on the dark squares of a 4 x 4 board on [-4, 4]^2.
 
@@ -109,6 +128,7 @@ def checkerboard(num_samples: int, seed: int = 0) -> Tensor:
     return 2 * (torch.stack([column, row], -1) + inside) - 4
 
 
+@_on_cpu
 def eight_gaussians(num_samples: int, seed: int = 0) -> Tensor:
     r"""Eight Gaussians on a circle, equally likely, with FFJORD's scaling.
 
@@ -134,6 +154,7 @@ def eight_gaussians(num_samples: int, seed: int = 0) -> Tensor:
     return (centre + 0.5 * torch.randn((num_samples, 2), generator=generator, dtype=torch.float32)) / math.sqrt(2)
 
 
+@_on_cpu
 def heartbeat(num_samples: int, seed: int = 0, length: int = 20, period: int = 5) -> Tensor:
     r"""Binary sequences with a 1 in every ``period``-th place, from a random start.
 
@@ -228,6 +249,7 @@ class Strokes:
         dark = (rank < k[..., None]).float()
         self.scans = dark.reshape(-1, 8, 8, 4, 4).transpose(2, 3).reshape(-1, 1, 32, 32)
 
+    @_on_cpu
     def __call__(self, i: Tensor) -> Tensor:
         """Change pictures, each in a way of its own, drawn from torch's global source.
 
@@ -241,8 +263,8 @@ class Strokes:
             ValueError: If ``i`` is something else.
         """
         last = len(self.scans) - 1
-        checks.integer("i", i, last)
-        if not isinstance(i, Tensor) or i.dim() != 1 or not bool(((i >= 0) & (i <= last)).all()):
+        integers = isinstance(i, Tensor) and not (i.is_floating_point() or i.is_complex() or i.dtype == torch.bool)
+        if not integers or i.dim() != 1 or not checks.holds((i >= 0) & (i <= last)):
             raise ValueError(f"i must be integers in 0..{last} with shape (B,), but it is {i}")
         turn, shear, wide, high = (size * (2 * torch.rand(len(i)) - 1) for size in (0.14, 0.12, 0.08, 0.08))
         move = torch.tensor([1.5, 1.0]) / 16 * (2 * torch.rand(len(i), 2) - 1)
@@ -295,15 +317,15 @@ def binarize(
         return torch.bernoulli(whole / (levels - 1), generator=_source(generator, k.device))
     if generator is not None:
         raise ValueError(f"generator must be None with a threshold, which draws nothing, but it is {generator!r}")
-    if isinstance(threshold, bool) or not isinstance(threshold, int) or not 1 <= threshold < levels:
+    if not checks.is_int(threshold) or not 1 <= threshold < levels:
         raise ValueError(f"threshold must be an int in 1..{levels - 1} or None, but it is {threshold!r}")
     return (whole >= threshold).float()
 
 
 def _source(generator: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:
     """The generator of a seed; None, for torch's global source, stays None."""
-    if isinstance(generator, int) and not isinstance(generator, bool):
-        return torch.Generator(device).manual_seed(generator)
+    if checks.is_int(generator):
+        return torch.Generator(device).manual_seed(int(generator))
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
     return generator

@@ -11,17 +11,17 @@ from abc import ABC, abstractmethod
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks
 from .forward import Forward, GaussianForward
+from .precision import float64
 from .quantization import DiscretizedNormal, LevelCategorical, Levels
-from .schedules import Float64Module
 
 __all__ = ["Decoder", "DiscretizedDecoder", "GaussianDecoder", "SoftmaxDecoder", "TransitionDecoder"]
 
 
-class Decoder(Float64Module, ABC):
+class Decoder(nn.Module, ABC):
     """The last step of the chain.
 
     Attributes:
@@ -54,16 +54,16 @@ class Decoder(Float64Module, ABC):
                 f"pyrodiff.dequantize(k, levels={self.levels}) gives, but its dtype is {x_0.dtype}"
             )
 
-    def check(self, x_0: Tensor, wait: bool = False) -> None:
-        """Refuse data that are no levels; those on an accelerator are read only if told to ``wait`` for them.
+    def check(self, x_0: Tensor) -> None:
+        """Refuse data that are no levels.
 
         Raises:
             ValueError: If so.
         """
-        if self.levels is None or (checks.trusted() and not wait):
+        if self.levels is None:
             return
         valid = Levels(self.levels).check(x_0)
-        if not (bool(valid.all()) if wait else checks.holds(valid)):
+        if not checks.holds(valid):
             whole = bool(((x_0 == x_0.round()) & (x_0 >= 0) & (x_0 < self.levels)).all()) and float(x_0.max()) > 1
             hint = f": they look like such k, so give pyrodiff.dequantize(x_0, levels={self.levels})" if whole else ""
             raise ValueError(
@@ -149,8 +149,7 @@ class DiscretizedDecoder(Decoder):
 
     def __init__(self, levels: int) -> None:
         super().__init__()
-        checks.levels(levels)
-        self.levels = levels
+        self.levels = checks.levels(levels)
 
     def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
         base = kernel.base_dist if isinstance(kernel, torch.distributions.Independent) else kernel
@@ -191,15 +190,13 @@ class SoftmaxDecoder(Decoder):
     def __init__(self, forward: GaussianForward, levels: int) -> None:
         super().__init__()
         checks.instance("forward", forward, GaussianForward)
-        checks.levels(levels)
-        self.forward_process, self.levels = forward, levels
-        self.register_buffer("points", Levels(levels).points(), persistent=False)
+        self.forward_process, self.levels = forward, checks.levels(levels)
 
     def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
-        schedule = self.forward_process.schedule
-        off = x_1.double()[..., None] - schedule.signal(1) * self.points
-        logits = -(off**2) / (2 * schedule.noise(1) ** 2)
-        return LevelCategorical(logits.to(x_1.dtype)).to_event(len(kernel.event_shape))
+        signal, noise = self.forward_process.schedule.scales(1)
+        x = float64(x_1)[..., None]
+        logits = -((x - signal * Levels(self.levels).points(x)) ** 2) / (2 * noise**2)
+        return LevelCategorical(logits.to(x_1.dtype).to(x_1.device)).to_event(len(kernel.event_shape))
 
     def subchain(self, forward: GaussianForward) -> "SoftmaxDecoder":
         return type(self)(forward, self.levels)

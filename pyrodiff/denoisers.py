@@ -20,17 +20,17 @@ References:
     https://arxiv.org/abs/2202.00512
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from pyro.distributions import constraints
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from . import checks
 from .forward import Forward, GaussianForward
+from .precision import precisely
 from .quantization import Levels
-from .schedules import Float64Module, SubSchedule
+from .schedules import SubSchedule
 
 __all__ = [
     "DataPrediction",
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-class Denoiser(PyroModule):
+class Denoiser(nn.Module, ABC):
     r"""A network read as the data :math:`\hat x_0(x_t, t)`.
 
     Arguments:
@@ -81,7 +81,7 @@ class Denoiser(PyroModule):
         output = self.network(x_t, t)
         shape = self._output_shape(x_t)
         if not isinstance(output, Tensor) or output.shape != shape:
-            got = tuple(output.shape) if isinstance(output, Tensor) else output
+            got = tuple(output.shape) if isinstance(output, Tensor) else checks.described(output)
             raise ValueError(
                 f"network must return a tensor of shape {shape} for input of shape {tuple(x_t.shape)}, but it is {got}"
             )
@@ -95,7 +95,7 @@ class Denoiser(PyroModule):
             raise ValueError(f"forward must be a GaussianForward for {type(self).__name__}, but it is {forward!r}")
 
 
-class Retimed(PyroModule):
+class Retimed(nn.Module):
     r"""A module called as ``module(x_t, t)``, in a chain of fewer steps: step k calls it at :math:`\tau_k`.
 
     Arguments:
@@ -115,7 +115,8 @@ class Retimed(PyroModule):
         self.module, self.schedule = module, schedule
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        return self.module(x_t, self.schedule.time(t))
+        t = self.schedule.times_at(t).to(x_t.device)
+        return self.module(x_t, t if t.dim() else t.expand(x_t.shape[:1]))
 
 
 class DataPrediction(Denoiser):
@@ -140,7 +141,7 @@ class DataPrediction(Denoiser):
 class _DividesBySignal(Denoiser):
     def _check_forward(self, forward: Forward) -> None:
         super()._check_forward(forward)
-        if forward.schedule.signal(forward.num_steps) == 0:
+        if not checks.holds(forward.schedule.signal(forward.num_steps) != 0):
             raise ValueError(
                 f"forward must leave some signal at t = T for {type(self).__name__}, which divides by it, but its "
                 f"schedule {forward.schedule!r} leaves none; use DataPrediction or VelocityPrediction"
@@ -163,7 +164,7 @@ class NoisePrediction(_DividesBySignal):
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return torch.addcmul(x_t / signal, self.output(x_t, t), -noise / signal)
+        return torch.addcmul(x_t / signal, noise / signal, self.output(x_t, t), value=-1)
 
 
 class ScorePrediction(_DividesBySignal):
@@ -180,7 +181,7 @@ class ScorePrediction(_DividesBySignal):
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return torch.addcmul(x_t / signal, self.output(x_t, t), noise**2 / signal)
+        return torch.addcmul(x_t / signal, noise**2 / signal, self.output(x_t, t))
 
 
 class VelocityPrediction(Denoiser):
@@ -197,7 +198,7 @@ class VelocityPrediction(Denoiser):
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
         total = signal**2 + noise**2
-        return torch.addcmul(signal / total * x_t, self.output(x_t, t), -noise / total)
+        return torch.addcmul(signal / total * x_t, noise / total, self.output(x_t, t), value=-1)
 
 
 class LogitPrediction(Denoiser):
@@ -220,7 +221,7 @@ class LogitPrediction(Denoiser):
             raise ValueError(f"forward must be a process of bits for LogitPrediction, but it is {forward!r}")
 
 
-class LevelPrediction(Float64Module, Denoiser):
+class LevelPrediction(Denoiser):
     r"""The network predicts, of quantised data, the log probabilities of each number's level, but for its own noise.
 
     .. math::
@@ -254,18 +255,17 @@ class LevelPrediction(Float64Module, Denoiser):
 
     def __init__(self, network: nn.Module, forward: GaussianForward, levels: int) -> None:
         super().__init__(network, forward)
-        self.levels = levels
-        self.register_buffer("points", Levels(levels).points(), persistent=False)
+        self.levels = checks.levels(levels)
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         probs = self.log_probs(x_t, t).exp()
-        with torch.autocast(x_t.device.type, enabled=False):
-            return probs @ self.points.to(x_t.dtype)
+        with precisely():
+            return probs @ Levels(self.levels).points(x_t)
 
     def log_probs(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         r"""The :math:`\log \hat p(x_0 = v_k | x_t)`, with shape (*x_t.shape, levels); arguments as of a call."""
         signal, noise = (scale[..., None] for scale in self.forward_process.scales(x_t, t))
-        off = (x_t[..., None] - signal * self.points.to(x_t.dtype)) / noise
+        off = (x_t[..., None] - signal * Levels(self.levels).points(x_t)) / noise
         return (self.output(x_t, t) - off**2 / 2).log_softmax(-1)
 
     def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:

@@ -14,11 +14,11 @@ so that Pyro's ``TraceMeanField_ELBO``, which takes the analytic KL at each site
     L_{t-1} = \mathbb{E}_q KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t)), \quad
     L_0 = -\mathbb{E}_q \log p_\theta(x_0 | x_1).
 
-A guide that ran forward, :math:`q(x_t | x_{t-1})`, would be right for ``Trace_ELBO`` only: given
-:math:`x_{t-1}` and :math:`x_{t+1}`, :math:`x_t` does not follow :math:`q(x_t | x_{t-1})`, so the KLs at its sites
-are not the terms of any bound.
+A guide that ran forward, :math:`q(x_t | x_{t-1})`, is another matter: given :math:`x_{t-1}` and :math:`x_{t+1}`,
+:math:`x_t` does not follow :math:`q(x_t | x_{t-1})`, so the KLs at its sites are not the terms of any bound.
+:class:`DiffusionELBO` then takes log ratios.
 
-The *trajectory pair* has one site a step, ``x_T .. x_1`` and ``x_0``. The *one-step pair* draws one t a datum, then
+The *trajectory pair* has one site per step, ``x_T .. x_1`` and ``x_0``. The *one-step pair* draws one t per datum, then
 :math:`x_t \sim q(x_t | x_0)`, and scores only that step, scaled by 1 / p(t): the same bound in the mean at the price
 of one network call, whatever T.
 
@@ -28,7 +28,7 @@ References:
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -36,11 +36,14 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from . import checks
 from .decoders import Decoder, GaussianDecoder
 from .forward import Forward
+from .precision import home
 from .steps import BoundWeighting, Drawing, LowDiscrepancyDrawing
 
 __all__ = ["Diffusion", "OneStep"]
@@ -184,7 +187,7 @@ class Diffusion(nn.Module):
             torch.Size([9, 5])
         """
         forward, model = self.forward_process.subchain(times), self.model
-        if model.prior is not None and forward.schedule.times[-1] != self.num_steps:
+        if model.prior is not None and int(max(times)) != self.num_steps:
             raise ValueError(f"times must end at T = {self.num_steps}, the time of the given prior, but are {times!r}")
         parts = {"reverse": model.reverse, "decoder": model.decoder}
         for name, part in parts.items():
@@ -210,7 +213,7 @@ class OneStep(nn.Module):
         checks.instance("drawing", drawing, Drawing)
         if not callable(weighting):
             raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
-        drawing.to(diffusion.forward_process.schedule.noise(0).device)
+        drawing.to(diffusion.forward_process.schedule.device)
         step = _Step(diffusion.forward_process, diffusion.event_shape, drawing, weighting)
         self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)
 
@@ -250,32 +253,16 @@ class TrajectoryGuide(nn.Module):
 
     def forward(self, x_0: Tensor) -> None:
         q, T = self.forward_process, self.forward_process.num_steps
-        q.check(x_0, self.event_shape)
+        if checks.validating():
+            q.check(x_0, self.event_shape)
         with pyro.plate("data", len(x_0), dim=-1):
             x = pyro.sample(f"x_{T}", q.marginal(x_0, T))
             for t in range(T, 1, -1):
                 x = pyro.sample(f"x_{t - 1}", q.posterior(x, x_0, _time(x, t, self.event_shape)))
 
 
-class _Silence:
-    """In the place of a PyroModule's context: nothing is told to Pyro."""
-
-    active, used = 0, True
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: object) -> None: ...
-
-
-class Parts(NamedTuple):
-    """Modules below a program: Pyro's, those with statistics of the batch, and whether its decoder learns."""
-
-    of_pyro: list[PyroModule]
-    of_batch: list[nn.Module]
-    decoder_learns: bool
-
-
 class Generative(nn.Module):
-    """The parts of p_θ(x_0:T), checked as they are used."""
+    """The parts of p_θ(x_0:T), whose laws are checked while Pyro validates."""
 
     def __init__(
         self,
@@ -288,35 +275,28 @@ class Generative(nn.Module):
         super().__init__()
         self.forward_process, self.reverse, self.event_shape = forward, reverse, event_shape
         self.decoder, self.prior = decoder, prior
-        self._parts: Parts | None = None
-
-    def look_again(self) -> None:
-        """Let :meth:`parts` be what they are now."""
-        self._parts = None
-
-    def parts(self) -> "Parts":
-        """What is below, as of when the program last ran, or was looked through."""
-        if self._parts is None:
-            self._parts = Parts(
-                [module for module in self.modules() if isinstance(module, PyroModule)],
-                [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)],
-                next(self.decoder.parameters(), None) is not None,
-            )
-        return self._parts
 
     @property
     def num_steps(self) -> int:
         return self.forward_process.num_steps
 
-    def top(self, dtype: torch.dtype) -> dist.Distribution:
-        """p(x_T), with batch_shape ()."""
+    @property
+    def device(self) -> torch.device:
+        """Where states are: the device of the reverse process's parameters, or the schedule's where it has none."""
+        parameter = next(self.reverse.parameters(), None)
+        return self.forward_process.schedule.device if parameter is None else parameter.device
+
+    def top(self, dtype: torch.dtype, device: torch.device | None = None) -> dist.Distribution:
+        """p(x_T), with batch_shape (), for states of a dtype and on a device, the model's if not given."""
         if self.prior is None:
-            return self.forward_process.prior(self.event_shape, dtype)
+            device = self.device if device is None else device
+            elsewhere = {} if home(device) == device else {"device": device}
+            return self.forward_process.prior(self.event_shape, dtype, **elsewhere)
         return _check_law(self.prior() if isinstance(self.prior, nn.Module) else self.prior, "prior", self.event_shape)
 
     def kernel(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
         """p_θ(x_{t-1} | x_t)."""
-        t = _time(x_t, t, self.event_shape) if isinstance(t, int) else t
+        t = t if isinstance(t, Tensor) else _time(x_t, t, self.event_shape)
         return self._checked(self.reverse(x_t, t), "reverse", x_t)
 
     def decoded(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
@@ -324,32 +304,53 @@ class Generative(nn.Module):
         return self._checked(self.decoder(kernel, x_1), "decoder", x_1)
 
     def _checked(self, law: dist.Distribution, name: str, x: Tensor) -> dist.Distribution:
-        if checks.trusted():
+        if not checks.validating():
             return law
-        batch_shape = x.shape[: x.dim() - len(self.event_shape)]
-        if _check_law(law, name, self.event_shape).batch_shape not in (batch_shape, torch.Size()):
+        batch_shape, found = x.shape[: x.dim() - len(self.event_shape)], _check_law(law, name, self.event_shape)
+        try:  # a state may broadcast, as under enumeration
+            fits = not found.batch_shape or torch.broadcast_shapes(found.batch_shape, batch_shape)
+        except RuntimeError:
+            fits = False
+        enumerating = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+        if not fits or (len(found.batch_shape) > len(batch_shape) and not enumerating):
             raise ValueError(
                 f"{name} must return a distribution with the batch_shape {tuple(batch_shape)} of its state, but its "
                 f"batch_shape is {tuple(law.batch_shape)}"
             )
         return law
 
-    def dtype(self, x_0: Tensor | None = None, wait: bool = False) -> torch.dtype:
-        """The dtype of the states: that of the parameters, if there are any. Data are checked, and must share it."""
-        if x_0 is not None:
-            if isinstance(self.decoder, Decoder):
-                self.decoder.check_kind(x_0)
-            self.forward_process.check(x_0, self.event_shape, wait)
-            if isinstance(self.decoder, Decoder):
-                self.decoder.check(x_0, wait)
-            if checks.trusted() and not wait:
-                return x_0.dtype
-        dtypes = [parameter.dtype for parameter in self.reverse.parameters() if parameter.is_floating_point()]
-        if x_0 is None:
-            return dtypes[0] if dtypes else torch.get_default_dtype()
+    def dtype(self) -> torch.dtype:
+        """The dtype of the states: that of the parameters, if there are any.
+
+        Raises:
+            ValueError: If all parameters are of half precision.
+        """
+        dtypes = self._dtypes()
+        return dtypes[0] if dtypes else torch.get_default_dtype()
+
+    def check(self, x_0: Tensor) -> None:
+        """Refuse what cannot be data of this model.
+
+        Raises:
+            ValueError: If ``x_0`` has another shape than (B, *event_shape), another dtype or device than the model, or
+                a value that no datum has; or if all parameters are of half precision.
+        """
+        dtypes = self._dtypes()
+        if isinstance(self.decoder, Decoder):
+            self.decoder.check_kind(x_0)
+        self.forward_process.check(x_0, self.event_shape)
+        if isinstance(self.decoder, Decoder):
+            self.decoder.check(x_0)
         if dtypes and x_0.dtype not in dtypes:
             raise ValueError(f"x_0 must have the dtype of the model's parameters, {dtypes[0]}, but it is {x_0.dtype}")
-        return x_0.dtype
+
+    def _dtypes(self) -> list[torch.dtype]:
+        """The dtypes of the parameters that states may have."""
+        dtypes = [parameter.dtype for parameter in self.reverse.parameters() if parameter.is_floating_point()]
+        full = [dtype for dtype in dtypes if torch.finfo(dtype).bits >= 32]
+        if dtypes and not full:
+            checks.full_precision("weights", dtypes[0])
+        return full
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -358,12 +359,11 @@ class Generative(nn.Module):
         Random weights (each ``PyroSample``) are drawn now, before the chain and outside its plate. A ``PyroModule``
         forgets them when its outermost call returns, so the modules' contexts are kept open for all of the chain.
         """
-        self.look_again()
         for name, part in self.named_children():
             _claim_names(name, part)
             if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
                 pyro.module(name, part)
-        modules = [module for module in self.modules() if isinstance(module, PyroModule)]
+        modules = self.of_pyro()
         with ExitStack() as stack:
             for context in {id(module._pyro_context): module._pyro_context for module in modules}.values():
                 stack.enter_context(context)
@@ -372,26 +372,26 @@ class Generative(nn.Module):
                     getattr(module, name)
             yield
 
+    def of_pyro(self) -> list[PyroModule]:
+        """The modules below that speak to Pyro by themselves, when they are called."""
+        return [module for module in self.modules() if isinstance(module, PyroModule)]
+
     def is_random(self) -> bool:
         """Whether there are random weights, each a ``PyroSample``."""
-        return any(part._pyro_samples for part in self.parts().of_pyro)
+        return any(module._pyro_samples for module in self.of_pyro())
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Within, the parts are used without a message to Pyro for every parameter below; :meth:`running` if random."""
-        if self.is_random():
-            with self.running():
-                yield
-            return
-        modules, silence = self.parts().of_pyro, _Silence()
-        contexts = [module._pyro_context for module in modules]
-        for module in modules:
-            module.__dict__["_pyro_context"] = silence
-        try:
+    def evaluated(self) -> Iterator[None]:
+        """Within, the parts are called outside of the programs, and Pyro's param store is afterwards as it was.
+
+        Random weights are drawn once, now.
+        """
+        if not self.of_pyro():  # nothing below sends a message
             yield
-        finally:
-            for module, context in zip(modules, contexts, strict=True):
-                module.__dict__["_pyro_context"] = context
+            return
+        store = pyro.get_param_store()
+        with store.scope(store.get_state()), self.running():
+            yield
 
 
 def _claim_names(name: str, part: nn.Module) -> None:
@@ -421,20 +421,21 @@ class TrajectoryModel(Generative):
     def forward(self, x_0: Tensor | None = None, num_samples: int | None = None) -> Tensor:
         if (x_0 is None) == (num_samples is None):
             raise ValueError(f"either x_0 or num_samples must be given, but num_samples is {num_samples!r}")
-        if x_0 is None:
-            checks.positive_int("num_samples", num_samples)
-        dtype = self.dtype(x_0)
+        size = checks.positive_int("num_samples", num_samples) if x_0 is None else None
+        if x_0 is not None and checks.validating():
+            self.check(x_0)
         with self.running():
-            return self._chain(x_0, num_samples if x_0 is None else len(x_0), dtype)
+            states = (self.dtype(), self.device) if x_0 is None else (x_0.dtype, x_0.device)
+            return self._chain(x_0, len(x_0) if size is None else size, self.top(*states))
 
     def matches(self, guide: nn.Module) -> bool:
         """Whether this is the guide of the same diffusion."""
         return isinstance(guide, TrajectoryGuide) and guide.forward_process is self.forward_process
 
-    def _chain(self, x_0: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+    def _chain(self, x_0: Tensor | None, size: int, top: dist.Distribution) -> Tensor:
         data, T = pyro.plate("data", size, dim=-1), self.num_steps
         with data:
-            x = pyro.sample(f"x_{T}", self.top(dtype))
+            x = pyro.sample(f"x_{T}", top)
         for t in range(T, 1, -1):
             kernel = self.kernel(x, t)
             with data:
@@ -442,6 +443,37 @@ class TrajectoryModel(Generative):
         law = self.decoded(self.kernel(x, 1), x)
         with data:
             return pyro.sample("x_0", law, obs=x_0)
+
+
+class _Unscored(dist.TorchDistribution):
+    """A law whose density nothing depends on, since it stands under ``mask(False)``: 0 in the dtype of the states.
+
+    Arguments:
+        law: The law, with batch_shape (B,).
+        x_0: The data.
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(self, law: dist.Distribution, x_0: Tensor) -> None:
+        self.law, self.x_0, self.has_rsample = law, x_0, law.has_rsample
+        super().__init__(law.batch_shape, law.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.law.support
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "_Unscored":
+        return _Unscored(self.law.expand(batch_shape), self.x_0)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        return self.law.rsample(sample_shape)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        return self.law.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.x_0.new_zeros(value.shape)
 
 
 class _Step(nn.Module):
@@ -456,15 +488,18 @@ class _Step(nn.Module):
 
     def draw(self, x_0: Tensor, sample: Callable[[str, dist.Distribution], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The times, with shape (B,), the states x_t and the scale w(t) / p(t); ``sample`` draws from a law by name."""
-        like = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)  # so that a rare t has its probability
-        t, probability = self.drawing(sample("u", self.drawing.uniforms(like)), self.forward_process.num_steps)
-        x_t = sample("x_t", self.forward_process.marginal(x_0.expand(t.shape + self.event_shape), t))
-        if type(self.weighting) is BoundWeighting:
-            return t, x_t, (1 / probability).to(x_0.dtype)
+        like = x_0.new_empty(len(x_0), dtype=torch.float64, device=home(x_0.device))  # exact where a t is rare
+        u = sample("u", _Unscored(self.drawing.uniforms(like), x_0))
+        t, probability = self.drawing(u, self.forward_process.num_steps)
         weight = self.weighting(t)
         if not isinstance(weight, Tensor) or weight.shape != t.shape:
-            raise ValueError(f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is {weight!r}")
-        return t, x_t, (weight / probability).to(x_0.dtype)
+            raise ValueError(
+                f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is "
+                f"{checks.described(weight)}"
+            )
+        scale = (weight / probability).to(x_0.dtype).to(x_0.device)
+        t = t.to(x_0.device)
+        return t, sample("x_t", self.forward_process.marginal(x_0.expand(t.shape + self.event_shape), t)), scale
 
     @staticmethod
     @contextmanager
@@ -487,7 +522,8 @@ class OneStepGuide(nn.Module):
 
     def forward(self, x_0: Tensor) -> None:
         q = self.step.forward_process
-        q.check(x_0, self.step.event_shape)
+        if checks.validating():
+            q.check(x_0, self.step.event_shape)
         with pyro.plate("data", len(x_0), dim=-1):
             pyro.sample("x_T", q.marginal(x_0, q.num_steps))
             with poutine.mask(mask=False):
@@ -505,18 +541,19 @@ class OneStepModel(Generative):
         self.step = step
 
     def forward(self, x_0: Tensor) -> None:
-        dtype = self.dtype(x_0)
+        if checks.validating():
+            self.check(x_0)
         with self.running():
-            self._score(x_0, dtype)
+            self._score(x_0)
 
     def matches(self, guide: nn.Module) -> bool:
         """Whether this is the guide of the same pair."""
         return isinstance(guide, OneStepGuide) and guide.step is self.step
 
-    def _score(self, x_0: Tensor, dtype: torch.dtype) -> None:
+    def _score(self, x_0: Tensor) -> None:
         data, step = pyro.plate("data", len(x_0), dim=-1), self.step
         with data:
-            pyro.sample("x_T", self.top(dtype))
+            pyro.sample("x_T", self.top(x_0.dtype, x_0.device))
             with poutine.mask(mask=False):
                 t, x_t, scale = step.draw(x_0, pyro.sample)
         kernel = self.kernel(x_t, t)

@@ -5,9 +5,14 @@ For a guide in the model's order, with z_1, z_2, ... the latent sites and x the 
 .. math::
     -\log p(x) \le \sum_i \mathbb{E}_q \, KL(q(z_i | z_{<i}) \| p(z_i | z_{<i})) - \mathbb{E}_q \log p(x | z),
 
-one term a site. Of the trajectory pair of a diffusion these are :math:`L_T`, the :math:`L_{t-1}` and :math:`L_0`.
+one term per site. Of the trajectory pair of a diffusion these are :math:`L_T`, the :math:`L_{t-1}` and :math:`L_0`.
+
+In another order the KL at a site is its term as long as every latent site that the model draws before it is also drawn
+before it by the guide: given these, the guide's law of :math:`z_i` is all that is averaged over. Elsewhere the term is
+:math:`\log q(z_i) - \log p(z_i)` at the draw, which is unbiased in any order.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,19 +27,26 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from . import checks
-from .terms import innermost, is_listened_to, pair_costs, precisely, relative_entropy
+from .precision import precisely
+from .terms import innermost, is_listened_to, pair_costs, relative_entropy
 
 __all__ = ["DiffusionELBO"]
 
 
 class DiffusionELBO(TraceMeanField_ELBO):
-    """Pyro's ``TraceMeanField_ELBO``, which also says its terms, and refuses a pair for which it would be wrong.
+    """Pyro's ``TraceMeanField_ELBO``, which also says its terms, and is right for two programs in any order.
 
-    It takes the analytic KL at each latent site where one is registered, and falls back to a Monte Carlo log ratio
-    where none is. Beyond Pyro's it takes guide sites that are not reparameterised, the bits of a binomial diffusion
-    say, if they have no parameters to learn. While gradients are taken, a site with ``infer={"tell": f}`` (the guide's,
-    where it is latent) has f called with its cost, before scale and mask. Arguments are Pyro's: ``num_particles``,
-    ``vectorize_particles``, and ``max_plate_nesting`` with it.
+    At each latent site it takes the analytic KL where one is registered and may be taken: where every latent site that
+    the model draws before is also drawn before by the guide. Elsewhere it takes the log ratio at the draw, and warns,
+    once, if it is for the order. Beyond Pyro's it takes guide sites that are not reparameterised, the bits of a
+    binomial diffusion say, if they have no parameters to learn. While Pyro validates it refuses scales, masks and
+    plates that stand in one program only, and missing sites.
+
+    While gradients are taken, a site with ``infer={"tell": f}`` (the guide's, where it is latent) has f called with its
+    cost, before scale and mask.
+
+    Arguments:
+        *args, **kwargs: Pyro's: ``num_particles``, ``vectorize_particles``, and ``max_plate_nesting`` with it.
 
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=3))
@@ -44,6 +56,10 @@ class DiffusionELBO(TraceMeanField_ELBO):
         >>> {name: tuple(term.shape) for name, term in terms.items()}
         {'x_3': (5,), 'x_2': (5,), 'x_1': (5,), 'x_0': (5,)}
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_warned = False
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The cost of each site: KL for a latent site, -log p for an observed one, with its scale and mask.
@@ -58,9 +74,9 @@ class DiffusionELBO(TraceMeanField_ELBO):
             out; an auxiliary site of the guide (``infer={"is_auxiliary": True}``) costs log q.
 
         Raises:
-            ValueError: If the guide has its sites in another order than the model, lacks one of the model's, or has
-                one that the model lacks; if a scale or a mask stands in one program only; if the parameters of a guide
-                site that is not reparameterised require a gradient.
+            ValueError: While Pyro validates: if the guide lacks a latent site of the model, or has one that the model
+                lacks; if a scale or a mask stands in one program only; if the parameters of a guide site that is not
+                reparameterised require a gradient.
         """
         total: dict[str, Tensor] = {}
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
@@ -73,7 +89,8 @@ class DiffusionELBO(TraceMeanField_ELBO):
         costs = self._direct_costs(model, guide, args, kwargs)
         if costs is not None:
             return costs.sum()
-        return sum((term.sum() for term in self.terms(model, guide, *args, **kwargs).values()), torch.zeros(()))
+        terms = [term.sum() for term in self.terms(model, guide, *args, **kwargs).values()]
+        return sum(terms[1:], terms[0]) if terms else torch.zeros((), device="cpu")
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss as a number."""
@@ -88,22 +105,24 @@ class DiffusionELBO(TraceMeanField_ELBO):
         return loss.detach()
 
     def _direct_costs(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor | None:
-        """The costs without a message, of a pair that was checked before and has nobody listening."""
-        if not checks.trusted() or self.num_particles > 1 or is_listened_to():
+        """The costs without a message, where nothing is validated and nobody listens."""
+        if checks.validating() or self.num_particles > 1 or is_listened_to():
             return None
         return pair_costs(model, guide, args, kwargs)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace = _trace_of(guide, args, kwargs)
+        model_trace = _trace_of(poutine.replay(model, trace=guide_trace), args, kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        if not checks.trusted():
+        if checks.validating():
             _check_pair(_sites(model_trace), _sites(guide_trace))
         return model_trace, guide_trace
 
     def _costs(self, model_trace: Trace, guide_trace: Trace) -> Iterator[tuple[str, Tensor]]:
         """Name and cost of each scored site, the model's and then the guide's auxiliary ones."""
         model_sites, guide_sites = _sites(model_trace), _sites(guide_trace)
+        out_of_order = dict.fromkeys(_out_of_order(model_sites, guide_sites))
+        self._warn_of_order([name for name in out_of_order if model_sites[name]["mask"] is not False])
         for name, site in model_sites.items():
             if site["mask"] is False:
                 continue
@@ -111,7 +130,8 @@ class DiffusionELBO(TraceMeanField_ELBO):
                 if site["is_observed"]:
                     cost = -site["fn"].log_prob(site["value"])
                 else:
-                    cost = relative_entropy(guide_sites[name]["fn"], site["fn"], site["value"])
+                    q = guide_sites[name]["fn"]
+                    cost = relative_entropy(q, site["fn"], site["value"], analytic=name not in out_of_order)
             if "tell" in site["infer"] and torch.is_grad_enabled():
                 site["infer"]["tell"](cost.detach())
             yield name, self._of_datum(cost, site)
@@ -119,13 +139,27 @@ class DiffusionELBO(TraceMeanField_ELBO):
             if name not in model_sites and site["mask"] is not False:
                 yield name, self._of_datum(site["fn"].log_prob(site["value"]), site)
 
+    def _warn_of_order(self, names: list[str]) -> None:
+        if not names or self._has_warned:
+            return
+        self._has_warned = True
+        listed = ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+        warnings.warn(
+            f"the guide draws sites in another order than the model, so the KL may not be taken at {listed}: the cost "
+            f"of each is the log ratio at the draw, which is unbiased, but varies more",
+            UserWarning,
+            stacklevel=2,
+        )
+
     def _of_datum(self, cost: Tensor, site: dict) -> Tensor:
         """The cost with the site's scale and mask, the mean over vectorised particles."""
         cost = scale_and_mask(cost, scale=site["scale"], mask=site["mask"])
         if not (self.vectorize_particles and self.num_particles > 1):
             return cost
         cost = cost.mean(-self.max_plate_nesting)
-        return cost if sum(frame.vectorized for frame in site["cond_indep_stack"]) > 1 else cost.reshape(())
+        plates = [-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+        depth = max((dim for dim in plates if dim < self.max_plate_nesting), default=0)
+        return cost.reshape(cost.shape[cost.dim() - depth :])
 
 
 def _sites(trace: Trace) -> dict[str, dict]:
@@ -136,11 +170,41 @@ def _sites(trace: Trace) -> dict[str, dict]:
     }
 
 
+def _trace_of(program: Callable, args: tuple, kwargs: dict) -> Trace:
+    """The trace of a program; an error of this package is raised without the shapes that Pyro adds to its message."""
+    try:
+        return poutine.trace(program).get_trace(*args, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        cause = error.__cause__
+        if cause is None or "Trace Shapes" not in str(error):
+            raise
+        at = cause.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        ours = at is not None and at.tb_frame.f_globals.get("__name__", "").startswith("pyrodiff.")
+        if not ours and not str(error).endswith("Trace Shapes:\n Param Sites:\nSample Sites:"):
+            raise
+        raise cause from None
+
+
+def _out_of_order(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> list[str]:
+    """The latent sites before which the model draws a latent one that the guide draws after."""
+    place = {name: i for i, name in enumerate(guide_sites)}
+    found, last = [], -1
+    for name, site in model_sites.items():
+        if not site["is_observed"] and name in place:
+            if last > place[name]:
+                found.append(name)
+            last = max(last, place[name])
+    return found
+
+
 def _check_pair(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> None:
     """Refuse a pair whose KLs, site by site, are not the terms of a bound."""
     latent = [name for name, site in model_sites.items() if not site["is_observed"]]
     auxiliary = [name for name, site in guide_sites.items() if site["infer"].get("is_auxiliary") and name not in latent]
-    drawn = [name for name in guide_sites if name not in auxiliary]
+    observed = {name for name, site in guide_sites.items() if site["is_observed"] and name in model_sites}
+    drawn = [name for name in guide_sites if name not in auxiliary and name not in observed]
     for name in latent:
         if name not in drawn:
             raise ValueError(
@@ -152,14 +216,6 @@ def _check_pair(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> N
             raise ValueError(
                 f"guide must draw latent sites of the model only, but {name!r} is not one: draw it in the model too "
                 f"(with the same law, if it is auxiliary), or its entropy would count as part of the bound"
-            )
-    for ours, theirs in zip(latent, drawn, strict=True):
-        if ours != theirs:
-            raise ValueError(
-                f"guide must draw its sites in the order of the model, but it draws {theirs!r} where the model draws "
-                f"{ours!r}: in another order the KLs at the sites are not the terms of the bound. Let the guide draw "
-                f"{ours!r} first, by the forward posterior q(x_s | x_t, x_0) say, or use pyro.infer.Trace_ELBO, which "
-                f"is right for any order"
             )
     for name in latent:
         _check_site(name, model_sites[name], guide_sites[name])
@@ -182,10 +238,10 @@ def _check_site(name: str, model_site: dict, guide_site: dict) -> None:
                 f"{in_guide} in the guide: put the same poutine.{handler} or plate around it in both"
             )
     p, q = model_site["fn"], guide_site["fn"]
-    if _is_masked(p) != _is_masked(q):
+    if not _same(*(_own_mask(law) for law in (p, q))):
         raise ValueError(
-            f"a mask must stand in both programs, but at site {name!r} only the {'model' if _is_masked(p) else 'guide'}"
-            f"'s distribution has one: put poutine.mask around the site in both"
+            f"a mask must stand in both programs, but at site {name!r} the distribution has another in the model than "
+            f"in the guide: put the same poutine.mask around the site in both"
         )
     if p.event_shape != q.event_shape:
         raise ValueError(
@@ -224,7 +280,15 @@ def _same(ours: float | Tensor | None, theirs: float | Tensor | None) -> bool:
     return torch.equal(ours, theirs)
 
 
-def _is_masked(law: Distribution) -> bool:
+def _own_mask(law: Distribution) -> Tensor | bool | None:
+    """What a law itself is masked by, broadcast to its batch_shape; None, or False, if by one value throughout."""
     while isinstance(law, Independent):
         law = law.base_dist
-    return isinstance(law, MaskedDistribution)
+    if not isinstance(law, MaskedDistribution):
+        return None
+    mask = torch.as_tensor(law._mask)
+    if mask.device.type != "cpu":
+        return mask.expand(law.batch_shape)
+    if bool(mask.all()):
+        return None
+    return mask.expand(law.batch_shape) if bool(mask.any()) else False

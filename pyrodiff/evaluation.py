@@ -1,11 +1,14 @@
 """What every evaluation of a diffusion shares: its mode and its seed, its data batch by batch, its memory, its bar."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from numbers import Integral
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
+import numpy as np
+import pyro
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -14,37 +17,41 @@ from . import checks, processes
 from .diffusion import Diffusion
 from .randomness import copied_source, seed_draws
 
-__all__ = ["batches", "bytes_a_row", "evaluating", "expect", "progress_bar", "rows_within"]
+__all__ = ["Look", "batches", "bytes_per_row", "evaluating", "expect", "look", "progress_bar", "validated"]
 
 
 @contextmanager
-def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, agreed: bool = False) -> Iterator[None]:
-    """Within: evaluation mode, random weights drawn once, and draws from a source of their own.
+def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, agreed: bool = False) -> Iterator[int]:
+    """Within: evaluation mode, random weights drawn once, no validation, and draws from a source of their own.
 
-    Afterwards each submodule has its own mode again, and torch's global sources are where they were.
+    Afterwards each submodule has its own mode again, and torch's global sources are where they were. What is given is
+    validated by :func:`batches` and :func:`look`.
 
     Arguments:
         diffusion: The diffusion.
         generator: A seed; or a generator, from which one is drawn; or None, for torch's global source.
         agreed: Whether all processes draw alike, as the first does.
 
+    Yields:
+        The seed, not negative.
+
     Raises:
         ValueError: If ``generator`` is something else.
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    diffusion.model.look_again()
-    with _seeded(generator, _device(diffusion), agreed), _evaluation_mode(diffusion), diffusion.model.quiet():
-        yield
+    seeded = _seeded(generator, diffusion.model.device, agreed)
+    with seeded as seed, _evaluation_mode(diffusion), diffusion.model.evaluated(), pyro.validation_enabled(False):
+        yield seed
 
 
 @contextmanager
-def _seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool) -> Iterator[None]:
+def _seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool) -> Iterator[int]:
     source = copied_source()  # drawn from, once all went well
     if generator is None:
-        seed = int(torch.randint(2**63 - 1, (), generator=source))
+        seed = int(torch.randint(2**63 - 1, (), generator=source, device="cpu"))
     elif isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    elif isinstance(generator, Integral) and not isinstance(generator, bool) and -(2**63) <= generator < 2**64:
+    elif checks.is_int(generator) and -(2**63) <= generator < 2**64:
         seed = int(generator)
     else:
         raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
@@ -52,10 +59,10 @@ def _seeded(generator: torch.Generator | int | None, device: torch.device, agree
         of_first = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
         processes.agree([of_first])
         seed = int(of_first)
-    on_cpu = device.type == "cpu"
+    on_cpu = device.type in ("cpu", "meta")
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         seed_draws(seed, device)
-        yield
+        yield seed % 2**64
     if generator is None:
         torch.set_rng_state(source.get_state())
 
@@ -69,10 +76,6 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in training:
             submodule.training = True
-
-
-def _device(diffusion: Diffusion) -> torch.device:
-    return diffusion.forward_process.schedule.noise(0).device
 
 
 def batches(diffusion: Diffusion, x_0: Tensor | Iterable) -> Iterator[Tensor]:
@@ -94,7 +97,7 @@ def batches(diffusion: Diffusion, x_0: Tensor | Iterable) -> Iterator[Tensor]:
     for number, batch in enumerate(x_0):
         batch = batch[0] if isinstance(batch, tuple | list) and len(batch) > 0 else batch
         try:
-            batch = batch.to(_device(diffusion)) if isinstance(batch, Tensor) else batch
+            batch = batch.to(diffusion.model.device) if isinstance(batch, Tensor) else batch
             _refuse_what_is_no_data(diffusion, batch)
         except ValueError as error:
             raise ValueError(f"{error} (in batch {number} of the loader)") from None
@@ -108,39 +111,51 @@ def _loads(x_0: object) -> bool:
     first = x_0
     while isinstance(first, list | tuple) and first:
         first = first[0]
-    if isinstance(first, int | float):
+    if checks.is_number(first):
         return False
-    return isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | str | bytes | dict)
+    return isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | np.ndarray | str | bytes | dict)
 
 
 def _refuse_what_is_no_data(diffusion: Diffusion, x_0: object) -> None:
-    if x_0 is None:
-        raise ValueError("x_0 must be a tensor, but it is a NoneType")
-    diffusion.model.dtype(x_0, wait=True)
-    if torch.finfo(x_0.dtype).bits < 32:
-        raise ValueError(f"x_0 must be float32 or float64, for a likelihood, but its dtype is {x_0.dtype}")
+    diffusion.model.check(x_0)
 
 
-def rows_within(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> int:
-    """How many rows of network calls fit a memory budget in bytes.
+class Look(NamedTuple):
+    """What a first, validated call of the kernels for one datum says.
 
     Arguments:
-        memory_budget: The budget.
+        rows: How many rows a batch of network calls has: as fit a memory budget, and on a CPU its cache.
+        is_analytic: Whether the KL of the posterior and the reverse kernel is registered.
+    """
+
+    rows: int
+    is_analytic: bool
+
+
+def look(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> Look:
+    """Validate the kernels, and say how network calls are batched.
+
+    Arguments:
+        memory_budget: The budget in bytes.
         diffusion: The diffusion.
         x_0: Data with shape (B, *event_shape).
 
     Raises:
-        ValueError: If none does, or it is not a positive int.
+        ValueError: If no row fits the budget, or it is not a positive int; if the model has no laws.
     """
-    checks.positive_int("memory_budget", memory_budget)
-    size = bytes_a_row(diffusion, x_0[:1])
+    memory_budget = checks.positive_int("memory_budget", memory_budget)
+    size, kernel = _called(diffusion, x_0[:1])
     if size > memory_budget:
         raise ValueError(f"memory_budget must hold one datum, which takes {size} bytes here, but it is {memory_budget}")
-    return memory_budget // size
+    cached = min(memory_budget, max(_CACHE, size)) if x_0.device.type == "cpu" else memory_budget
+    return Look(max(1, cached // max(1, size)), _is_analytic(diffusion, x_0[:1], kernel))
 
 
-def bytes_a_row(diffusion: Diffusion, x_0: Tensor) -> int:
-    """What one datum takes in a network call and in the kernels and the decoder around it, in bytes.
+_CACHE = 2**25  # bytes of results on the way, few of which live at the same time
+
+
+def bytes_per_row(diffusion: Diffusion, x_0: Tensor) -> int:
+    """What one datum takes in a network call and in the kernels and the decoder around it, in bytes; validated.
 
     It is the sum of all results on the way, whether they live at the same time or not.
 
@@ -148,10 +163,35 @@ def bytes_a_row(diffusion: Diffusion, x_0: Tensor) -> int:
         diffusion: The diffusion.
         x_0: One datum, with shape (1, *event_shape).
     """
-    with torch.no_grad(), _Results() as results:
+    return _called(diffusion, x_0)[0]
+
+
+def _called(diffusion: Diffusion, x_0: Tensor) -> tuple[int, Distribution]:
+    """The bytes that one datum takes, and the reverse kernel at t = 1."""
+    with torch.no_grad(), validated(x_0.device), _Results() as results:
         kernel = diffusion.model.kernel(x_0, torch.ones(1, dtype=torch.long, device=x_0.device))
         diffusion.model.decoded(kernel, x_0).log_prob(x_0)
-    return 16 * x_0.nbytes + results.nbytes
+    return 16 * x_0.nbytes + results.nbytes, kernel
+
+
+def _is_analytic(diffusion: Diffusion, x_0: Tensor, kernel: Distribution) -> bool:
+    if diffusion.num_steps == 1:
+        return True
+    posterior = diffusion.forward_process.posterior(x_0, x_0, torch.full((1,), 2, device=x_0.device))
+    try:
+        kl_divergence(posterior, kernel)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def validated(device: torch.device) -> AbstractContextManager:
+    """Within, Pyro validates, where there are values to read: a meta tensor has none.
+
+    Arguments:
+        device: Where the tensors are.
+    """
+    return pyro.validation_enabled(device.type != "meta")
 
 
 class _Results(TorchDispatchMode):

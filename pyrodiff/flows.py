@@ -35,10 +35,12 @@ from tqdm import tqdm
 from . import checks
 from .decoders import GaussianDecoder
 from .diffusion import Diffusion
-from .evaluation import batches, evaluating, expect, progress_bar, rows_within
+from .evaluation import batches, evaluating, expect, look, progress_bar
 from .forward import GaussianForward
 from .likelihoods import Likelihood
+from .precision import float64, home
 from .reverse import GaussianReverse
+from .terms import runs
 
 __all__ = ["FlowLikelihood", "ode_log_prob"]
 
@@ -153,10 +155,10 @@ def ode_log_prob(
         >>> flow.log_prob.shape, flow.is_bound
         (torch.Size([5]), False)
     """
-    _check(diffusion, num_probes, tolerance, max_steps)
+    num_probes, tolerance, max_steps = _checked(diffusion, num_probes, tolerance, max_steps)
     is_bound, D = not isinstance(diffusion.model.decoder, GaussianDecoder), diffusion.event_shape.numel()
     if num_particles is not None:
-        checks.positive_int("num_particles", num_particles)
+        num_particles = checks.positive_int("num_particles", num_particles)
         if not is_bound:
             raise ValueError(f"num_particles must be None where no decoder follows the flow, but it is {num_particles}")
     if num_probes is None:
@@ -165,7 +167,7 @@ def ode_log_prob(
     with evaluating(diffusion, generator), progress_bar(progress, "probability flow") as bar:
         results = []
         for batch in batches(diffusion, x_0):
-            rows = max(1, rows_within(memory_budget, diffusion, batch) // 4)  # two times, and their gradients
+            rows = max(1, look(memory_budget, diffusion, batch).rows // 4)  # two times, and their gradients
             draws, B = (num_particles or 1) if is_bound else 1, len(batch)
             expect(bar, x_0, batch, draws * B)
             row = torch.arange(draws * B, device=batch.device) % B
@@ -178,17 +180,19 @@ def ode_log_prob(
     return FlowLikelihood(estimates, is_bound, diffusion.event_shape, levels, T, num_probes, evaluations)
 
 
-def _check(diffusion: Diffusion, num_probes: int | None, tolerance: float, max_steps: int) -> None:
+def _checked(
+    diffusion: Diffusion, num_probes: int | None, tolerance: float, max_steps: int
+) -> tuple[int | None, float, int]:
     checks.instance("diffusion", diffusion, Diffusion)
     if not isinstance(diffusion.forward_process, GaussianForward):
         raise ValueError(f"diffusion must be Gaussian to have a flow, but it is of {diffusion.forward_process!r}")
-    if diffusion.forward_process.schedule.signal(diffusion.num_steps) == 0:
+    if not checks.holds(diffusion.forward_process.schedule.signal(diffusion.num_steps) != 0):
         schedule = diffusion.forward_process.schedule
         raise ValueError(f"diffusion must leave some signal at t = T, but its schedule is {schedule!r}")
-    if num_probes is not None and (isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 0):
+    if num_probes is not None and not (checks.is_int(num_probes) and num_probes >= 0):
         raise ValueError(f"num_probes must be an int of at least 0, or None, but it is {num_probes!r}")
-    checks.number("tolerance", tolerance, 0, 1)
-    checks.positive_int("max_steps", max_steps)
+    tolerance, max_steps = checks.number("tolerance", tolerance, 0, 1), checks.positive_int("max_steps", max_steps)
+    return None if num_probes is None else int(num_probes), tolerance, max_steps
 
 
 def _costs(flow: "_Flow", x_0: Tensor, datum: Tensor, is_bound: bool, bar: tqdm) -> tuple[Tensor, Tensor]:
@@ -214,7 +218,7 @@ class _Flow:
     def __init__(self, diffusion: Diffusion, num_probes: int, tolerance: float, max_steps: int) -> None:
         self.diffusion, self.num_probes, self.tolerance, self.max_steps = diffusion, num_probes, tolerance, max_steps
         schedule, T = diffusion.forward_process.schedule, diffusion.num_steps
-        t = torch.arange(1, T + 1, device=schedule.noise(0).device)
+        t = torch.arange(1, T + 1, device=schedule.device)
         self.signal, self.log_snr = schedule.signal(t), schedule.log_snr(t)
         self.scale = (self.signal**2 + schedule.noise(t) ** 2).sqrt()
         self.D = diffusion.event_shape.numel()
@@ -231,14 +235,14 @@ class _Flow:
             return torch.cat([y.detach() - estimate.detach(), self.D - divergence], 1) / 2
 
         y_1, integral, first = self._solve(
-            drift, x_0.double().reshape(len(x_0), -1), x_0.new_zeros(()), x_0.new_ones(()), datum
+            drift, float64(x_0).reshape(len(x_0), -1), self.signal.new_zeros(()), self.signal.new_ones(()), datum
         )
         log_p, evaluations = self._log_prob(self.signal[0] / self.scale[0] * y_1, probes, x_0.dtype, datum)
         return log_p + integral + self.D * self.signal[0].log() - self.D * self.scale[0].log(), first + evaluations
 
     def log_prob_of_x_1(self, x_1: Tensor, datum: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x_1), as above."""
-        z_1 = x_1.double().reshape(len(x_1), -1) / self.scale[0]
+        z_1 = float64(x_1).reshape(len(x_1), -1) / self.scale[0]
         log_p, evaluations = self._log_prob(z_1, self._probes(x_1), x_1.dtype, datum)
         return log_p - self.D * self.scale[0].log(), evaluations
 
@@ -259,7 +263,7 @@ class _Flow:
             longest = float(self.log_snr[0] - self.log_snr[-1]) / 20
             z_T, integral, evaluations = self._solve(drift, z_1, -self.log_snr[0], -self.log_snr[-1], datum, longest)
         x_T = (self.scale[-1] * z_T).reshape((len(z_T), *self.diffusion.event_shape))
-        prior = self.diffusion.model.top(torch.float64)
+        prior = self.diffusion.model.top(torch.float64, x_T.device)
         top = prior.log_prob(x_T.to(prior.sample().dtype)).double()  # a given prior has a dtype of its own
         return top + self.D * self.scale[-1].log() + integral, evaluations
 
@@ -275,17 +279,17 @@ class _Flow:
 
     def _estimate(self, x: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         """The estimate of x_0, flat and in float64."""
-        x_t = x.to(dtype).reshape((len(x), *self.diffusion.event_shape))
-        reverse, process = self.diffusion.reverse, self.diffusion.forward_process
-        if isinstance(reverse, GaussianReverse) and type(reverse).forward is GaussianReverse.forward:
-            return reverse.denoiser(x_t, t).double().reshape(x.shape)
+        reverse, process, device = self.diffusion.reverse, self.diffusion.forward_process, self.diffusion.model.device
+        x_t = x.to(dtype).to(device).reshape((len(x), *self.diffusion.event_shape))
+        if runs(reverse, GaussianReverse):
+            return float64(reverse.denoiser(x_t, t.to(device))).reshape(x.shape)
         weight_t, weight_0, _ = process.schedule.posterior(t)
-        mean = self.diffusion.model.kernel(x_t, t).mean.double().reshape(x.shape)
+        mean = float64(self.diffusion.model.kernel(x_t, t.to(device)).mean).reshape(x.shape)
         return (mean - weight_t[:, None] * x) / weight_0[:, None]  # E[x_{t-1}] is that of the posterior's mean
 
     def _probes(self, x: Tensor) -> Tensor:
         """Random signs, with shape (probes, R, D)."""
-        signs = torch.randint(2, (self.num_probes, len(x), self.D), device=x.device)
+        signs = torch.randint(2, (self.num_probes, len(x), self.D), device=home(x.device))
         return 2 * signs.double() - 1
 
     def _divergence(self, f: Tensor, z: Tensor, probes: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ closed form, for any :math:`0 \le s < t \le T`, and the law that it forgets the 
     \text{prior} \quad & p(x_T)
 
 Each kernel returns a Pyro distribution. The time ``t`` is an int, and then the first dimension of the data is the
-batch, or an integer tensor whose shape is the batch shape, one time a datum. Either way the distribution has that
-``batch_shape`` and the remaining dimensions in its event. Values of tensors are checked where they lie on the CPU;
-on an accelerator reading them would stall every step.
+batch, or an integer tensor whose shape is the batch shape, one time per datum. Either way the distribution has that
+``batch_shape`` and the remaining dimensions in its event. Arguments are checked while Pyro validates.
 
 References:
     Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Table App. 1,
@@ -25,6 +24,7 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
@@ -33,7 +33,8 @@ from torch.distributions import register_kl
 from torch.nn.functional import softplus
 
 from . import checks
-from .schedules import Float64Module, Schedule, SubSchedule, like, tabulated
+from .precision import Float64Module, coefficients, home
+from .schedules import Schedule, SubSchedule
 
 __all__ = ["BinomialForward", "Forward", "GaussianForward"]
 
@@ -100,19 +101,22 @@ class Forward(Float64Module, ABC):
         """
 
     @abstractmethod
-    def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
+    def prior(
+        self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> dist.Distribution:
         """p(x_T), the law that the process forgets the data towards.
 
         Arguments:
             event_shape: The shape of one datum.
             dtype: The dtype of its draws; torch's default if not given.
+            device: Their device; the schedule's if not given.
 
         Returns:
-            A distribution with batch_shape () and the given event_shape, on the schedule's device.
+            A distribution with batch_shape () and the given event_shape.
         """
 
     def trajectory(self, x_0: Tensor) -> Tensor:
-        """A draw of all states, x_1, ..., x_T of q(x_1:T | x_0).
+        """A draw of all states, x_1, ..., x_T of q(x_1:T | x_0), step by step.
 
         Arguments:
             x_0: The data, with shape (B, *event_shape).
@@ -144,66 +148,29 @@ class Forward(Float64Module, ABC):
             f"{type(self).__name__} must have a method subchain(times) of its own to be cut to fewer steps"
         )
 
-    def check(self, x_0: Tensor, event_shape: torch.Size, wait: bool = False) -> None:
+    def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
         """Refuse what cannot be data: another shape than (B, *event_shape), dtype, device or values.
-
-        Values on an accelerator are read only if told to ``wait`` for them.
 
         Raises:
             ValueError: If so, or if there is no datum.
         """
-        if checks.trusted() and not wait:
-            return
         if not isinstance(x_0, Tensor):
-            raise ValueError(f"x_0 must be a tensor, but it is a {type(x_0).__name__}")
+            hint = ": give torch.from_numpy(x_0)" if isinstance(x_0, np.ndarray) else ""
+            raise ValueError(f"x_0 must be a tensor, but it is a {type(x_0).__name__}{hint}")
         if x_0.dim() != 1 + len(event_shape) or x_0.shape[1:] != event_shape or len(x_0) == 0:
             expected = ", ".join(("B", *tuple(str(size) for size in event_shape)))
             raise ValueError(f"x_0 must have shape ({expected}) with B >= 1, but its shape is {tuple(x_0.shape)}")
         if not x_0.is_floating_point():
             raise ValueError(f"x_0 must have a floating dtype, but its dtype is {x_0.dtype}")
-        device = self.schedule.noise(0).device
-        if x_0.device != device:
-            raise ValueError(f"x_0 must be on the model's device {device}, but it is on {x_0.device}")
+        checks.full_precision("x_0", x_0.dtype)
+        if home(x_0.device) != self.schedule.device:
+            raise ValueError(f"x_0 must be on the model's device {self.schedule.device}, but it is on {x_0.device}")
         valid = self.support.check(x_0) & x_0.isfinite()
-        if not (bool(valid.all()) if wait else checks.holds(valid)):
+        if not checks.holds(valid):
             raise ValueError(
                 f"x_0 must be {'0 or 1' if self.support is constraints.boolean else 'finite'} everywhere, "
                 f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}"
             )
-
-    def earlier(self, x: Tensor, t: int | Tensor, s: int | Tensor | None = None, first: int = 0) -> int | Tensor:
-        """The earlier time s, t - 1 if not given, after checks of the state ``x`` and of first <= s < t <= T.
-
-        Raises:
-            ValueError: As for :meth:`transition`.
-        """
-        if checks.trusted():
-            return t - 1 if s is None else s
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-            raise ValueError(f"the state must be a tensor with a floating dtype, but it {got}")
-        checks.integer("t", t, self.num_steps, low=first + 1)
-        s = t - 1 if s is None else s
-        checks.integer("s", s, self.num_steps - 1, low=first)
-        for name, time in (("t", t), ("s", s)):
-            if isinstance(time, Tensor) and time.shape not in (torch.Size(), x.shape[: time.dim()]):
-                batch_shape = tuple(x.shape[: max(time.dim(), 1)])
-                raise ValueError(
-                    f"{name} must be an int or have the batch shape {batch_shape} of the state of shape "
-                    f"{tuple(x.shape)}, but its shape is {tuple(time.shape)}"
-                )
-        if not checks.holds((s >= first) & (s < t) & (t <= self.num_steps)):
-            raise ValueError(f"s and t must satisfy {first} <= s < t <= {self.num_steps}, but t is {t} and s is {s}")
-        return s
-
-    def _earlier_of_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None) -> int | Tensor:
-        s = self.earlier(x_t, t, s, first=1)
-        if checks.trusted():
-            return s
-        if not isinstance(x_0, Tensor) or x_0.shape != x_t.shape[x_t.dim() - x_0.dim() :]:
-            shape = tuple(x_0.shape) if isinstance(x_0, Tensor) else x_0
-            raise ValueError(f"x_0 must have the shape {tuple(x_t.shape)} of the state x_t, but its shape is {shape}")
-        return s
 
 
 def event_dim(x: Tensor, t: int | Tensor) -> int:
@@ -211,65 +178,24 @@ def event_dim(x: Tensor, t: int | Tensor) -> int:
     return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
 
 
-class Isotropic(dist.Independent):
-    """A Gaussian with one standard deviation for all numbers of a datum, which makes it cheap.
-
-    It is ``Normal(mean, deviation).to_event(...)``, but that is built only if somebody asks for it.
-
-    Arguments:
-        mean: The mean, with shape (*batch_shape, *event_shape).
-        deviation: The standard deviation in float64, with shape batch_shape or ().
-        event_dim: The number of dimensions of the event, at least 1.
-    """
-
-    has_rsample = True
-    _validate_args = False  # the normal law below does that
-
-    def __init__(self, mean: Tensor, deviation: Tensor, event_dim: int) -> None:
-        split = mean.dim() - event_dim
-        self.loc, self.deviation, self.reinterpreted_batch_ndims = mean, deviation, event_dim
-        dist.TorchDistribution.__init__(self, mean.shape[:split], mean.shape[split:])
-        if torch.distributions.Distribution._validate_args:
-            self._base()
-
-    @property
-    def base_dist(self) -> dist.Distribution:
-        return self._base()
-
-    def _base(self) -> dist.Distribution:
-        return dist.Normal(self.loc, like(self.deviation, self.loc))
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
-
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "Isotropic":
-        batch_shape = torch.Size(batch_shape)
-        mean, deviation = self.loc.expand(batch_shape + self.event_shape), self.deviation
-        return type(self)(mean, deviation.expand(batch_shape) if deviation.dim() else deviation, len(self.event_shape))
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
-        shape = self._extended_shape(sample_shape)
-        epsilon = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return torch.addcmul(self.loc, like(self.deviation, self.loc), epsilon)
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+def check_posterior(x_t: Tensor, x_0: Tensor, t: object, s: object, num_steps: int) -> int | Tensor:
+    """The earlier time of a posterior q(x_s | x_t, x_0), after a check, while Pyro validates, of its arguments."""
+    s = checks.step(x_t, t, s, num_steps, first=1)
+    if checks.validating() and not _broadcasts(x_0, x_t, event_dim(x_t, t)):
+        got = f"its shape is {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"it is a {type(x_0).__name__}"
+        raise ValueError(f"x_0 must have the shape {tuple(x_t.shape)} of the state x_t, but {got}")
+    return s
 
 
-def isotropic(mean: Tensor, deviation: Tensor, event_dim: int) -> dist.Distribution:
-    """:class:`Isotropic`, or just a normal where a datum is one number."""
-    return Isotropic(mean, deviation, event_dim) if event_dim else dist.Normal(mean, like(deviation, mean))
-
-
-@register_kl(Isotropic, Isotropic)
-def _kl_isotropic(q: Isotropic, p: Isotropic) -> Tensor:
-    """What all numbers of a datum share is computed once, in float64: near 0 it cancels."""
-    shift = (q.loc - p.loc).flatten(len(q.batch_shape))
-    ratio, weight = (q.deviation / p.deviation) ** 2, 0.5 / p.deviation**2
-    shared = (ratio - ratio.log() - 1) * (shift.shape[-1] / 2)
-    return torch.addcmul(shared.to(shift.dtype), shift.square().sum(-1), weight.to(shift.dtype))
+def _broadcasts(x_0: object, x_t: Tensor, event: int) -> bool:
+    """Whether data have the event shape of a state, and a batch shape that broadcasts to its, as under enumeration."""
+    if not isinstance(x_0, Tensor) or x_0.shape[x_0.dim() - event :] != x_t.shape[x_t.dim() - event :]:
+        return False
+    try:
+        torch.broadcast_shapes(x_0.shape, x_t.shape)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Bits(dist.Bernoulli):
@@ -317,40 +243,38 @@ class GaussianForward(Forward):
 
     support = constraints.real
 
-    def trajectory(self, x_0: Tensor) -> Tensor:
-        r"""As of :meth:`Forward.trajectory`, all at once: :math:`x_t / a_t` is a Brownian motion at time b_t^2 / a_t^2.
-
-        It is followed in float64; where no signal is left (t = T alone) the state is noise by itself.
-        """
-        t = torch.arange(1, self.num_steps + 1, device=x_0.device)
-        if type(self) is not GaussianForward or not self._is_followed():
-            return super().trajectory(x_0)
-        self.earlier(x_0, self.num_steps)
-        signal, noise = self.schedule.signal(t), self.schedule.noise(t)
-        clock = torch.where(signal > 0, -self.schedule.log_snr(t), -torch.inf).exp()
-        pace = torch.cat([clock[:1], clock.diff()]).clamp(min=0).sqrt()
-        signal, noise, pace = (value.reshape((-1,) + (1,) * x_0.dim()) for value in (signal, noise, pace))
-        epsilon = torch.randn((self.num_steps, *x_0.shape), dtype=torch.float64, device=x_0.device)
-        walk = x_0 + (pace * epsilon).cumsum(0)
-        return torch.where(signal > 0, signal * walk, noise * epsilon).to(x_0.dtype)
-
     def subchain(self, times: Sequence[int]) -> "GaussianForward":
         return type(self)(SubSchedule(self.schedule, times))
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = self.earlier(x_s, t, s, first=0)
-        signal, noise = self.schedule.step(t, s)
-        return self._normal(like(signal, x_s) * x_s, noise, t)
+        s = checks.step(x_s, t, s, self.num_steps)
+        signal, noise = coefficients(torch.stack(self.schedule.step(t, s)), x_s)
+        return dist.Normal(signal * x_s, noise).to_event(event_dim(x_s, t))
 
     def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.Distribution:
-        self.earlier(x_0, t, 0)
-        signal, noise = self.schedule.scales(t).unbind()
-        return self._normal(like(signal, x_0) * x_0, noise, t)
+        checks.step(x_0, t, 0, self.num_steps)
+        signal, noise = self.scales(x_0, t)
+        return dist.Normal(signal * x_0, noise).to_event(event_dim(x_0, t))
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        self._earlier_of_posterior(x_t, x_0, t, s)
-        weight_t, weight_0, noise = self.schedule.posterior(t, s)
-        return self._normal(like(weight_t, x_t) * x_t + like(weight_0, x_t) * x_0, noise, t)
+        check_posterior(x_t, x_0, t, s, self.num_steps)
+        weight_t, weight_0, noise = coefficients(self.schedule.posterior(t, s), x_t)
+        return dist.Normal(torch.addcmul(weight_t * x_t, weight_0, x_0), noise).to_event(event_dim(x_t, t))
+
+    def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
+        """As of :meth:`Forward.check`; float32 data also where float32 cannot tell x_1 from them.
+
+        Raises:
+            ValueError: As there, and if x_0 is float32 and b_1 / a_1 below 1e-7.
+        """
+        super().check(x_0, event_shape)
+        signal, noise = self.schedule.scales(1)
+        if x_0.dtype == torch.float32 and not checks.holds(noise >= 1e-7 * signal):
+            raise ValueError(
+                f"forward must have a first noise b_1 / a_1 of at least 1e-7 for data in float32, which would not tell "
+                f"x_1 from x_0, but it is {float(noise / signal):.2g}: use float64 (diffusion.double(), x_0.double()), "
+                f"or a schedule that starts with more noise"
+            )
 
     def noise(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The noise :math:`\epsilon = (x_t - a_t x_0) / b_t` that leads from ``x_0`` to ``x_t``, of their shape."""
@@ -367,51 +291,16 @@ class GaussianForward(Forward):
         signal, noise = self.scales(x_t, t)
         return (signal * x_t - (signal**2 + noise**2) * x_0) / noise
 
-    def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
-        T, dtype = self.num_steps, dtype or torch.get_default_dtype()
-        scale = (self.schedule.signal(T) ** 2 + self.schedule.noise(T) ** 2).sqrt()
-        mean = torch.zeros(tuple(event_shape), dtype=dtype, device=scale.device)
-        return isotropic(mean, scale, len(event_shape))
-
-    def _is_followed(self) -> bool:
-        """Whether the time of the Brownian motion stays within float64: signals fall to no less than e^-350."""
-        last = self.num_steps - (self.num_steps > 1)  # at T there may be none
-        ends = (self.schedule.signal(t) for t in (last, self.num_steps))
-        return checks.blind() or all(not 0 < float(signal) < 1e-150 for signal in ends)
-
-    def prior_divergence(self, x_0: Tensor) -> Tensor:
-        r"""KL(q(x_T | x_0) || p(x_T)), L_T under :meth:`prior`.
-
-        .. math:: \frac{a_T^2}{2 \sigma^2} \| x_0 \|^2
-            + \frac{D}{2} \left(\frac{b_T^2}{\sigma^2} - 1 - \log \frac{b_T^2}{\sigma^2}\right),
-            \qquad \sigma^2 = a_T^2 + b_T^2
-
-        Arguments:
-            x_0: The data, with shape (B, *event_shape).
-
-        Returns:
-            A tensor with shape (B,), in nats.
-        """
-        table = tabulated(self, "_ending", [self.schedule], self._last)
-        weight, shared = (self._last() if table is None else table).to(x_0.dtype)
-        x = x_0.flatten(1)
-        return x.square().sum(-1) * weight + shared * x.shape[-1]
-
-    def _last(self) -> Tensor:
-        """The weight of the square of the data in L_T, and what L_T is for a number that is 0."""
-        T = self.num_steps
-        signal, noise = self.schedule.signal(T) ** 2, self.schedule.noise(T) ** 2
-        ratio = noise / (signal + noise)
-        return torch.stack([signal / (signal + noise), ratio - 1 - ratio.log()]) / 2
+    def prior(
+        self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> dist.Distribution:
+        deviation = torch.hypot(*self.schedule.scales(self.num_steps))
+        scale = deviation.to(dtype or torch.get_default_dtype()).to(device or deviation.device)
+        return dist.Normal(scale.new_zeros(tuple(event_shape)), scale).to_event(len(event_shape))
 
     def scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """The signal and the noise at t, in the dtype of ``x_t`` and broadcastable against it."""
-        scales = self.schedule.scales(t).to(x_t.dtype)
-        missing = x_t.dim() - scales.dim() + 1 if scales.dim() > 1 else 0
-        return (scales[(..., *(None,) * missing)] if missing else scales).unbind()
-
-    def _normal(self, mean: Tensor, noise: Tensor, t: int | Tensor) -> dist.Distribution:
-        return isotropic(mean, noise, event_dim(mean, t))
+        return coefficients(self.schedule.scales(t), x_t)
 
 
 class BinomialForward(Forward):
@@ -447,30 +336,20 @@ class BinomialForward(Forward):
 
     def __init__(self, schedule: Schedule, rate: float | Tensor = 0.5) -> None:
         super().__init__(schedule)
-        rate = torch.as_tensor(rate, dtype=torch.float64)
-        if not ((rate > 0) & (rate < 1)).all():
+        rate = checks.numbers("rate", rate)
+        if not checks.holds((rate > 0) & (rate < 1)):
             raise ValueError(f"rate must lie in (0, 1), but it is {rate.tolist()}")
-        if schedule.alpha_bar(schedule.num_steps) >= 1:
+        if not checks.holds(schedule.alpha_bar(schedule.num_steps) < 1):
             raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
         self.register_buffer("rate", rate)
 
-    def trajectory(self, x_0: Tensor) -> Tensor:
-        """As of :meth:`Forward.trajectory`, all at once: a bit is what it was at its last redrawing, or at t = 0."""
-        if type(self) is not BinomialForward:
-            return super().trajectory(x_0)
-        self.earlier(x_0, self.num_steps)
-        t = torch.arange(1, self.num_steps + 1, device=x_0.device)
-        beta = self.schedule.beta(t).reshape((-1,) + (1,) * x_0.dim())
-        redrawn = torch.rand((self.num_steps, *x_0.shape), dtype=torch.float64, device=x_0.device) < beta
-        bits = torch.bernoulli(self.rate.expand((self.num_steps, *x_0.shape))).to(x_0.dtype)
-        last = torch.where(redrawn, t.reshape(beta.shape), 0).cummax(0).values
-        return torch.cat([x_0[None], bits]).gather(0, last)
-
     def subchain(self, times: Sequence[int]) -> "BinomialForward":
-        return type(self)(SubSchedule(self.schedule, times), self.rate)
+        chain = type(self)(SubSchedule(self.schedule, times), self.rate)
+        chain.rate = self.rate  # the very tensor: what is written or loaded into the one, the other has too
+        return chain
 
-    def check(self, x_0: Tensor, event_shape: torch.Size, wait: bool = False) -> None:
-        super().check(x_0, event_shape, wait)
+    def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
+        super().check(x_0, event_shape)
         if self.rate.dim() > len(event_shape) or any(
             rates not in (1, size)
             for rates, size in zip(reversed(self.rate.shape), reversed(event_shape), strict=False)
@@ -481,14 +360,14 @@ class BinomialForward(Forward):
             )
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = self.earlier(x_s, t, s, first=0)
-        kept, redrawn = (like(coefficient**2, x_s) for coefficient in self.schedule.step(t, s))
-        one = kept * x_s + redrawn * self.rate.to(x_s.dtype)
-        zero = kept * (1 - x_s) + redrawn * (1 - self.rate).to(x_s.dtype)
+        s = checks.step(x_s, t, s, self.num_steps)
+        kept, redrawn = coefficients(torch.stack(self.schedule.step(t, s)).square(), x_s)
+        rate, rest = self._rates(x_s)
+        one, zero = kept * x_s + redrawn * rate, kept * (1 - x_s) + redrawn * rest
         return Bits(logits=one.log() - zero.log()).to_event(event_dim(x_s, t))
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = self._earlier_of_posterior(x_t, x_0, t, s)
+        s = check_posterior(x_t, x_0, t, s, self.num_steps)
         return Bits(logits=self.posterior_logits(x_t, x_0, t, s)).to_event(event_dim(x_t, t))
 
     def posterior_logits(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
@@ -503,14 +382,20 @@ class BinomialForward(Forward):
         Returns:
             Log odds with the shape of ``x_t``.
         """
-        rate, rest = self.rate.to(x_t.dtype), (1 - self.rate).to(x_t.dtype)
-        left, noise = (like(coefficient(s) ** 2, x_t) for coefficient in (self.schedule.signal, self.schedule.noise))
-        kept, redrawn = (like(coefficient**2, x_t) for coefficient in self.schedule.step(t, s))
+        rate, rest = self._rates(x_t)
+        left, noise = coefficients(self.schedule.scales(s).square(), x_t)
+        kept, redrawn = coefficients(torch.stack(self.schedule.step(t, s)).square(), x_t)
         redrawn = redrawn * torch.where(x_t == 1, rate, rest)
         one = (left * x_0 + noise * rate) * (kept * x_t + redrawn)
         zero = (left * (1 - x_0) + noise * rest) * (kept * (1 - x_t) + redrawn)
         return one.log() - zero.log()
 
-    def prior(self, event_shape: Sequence[int], dtype: torch.dtype | None = None) -> dist.Distribution:
-        rate = self.rate.to(dtype or torch.get_default_dtype())
+    def prior(
+        self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> dist.Distribution:
+        rate = self.rate.to(dtype or torch.get_default_dtype()).to(device or self.rate.device)
         return Bits(rate.expand(tuple(event_shape))).to_event(len(event_shape))
+
+    def _rates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities of a 1 and of a 0 in pure noise, in the dtype and on the device of x."""
+        return self.rate.to(x.dtype).to(x.device), (1 - self.rate).to(x.dtype).to(x.device)

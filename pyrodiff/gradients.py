@@ -1,5 +1,6 @@
 """The gradient of an ELBO, of any pair of programs: as they run, as one compiled graph, and over several processes."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checks, processes
+from . import processes
 from .compilation import Compiled, Composition, kind_of
 from .diffusion import Generative
+from .forward import GaussianForward
 from .randomness import kept_sources
 from .steps import Drawing
 from .terms import Recorder, is_listened_to
@@ -26,7 +28,7 @@ __all__ = ["Gradient"]
 class Gradient:
     """The loss of a pair of programs, and its gradient, which is added to that of the parameters.
 
-    What was checked once is taken on trust: arguments of a kind that was there before, and programs of the same parts.
+    Arguments of a kind that was there before, given to programs of the same parts, are not validated again.
 
     Arguments:
         model, guide: The programs.
@@ -34,7 +36,7 @@ class Gradient:
         learn: Called with parameters that were not there before, before a gradient is taken.
         autocast: The dtype that networks compute in, if not their own.
         compile: Whether it is compiled.
-        validate: Whether checks are made at every step (True), at none (False), or once for each kind of arguments.
+        validate: Whether to validate at every step (True), at none (False), or once for each kind of arguments (None).
 
     Attributes:
         parameters: All parameters that were found, by identity.
@@ -88,12 +90,13 @@ class Gradient:
         accept = accept or (lambda loss: True)
         kind = self._checked_kind(args, kwargs)
         settled = self._is_settled()
-        if not settled and isinstance(self.model, Generative):
-            self.model.look_again()
-        trusted = self._trusts(kind, settled)
-        compiled = self._compilation() if trusted and settled and not _asks_for_gradients((args, kwargs)) else None
+        validated = self._validates(kind, settled)
+        may_compile = settled and not validated and not _asks_for_gradients((args, kwargs))
+        compiled = self._compilation() if may_compile else None
         if compiled is None:
-            loss = self._add_as_it_runs(args, kwargs, trusted, settled, last, accept)
+            loss = self._add_as_it_runs(args, kwargs, validated, settled, last, accept)
+            if validated and not self._kinds:
+                self._look_at_data(args)
         else:
             loss = self._add_compiled(compiled, args, kwargs, accept)
             if last:
@@ -105,14 +108,16 @@ class Gradient:
     def value(self, args: tuple, kwargs: dict) -> Tensor:
         """The loss alone, without a gradient; arguments and result as of :meth:`add`."""
         kind = self._checked_kind(args, kwargs)
-        with torch.no_grad(), self._trust(self._trusts(kind, self._is_settled())):
+        with torch.no_grad(), pyro.validation_enabled(self._validates(kind, self._is_settled())):
             loss = processes.together([self.of_batch(*args, **kwargs)])[0]
         processes.shard_again(self._modules())
         return loss
 
     def of_batch(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of this process's batch, with its networks in the precision asked for; it can be differentiated."""
-        with nullcontext() if self.autocast is None else torch.autocast(self._device(args).type, self.autocast):
+        device = self._device(args).type
+        used = self.autocast is not None and torch.amp.is_autocast_available(device)  # a meta device has none
+        with torch.autocast(device, self.autocast) if used else nullcontext():
             return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
 
     def rehearse(self, args: tuple, kwargs: dict) -> None:
@@ -121,7 +126,7 @@ class Gradient:
         The steps that follow are those of a run in which this was done before; arguments as of :meth:`add`.
         """
         shares = [(drawing, drawing.share, drawing.share.drawn.clone()) for drawing in self.drawings() if drawing.share]
-        with kept_sources(), self._trust(self.validate is False):
+        with kept_sources(), pyro.validation_enabled(self.validate is not False):
             self._discover(args, kwargs)
         for drawing, share, drawn in shares:
             share.drawn.copy_(drawn)
@@ -210,15 +215,28 @@ class Gradient:
             self.rehearse(args, kwargs)
         return kind
 
-    def _trusts(self, kind: Hashable | None, settled: bool) -> bool:
-        """Whether arguments of this kind, and the programs, were checked."""
+    def _validates(self, kind: Hashable | None, settled: bool) -> bool:
+        """Whether arguments of this kind, and the programs, are to be validated."""
         if self.validate is not None:
-            return not self.validate
-        return settled and kind in self._kinds
+            return self.validate
+        return not (settled and kind in self._kinds)
 
-    @staticmethod
-    def _trust(trusted: bool) -> Any:
-        return checks.trusting() if trusted else nullcontext()
+    def _look_at_data(self, args: tuple) -> None:
+        """Warn of data of a Gaussian diffusion far from mean 0 and variance 1, which its prior is made for."""
+        x_0 = args[0].detach() if args and isinstance(args[0], Tensor) else None
+        if not isinstance(self.model, Generative) or not isinstance(self.model.forward_process, GaussianForward):
+            return
+        if x_0 is None or x_0.is_meta or not x_0.is_floating_point() or x_0.numel() < 2:
+            return
+        mean, scale = float(x_0.mean()), float(x_0.std())
+        if math.isfinite(mean) and (abs(mean) > 2 or not 0.2 <= scale <= 5):
+            warnings.warn(
+                f"the data have mean {mean:.3g} and standard deviation {scale:.3g}, far from 0 and 1, which a Gaussian "
+                f"diffusion is made for: standardise them, and add the log of what they were divided by to the bound "
+                f"(Likelihood.rescaled)",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _is_settled(self) -> bool:
         """Whether the programs have the parameters that they had when they were last looked through."""
@@ -231,7 +249,7 @@ class Gradient:
         self,
         args: tuple,
         kwargs: dict,
-        trusted: bool,
+        validated: bool,
         settled: bool,
         last: bool,
         accept: Callable[[Tensor], bool],
@@ -241,7 +259,7 @@ class Gradient:
         before, counts = set(self.parameters), False
         waiting = self._objective.no_sync() if self.is_replicated() and not last else nullcontext()
         try:
-            with self._trust(trusted), Recorder() as heard, waiting:
+            with pyro.validation_enabled(validated), Recorder() as heard, waiting:
                 with nullcontext() if settled else self._noting_modules():
                     loss = (self._objective if self.is_replicated() else self.of_batch)(*args, **kwargs)
                 self._find(heard.parameters, settled)
@@ -252,6 +270,8 @@ class Gradient:
                     factor = self.factor()
                     (loss if factor is None else loss * factor).backward()
         finally:
+            for parameter in self.parameters.values():  # where Pyro leaves a reference to the parameter itself, which
+                vars(parameter).pop("unconstrained", None)  # cannot be pickled; it is put there at every message
             if not counts:
                 processes.shard_again(self._modules())
         processes.agree(self.parameters[key] for key in self.parameters if key not in before)
@@ -284,7 +304,7 @@ class Gradient:
 
     def _as_a_function(self, factor: Tensor | None, kwargs: dict | None, *args: Any) -> tuple[Tensor | None, ...]:
         """The loss and the gradients of all parameters."""
-        with self._trust(True):
+        with pyro.validation_enabled(False):
             loss = self.of_batch(*args, **(kwargs or {}))
             learned = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
             scaled = loss if factor is None else loss * factor
@@ -352,7 +372,7 @@ class Gradient:
             of_modules = {id(parameter) for parameter in self._of_modules("_parameters")}
             self._stored = {name: value for name, value in heard.items() if id(value) not in of_modules}
             learned = [*self._of_modules("_parameters"), *self.parameters.values(), *new.values()]
-            self._parts = Composition(self._modules(), learned, buffers=False)
+            self._parts = Composition(self._modules(), learned, whole=False)
         elif new:
             self._stored.update({name: value for name, value in heard.items() if id(value) in new})
         if not new:

@@ -17,8 +17,9 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,35 @@ from .files import write
 __all__ = ["Likelihood"]
 
 Self = TypeVar("Self", bound="Likelihood")
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    return values.std() / math.sqrt(len(values)) if len(values) > 1 else values.new_tensor(math.nan)
+
+
+class _Summary:
+    """An attribute that is a number, a function of the costs in nats, and can be called with other values."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self.function = function
+
+    def __get__(self, likelihood: "Likelihood | None", owner: type) -> Any:
+        return self.function if likelihood is None else _Number(self.function, likelihood.nats)
+
+
+class _Number(float):
+    """A number that is a function of some values, and can be called with others."""
+
+    def __new__(cls, function: Callable[[Tensor], Any], values: Tensor) -> "_Number":
+        number = super().__new__(cls, float(function(values)))
+        number.function = function
+        return number
+
+    def __call__(self, values: Tensor) -> Any:
+        return self.function(values)
+
+    def __reduce__(self) -> tuple:
+        return float, (float(self),)
 
 
 class Likelihood(ABC):
@@ -98,7 +128,7 @@ class Likelihood(ABC):
             A note on the evaluation of generative models (Theis et al., 2016), section 3.1,
             https://arxiv.org/abs/1511.01844
         """
-        checks.number("width", width, 0, math.inf)
+        width = checks.number("width", width, 0, math.inf)
         if self.levels is not None:
             raise ValueError(f"levels must be None, as of a density, but p is already a probability of {self.levels}")
         return self.bits_per_dim - math.log2(width)
@@ -123,10 +153,12 @@ class Likelihood(ABC):
     def _raised(self, nats: float) -> dict[str, Tensor]:
         """What changes if the cost of each datum is greater by so much."""
 
-    @staticmethod
-    def standard_error(values: Tensor) -> Tensor:
-        """The standard error of the mean of values with shape (B,), as a sample of the data; NaN where B = 1."""
-        return values.std() / math.sqrt(len(values)) if len(values) > 1 else values.new_tensor(math.nan)
+    mean = _Summary(lambda values: float(values.mean()))
+    """The mean cost in nats, a number. Called with values of shape (B,), their mean."""
+
+    standard_error = _Summary(_standard_error)
+    """The standard error of :attr:`mean` as of a sample of the data, a number; NaN where B = 1. Called with values of
+    shape (B,), that of their mean, as a tensor with shape ()."""
 
     @property
     def convention(self) -> str:
@@ -143,14 +175,14 @@ class Likelihood(ABC):
             f"{'':24}{'nats':>11}{'± s.e.':>10}{'bits':>11}{'± s.e.':>10}",
         ]
         for name, values in rows.items():
-            mean, error = float(values.mean()), float(self.standard_error(values))
+            mean, error = float(values.mean()), float(_standard_error(values))
             numbers = (mean, error, mean / math.log(2), error / math.log(2))
             lines.append(f"{name:24}" + "".join(f" {n:{w}.4f}" for n, w in zip(numbers, (10, 9, 10, 9), strict=True)))
         return "\n".join([*lines, self.convention])
 
     def __repr__(self) -> str:
-        mean, error = float(self.nats.mean()), float(self.standard_error(self.nats))
-        return f"<{type(self).__name__}: {self.title}, mean of {len(self.nats)} data: {mean:.6g} ± {error:.2g} nats>"
+        costs = f"{self.mean:.6g} ± {self.standard_error:.2g} nats"
+        return f"<{type(self).__name__}: {self.title}, mean of {len(self.nats)} data: {costs}>"
 
     def __add__(self: Self, other: Self) -> Self:
         return self.joined([self, other]) if type(other) is type(self) else NotImplemented

@@ -244,7 +244,7 @@ def _divided(raw: Tensor, holdout: float) -> dict[str, Tensor]:
     size = max(1, int(holdout * len(raw)))
     if len(raw) - 2 * size < 5:
         raise ValueError(f"--holdout must leave at least 5 of {len(raw)} data to learn from, but it is {holdout}")
-    raw = raw[torch.randperm(len(raw), generator=torch.Generator().manual_seed(0))]
+    raw = raw[torch.randperm(len(raw), generator=torch.Generator("cpu").manual_seed(0), device="cpu")]
     return {"train": raw[2 * size :], "validation": raw[:size], "test": raw[size : 2 * size]}
 
 

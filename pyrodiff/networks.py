@@ -10,6 +10,7 @@ References:
 """
 
 import math
+from collections import UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import checks
 
@@ -41,15 +43,14 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        checks.positive_int("features", features, even=True)
-        self.features = features
-        frequencies = torch.exp(-math.log(10000) * torch.arange(features // 2) / (features // 2))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.features = features = checks.positive_int("features", features, even=True)
         self.layers = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, t: Tensor) -> Tensor:
         """The features of times ``t`` of any shape (*), with shape (*, features)."""
-        angles = t[..., None].to(self.frequencies.dtype) * self.frequencies
+        dtype, half = self.layers[0].weight.dtype, self.features // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+        angles = t[..., None].to(dtype) * frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], -1))
 
 
@@ -102,7 +103,7 @@ class LogSNREmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """The features of times ``t`` of any shape (*), with shape (*, features)."""
         log_snr = self.schedule.log_snr(t)
-        if not checks.trusted() and not checks.holds(log_snr.isfinite()):
+        if checks.validating() and not checks.holds(log_snr.isfinite()):
             raise ValueError(f"t must lie in 1..{self.schedule.num_steps}, but it has values in {t.min()}..{t.max()}")
         return self.embedding(50 * log_snr)
 
@@ -151,12 +152,11 @@ class MLP(nn.Module):
         frequency: float = 3.0,
     ) -> None:
         super().__init__()
-        checks.positive_int("hidden", hidden, even=True)
-        checks.positive_int("num_blocks", num_blocks)
-        checks.probability("dropout", dropout)
-        if not (isinstance(frequency, int | float) and 0 <= frequency < math.inf):
+        hidden = checks.positive_int("hidden", hidden, even=True)
+        num_blocks, dropout = checks.positive_int("num_blocks", num_blocks), checks.probability("dropout", dropout)
+        if not (checks.is_number(frequency) and 0 <= frequency < math.inf):
             raise ValueError(f"frequency must be a number of at least 0, but it is {frequency!r}")
-        self.event_shape, self.frequency = checks.event_shape(event_shape), frequency
+        self.event_shape, self.frequency = checks.event_shape(event_shape), float(frequency)
         size = self.event_shape.numel()
         self.embedding = nn.Sequential(TimeEmbedding(hidden), nn.SiLU())
         self.inlet = nn.Linear(size, hidden)
@@ -281,8 +281,6 @@ class UNet(nn.Module):
         self.norm = _GroupNorm(groups, channels[0])
         self.outlet = _zero(nn.Conv2d(channels[0], planes * (outputs or 1), 3, padding=1))
         self.labels = _Labels(classes, time.features) if classes else None
-        lines = (torch.linspace(-1, 1, size) for size in (height, width))
-        self.register_buffer("place", torch.stack(torch.meshgrid(*lines, indexing="ij")), persistent=False)
 
     def forward(self, x_t: Tensor, t: int | Tensor, y: int | Tensor | None = None) -> Tensor:
         """The output, with the shape of ``x_t``, and a last dimension of ``outputs`` if that is given.
@@ -293,7 +291,9 @@ class UNet(nn.Module):
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
         x = x_t.reshape((-1, self.event_shape[:-2].numel(), *self.event_shape[-2:]))
         embedding = self._embedded(torch.as_tensor(t, device=x.device), y, batch_shape)
-        h = self.inlet(torch.cat([x, self.place.expand(len(x), *self.place.shape)], 1))
+        lines = (torch.linspace(-1, 1, size, dtype=x.dtype, device=x.device) for size in x.shape[2:])
+        place = torch.stack(torch.meshgrid(*lines, indexing="ij"))  # of each pixel
+        h = self.inlet(torch.cat([x, place.expand(len(x), *place.shape)], 1))
         skips = []
         for depth, blocks in enumerate(self.before):
             for block in blocks:
@@ -419,7 +419,7 @@ class _Labels(nn.Module):
 
     def __init__(self, classes: int, features: int) -> None:
         super().__init__()
-        self.classes, self._places = classes, {}
+        self.classes, self._places = classes, UserDict()
         self.embedding = _zero(nn.Embedding(classes + 1, features))
         self.register_module("held", None)
 
@@ -451,7 +451,7 @@ class _Labels(nn.Module):
             self.held = before
 
     def _held(self, y: int | Tensor, depth: int) -> "_Held":
-        if checks.blind():  # as an argument of the graph that is being made
+        if get_proxy_mode() is not None:  # as an argument of the graph that is being made
             return _Held(y, depth)
         y = torch.as_tensor(y, device=self.embedding.weight.device)
         key = depth, y.shape, y.device
@@ -462,13 +462,22 @@ class _Labels(nn.Module):
         return self._places[key].train(self.training)
 
     def _check(self, y: object) -> None:
-        checks.integer("y", y, self.classes - 1, low=-1)
+        integers = (
+            checks.is_int(y) if not isinstance(y, Tensor) else not (y.is_floating_point() or y.dtype == torch.bool)
+        )
+        if not integers:
+            raise ValueError(
+                f"y must be an int or an integer tensor in -1..{self.classes - 1}, but it is {checks.described(y)}"
+            )
+        if isinstance(y, Tensor) and not checks.validating():
+            return
         value = y.long() if isinstance(y, Tensor) else y
-        if not checks.holds((value >= -1) & (value < self.classes)):
+        inside = (value >= -1) & (value < self.classes)
+        if not (checks.holds(inside) if isinstance(inside, Tensor) else inside):
             raise ValueError(f"y must lie in 0..{self.classes - 1}, or be -1 for no label, but it is {y}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": {}, "_modules": {**self._modules, "held": None}}
+        return {**self.__dict__, "_places": UserDict(), "_modules": {**self._modules, "held": None}}
 
 
 class _Held(nn.Module):

@@ -66,9 +66,9 @@ def diffusion_process(
     times = (0, T // 2, T) if times is None else tuple(times)
     if diffusion.event_shape != (2,):
         raise ValueError(f"diffusion must have event_shape (2,), but it is {tuple(diffusion.event_shape)}")
-    if not all(isinstance(t, int) and 0 <= t <= T for t in times):
+    if not all(checks.is_int(t) and 0 <= t <= T for t in times):
         raise ValueError(f"times must be ints in 0..{T}, but they are {times}")
-    diffusion.model.dtype(x_0)  # refuse what cannot be data
+    diffusion.model.check(x_0)  # refuse what cannot be data
     trace = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
     undiffused = {t: trace.nodes[f"x_{t}"]["value"] for t in times}
     diffused = {t: diffusion.forward_process.marginal(x_0, t).sample() if t > 0 else x_0 for t in times}
@@ -475,9 +475,7 @@ def _limits(x: Tensor, limits: tuple[float, float] | None) -> tuple[float, float
     if limits is None:
         return (0.0, 1.0) if bool((x >= 0).all()) else (-1.0, 1.0)
     pair = isinstance(limits, tuple | list) and len(limits) == 2
-    if not (
-        pair and all(isinstance(end, int | float) for end in limits) and -math.inf < limits[0] < limits[1] < math.inf
-    ):
+    if not (pair and all(checks.is_number(end) for end in limits) and -math.inf < limits[0] < limits[1] < math.inf):
         raise ValueError(f"limits must be two numbers, the lower first, or None, but it is {limits!r}")
     return float(limits[0]), float(limits[1])
 

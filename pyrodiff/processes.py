@@ -175,7 +175,7 @@ def set_apart() -> int:
     """
     if count() == 1:
         return 0
-    next_draw = int(torch.randint(2**31 - 1, (), generator=copied_source()))
+    next_draw = int(torch.randint(2**31 - 1, (), generator=copied_source(), device="cpu"))
     draws = each(next_draw)
     if draws.index(next_draw) < number():  # an earlier one has this source
         torch.manual_seed(next_draw * count() + number())

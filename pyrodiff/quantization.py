@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.special import erfcx, log_ndtr
 
 from . import checks
+from .precision import default_home, float64, home
 
 __all__ = ["DiscretizedNormal", "LevelCategorical", "Levels", "bin_width", "dequantize", "quantize"]
 
@@ -36,8 +37,7 @@ def bin_width(levels: int) -> float:
         >>> pyrodiff.bin_width(17)
         0.125
     """
-    checks.levels(levels)
-    return 2 / (levels - 1)
+    return 2 / (checks.levels(levels) - 1)
 
 
 def dequantize(
@@ -88,13 +88,13 @@ def dequantize(
     whole = whole_levels("k", k, levels)
     x = _points(whole, levels)
     if uniform:
-        if isinstance(generator, int):
-            generator = torch.Generator(k.device).manual_seed(generator)
-        noise = torch.rand(k.shape, generator=generator, dtype=torch.float64, device=k.device)
+        if checks.is_int(generator):
+            generator = torch.Generator(home(k.device)).manual_seed(int(generator))
+        noise = torch.rand(k.shape, generator=generator, dtype=torch.float64, device=home(k.device))
         rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in quantize
         inside = 1 - 2 * rounding / width  # so that it does not leave the bin
         x = x + width * (noise - 0.5) * inside
-    return x.to(dtype)
+    return x.to(dtype).to(k.device)
 
 
 def quantize(x: Tensor, levels: int) -> Tensor:
@@ -123,26 +123,26 @@ def quantize(x: Tensor, levels: int) -> Tensor:
 
 
 def _nearest(x: Tensor, levels: int) -> Tensor:
-    return ((x.double() + 1) / bin_width(levels)).round().clamp(0, levels - 1).long()
+    return ((float64(x) + 1) / bin_width(levels)).round().clamp(0, levels - 1).long().to(x.device)
 
 
 def _points(k: Tensor, levels: int) -> Tensor:
     """The points of levels k, in float64, by one rounding."""
-    return (2 * k.double() - (levels - 1)) / (levels - 1)
+    return (2 * float64(k) - (levels - 1)) / (levels - 1)
 
 
 def whole_levels(name: str, k: Tensor, levels: int) -> Tensor:
-    """Levels in float64, refused where they are none; on an accelerator, which that would stall, they are not read."""
+    """Levels in float64, refused where they are none."""
     if not isinstance(k, Tensor) or k.is_complex():
         raise ValueError(
             f"{name} must be a tensor of whole numbers in 0..{levels - 1}, but it is {checks.described(k)}"
         )
-    whole = k.double()
+    whole = float64(k)
     valid = (whole == whole.round()) & (whole >= 0) & (whole <= levels - 1)
     if not checks.holds(valid):
         raise ValueError(
             f"{name} must be whole numbers in 0..{levels - 1}, for {levels} levels, but {int((~valid).sum())} of its "
-            f"{k.numel()} values are not, the first {k[~valid][0].item()}; they lie in "
+            f"{k.numel()} values are not, the first {k[~valid.to(k.device)][0].item()}; they lie in "
             f"{k.min().item()}..{k.max().item()}"
         )
     return whole
@@ -161,19 +161,21 @@ class Levels(constraints.Constraint):
     is_discrete = True
 
     def __init__(self, levels: int) -> None:
-        checks.levels(levels)
-        self.levels = levels
+        self.levels = checks.levels(levels)
 
     def check(self, value: Tensor) -> Tensor:
         """Whether each number is a level, with the shape of ``value``."""
         width = bin_width(self.levels)
-        k = ((value.double() + 1) / width).round()
+        exact = float64(value)
+        k = ((exact + 1) / width).round()
         tolerance = max(1e-3 * width, torch.finfo(value.dtype).eps)
-        return (k >= 0) & (k < self.levels) & ((_points(k, self.levels) - value.double()).abs() <= tolerance)
+        return ((k >= 0) & (k < self.levels) & ((_points(k, self.levels) - exact).abs() <= tolerance)).to(value.device)
 
-    def points(self) -> Tensor:
-        """The levels, ascending, in float64 with shape (L,)."""
-        return _points(torch.arange(self.levels), self.levels)
+    def points(self, like: Tensor | None = None) -> Tensor:
+        """The levels, ascending, with shape (L,): in float64, or in the dtype and on the device of a tensor."""
+        device = default_home() if like is None else home(like.device)
+        points = _points(torch.arange(self.levels, device=device), self.levels)
+        return points if like is None else points.to(like.dtype).to(like.device)
 
     def __repr__(self) -> str:
         return f"Levels({self.levels})"
@@ -205,8 +207,7 @@ class _OnLevels(TorchDistribution):
         return (points * self.log_prob(points).exp()).sum(0)
 
     def _points(self) -> Tensor:
-        like = self._like()
-        return Levels(self.levels).points().to(like.device, like.dtype)
+        return Levels(self.levels).points(self._like())
 
     def _like(self) -> Tensor:
         raise NotImplementedError
@@ -241,9 +242,8 @@ class DiscretizedNormal(_OnLevels):
     arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
-        checks.levels(levels)
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        super().__init__(levels, self.loc.shape, validate_args)
+        super().__init__(checks.levels(levels), self.loc.shape, validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DiscretizedNormal":
         return type(self)(
@@ -259,15 +259,15 @@ class DiscretizedNormal(_OnLevels):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        k = _nearest(value, self.levels)
-        edge = 2 * k.double() - self.levels  # over L - 1: each edge the very same number in both bins that share it
-        lower, upper = ((e / (self.levels - 1) - self.loc.double()) / self.scale.double() for e in (edge, edge + 2))
+        loc, scale, k = float64(self.loc), float64(self.scale), float64(_nearest(value, self.levels))
+        edge = 2 * k - self.levels  # over L - 1: each edge the very same number in both bins that share it
+        lower, upper = ((e / (self.levels - 1) - loc) / scale for e in (edge, edge + 2))
         right = lower + upper > 0  # there 1 - CDF is the small one
         near, far = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
         log_near = _LogCDF.apply(near)
         inner = log_near + _log1mexp(log_near - _LogCDF.apply(far))
         outer = _LogCDF.apply(torch.where(k == 0, upper, -lower))
-        return torch.where((k == 0) | (k == self.levels - 1), outer, inner).to(value.dtype)
+        return torch.where((k == 0) | (k == self.levels - 1), outer, inner).to(value.dtype).to(value.device)
 
     def _like(self) -> Tensor:
         return self.loc

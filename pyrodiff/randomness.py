@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["copied_source", "kept_sources", "put_sources", "seed_draws", "sources"]
+__all__ = ["copied_source", "kept_sources", "put_sources", "seed_draws", "seed_of", "sources"]
 
 
 def sources() -> dict[str, Any]:
@@ -56,7 +56,7 @@ def seed_draws(seed: int, device: torch.device) -> None:
         device: The device.
     """
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         accelerator = getattr(torch, device.type)
         with accelerator.device(device):
             accelerator.manual_seed(seed)
@@ -64,4 +64,14 @@ def seed_draws(seed: int, device: torch.device) -> None:
 
 def copied_source() -> torch.Generator:
     """A generator that draws what torch's global source on the CPU would, which stays where it is."""
-    return torch.Generator().set_state(torch.get_rng_state())
+    return torch.Generator("cpu").set_state(torch.get_rng_state())
+
+
+def seed_of(seed: int, *key: int) -> int:
+    """A seed made of another and of what the draws are for, so that each piece of work has its own, whoever does it.
+
+    Arguments:
+        seed: The seed, not negative.
+        *key: Numbers that say what the draws are for, not negative.
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])

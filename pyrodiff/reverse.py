@@ -17,17 +17,19 @@ from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, mse_loss
+from torch.nn.functional import logsigmoid
 
 from . import checks
 from .denoisers import LogitPrediction, Retimed
-from .forward import BinomialForward, Bits, GaussianForward, event_dim, isotropic
-from .schedules import Float64Module, like, own, tabulated
+from .forward import BinomialForward, Bits, GaussianForward, event_dim
+from .precision import Float64Module, coefficients
+from .schedules import Schedule, SubSchedule
 
 __all__ = [
     "BinomialReverse",
+    "D3PMReverse",
+    "FixedLargeVariance",
     "FixedVariance",
     "ForwardVariance",
     "GaussianReverse",
@@ -56,7 +58,6 @@ class Variance(Float64Module, ABC):
         """
 
 
-@own
 class ForwardVariance(Variance):
     r""":math:`\sigma_t^2 = \beta_t`, the variance of :math:`q(x_t | x_{t-1})`.
 
@@ -68,16 +69,35 @@ class ForwardVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        checks.step(t, process.num_steps)
+        checks.time("t", t, process.num_steps, low=1)
         return process.schedule.beta(t)
 
 
-@own
+class FixedLargeVariance(Variance):
+    r""":math:`\sigma_t^2 = \beta_t`, but :math:`\tilde\beta_2` at t = 1: Ho's and OpenAI's "fixed large".
+
+    In their code, and in no paper, the step to the data, which a discretised decoder scores, has the smaller variance
+    of :class:`PosteriorVariance`. With T = 1 it is :math:`\beta_1`.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), their code: ``FIXED_LARGE`` in
+        ``gaussian_diffusion.py``, https://github.com/openai/improved-diffusion
+    """
+
+    def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
+        variance = process.schedule.beta(t)
+        if process.num_steps == 1:
+            checks.time("t", t, 1, low=1)
+            return variance
+        first = torch.as_tensor(t == 1, device=variance.device)
+        return torch.where(first, PosteriorVariance()(process, t), variance)
+
+
 class PosteriorVariance(Variance):
     r""":math:`\sigma_t^2 = \tilde\beta_t`, the variance of :math:`q(x_{t-1} | x_t, x_0)`.
 
     The best variance where the data are a point; where they fill space the bound loses
-    :math:`\tfrac12 (r_t - 1 - \log r_t)` nats a dimension and step against :class:`ForwardVariance`, with
+    :math:`\tfrac12 (r_t - 1 - \log r_t)` nats per dimension and step against :class:`ForwardVariance`, with
     :math:`r_t = e^{\lambda_{t-1} - \lambda_t}` (exactly so if VE, for small :math:`\beta_t` if VP).
 
     At t = 1, where it is 0, :math:`\tilde\beta_2` takes its place, and :math:`\beta_1` if T = 1.
@@ -89,40 +109,80 @@ class PosteriorVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        checks.step(t, process.num_steps)
+        checks.time("t", t, process.num_steps, low=1)
         if process.num_steps == 1:
             return process.schedule.beta(t)
-        t = t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2)
-        return process.schedule.posterior(t)[2] ** 2
+        return process.schedule.posterior(t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2))[2] ** 2
 
 
-@own
 class FixedVariance(Variance):
     r"""Given variances :math:`\sigma_1^2, \dots, \sigma_T^2`.
+
+    In a chain of fewer steps (:meth:`Diffusion.subchain`) a step has the variance that follows from what
+    :math:`\sigma_t^2` says of the data given :math:`x_t`. A step from t to any s has
+
+    .. math:: \mathrm{Var}(x_s | x_t) = \tilde\beta_{s|t} + w_0(s, t)^2 \, \mathrm{Var}(x_0 | x_t),
+
+    with the weight :math:`w_0` of :math:`x_0` in the posterior's mean; s = t - 1 gives
+    :math:`\mathrm{Var}(x_0 | x_t)`, and any other s the variance of the longer step. So the :math:`\beta_t` of a VP
+    schedule become those of the shorter chain, and the :math:`\tilde\beta_t` as well. Variances below
+    :math:`\tilde\beta_t`, which say nothing of that, keep their ratio to it (at t = 1, to :math:`\tilde\beta_2`).
 
     Arguments:
         variances: T positive numbers.
 
     Raises:
-        ValueError: If ``variances`` is empty, not one-dimensional, or has a value that is not positive and finite; on
-            a call, if there are not T of them.
+        ValueError: If ``variances`` is empty, not one-dimensional, requires a gradient, or has a value that is not
+            positive and finite; on a call, if there are not T of them, of the process or of the one that it is a
+            shorter chain of.
+
+    References:
+        Analytic-DPM (Bao et al., 2022), Theorem 1: the optimal variance of a step, from the variance of the data given
+        :math:`x_t`, https://arxiv.org/abs/2201.06503
     """
 
     def __init__(self, variances: Sequence[float] | Tensor) -> None:
         super().__init__()
-        variances = torch.as_tensor(variances, dtype=torch.float64).detach()
-        if variances.dim() != 1 or len(variances) == 0 or not ((variances > 0) & variances.isfinite()).all():
+        variances = checks.numbers("variances", variances)
+        if variances.dim() != 1 or len(variances) == 0 or not checks.holds((variances > 0) & variances.isfinite()):
             raise ValueError(f"variances must be a sequence of positive numbers, but they are {variances.tolist()}")
         self.register_buffer("variances", variances)
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        if len(self.variances) != process.num_steps:
-            raise ValueError(f"variances must be T = {process.num_steps} numbers, but there are {len(self.variances)}")
-        checks.step(t, process.num_steps)
-        return self.variances[t - 1]
+        checks.time("t", t, process.num_steps, low=1)
+        schedule = process.schedule
+        if isinstance(schedule, SubSchedule) and len(self.variances) != schedule.num_steps:
+            return self._of_step(schedule, torch.as_tensor(t, device=schedule.device))
+        if len(self.variances) != schedule.num_steps:
+            raise ValueError(f"variances must be T = {schedule.num_steps} numbers, but there are {len(self.variances)}")
+        return self._given(t)
+
+    def _given(self, t: int | Tensor) -> Tensor:
+        if not isinstance(t, Tensor):
+            return self.variances[int(t) - 1]
+        return self.variances.index_select(0, t.to(self.variances.device).reshape(-1) - 1).reshape(t.shape)
+
+    def _of_step(self, schedule: Schedule, t: Tensor) -> Tensor:
+        if schedule.num_steps == len(self.variances):
+            return self._given(t)
+        if not isinstance(schedule, SubSchedule):
+            raise ValueError(f"variances must be T = {schedule.num_steps} numbers, but there are {len(self.variances)}")
+        whole, time = schedule.schedule, schedule.times_at(t)
+        variance = self._of_step(whole, time)
+        (_, weight, deviation), (_, weight_short, deviation_short) = whole.posterior(time), schedule.posterior(t)
+        of_data = (variance - deviation**2) / weight**2  # Var(x_0 | x_t)
+        ratio = variance / _posterior_variance(whole, time)
+        found = deviation_short**2 + weight_short**2 * of_data
+        known = (of_data >= 0) & (found > 0)
+        return torch.where(known, found, ratio.clamp(max=1) * _posterior_variance(schedule, t))
 
 
-class GaussianReverse(PyroModule):
+def _posterior_variance(schedule: Schedule, t: Tensor) -> Tensor:
+    """The variance of the posterior, at t = 1 that of t = 2, and beta_1 where there is no such step."""
+    return schedule.beta(t) if schedule.num_steps == 1 else schedule.posterior(t.clamp(min=2))[2] ** 2
+
+
+class GaussianReverse(nn.Module):
     r"""A Gaussian with the forward posterior's mean at :math:`\hat x_0`.
 
     .. math:: p_\theta(x_{t-1} | x_t) = N\left(\tilde\mu_t(x_t, \hat x_0(x_t, t)), \; \sigma_t^2\right)
@@ -170,52 +230,12 @@ class GaussianReverse(PyroModule):
         Raises:
             ValueError: If t is not an integer or lies outside 1..T.
         """
-        self.forward_process.earlier(x_t, t)
-        return self.at(x_t, self.denoiser(x_t, t), t)
-
-    def at(self, x_t: Tensor, estimate: Tensor, t: int | Tensor) -> dist.Distribution:
-        r"""The law at an estimate :math:`\hat x_0` that is given, with the shape of ``x_t``; as of a call otherwise."""
-        weight_t, weight_0, _ = self.forward_process.schedule.posterior(t)
-        mean = like(weight_t, x_t) * x_t + like(weight_0, x_t) * estimate
-        return isotropic(mean, self.variance(self.forward_process, t).sqrt(), event_dim(x_t, t))
-
-    def divergence(self, x_0: Tensor, estimate: Tensor, t: Tensor) -> Tensor:
-        r"""KL of the forward posterior and this at an estimate :math:`\hat x_0`, which does not depend on :math:`x_t`.
-
-        .. math:: KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t))
-            = \frac{w_0(t)^2}{2 \sigma_t^2} \| x_0 - \hat x_0 \|^2
-            + \frac{D}{2} \left(\frac{\tilde\beta_t}{\sigma_t^2} - 1 - \log \frac{\tilde\beta_t}{\sigma_t^2}\right)
-
-        with the weight :math:`w_0(t)` of :math:`x_0` in the posterior's mean.
-
-        Arguments:
-            x_0: The data, with shape (B, *event_shape).
-            estimate: The estimate of it, with the same shape.
-            t: The times, in 2..T, with shape (B,).
-
-        Returns:
-            A tensor with shape (B,), in nats.
-
-        References:
-            Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 92 and 99.
-        """
-        parts = [self.forward_process.schedule, self.variance]
-        table = tabulated(self, "_divergences", parts, self._divergence_of_all)
-        weights = self._weights(t) if table is None else table.index_select(1, t)
-        weight, shared = weights.to(x_0.dtype)
-        squares = mse_loss(estimate, x_0, reduction="none").flatten(1)
-        return torch.addcmul(shared * squares.shape[-1], squares.sum(-1), weight)
-
-    def _weights(self, t: Tensor) -> Tensor:
-        """The weight of the squared error in the divergence, and what a number adds to it without any, at times t."""
-        _, weight_0, noise = self.forward_process.schedule.posterior(t)
-        variance = self.variance(self.forward_process, t)
-        ratio = noise**2 / variance
-        return torch.stack([weight_0**2 / variance, ratio - 1 - ratio.log()]) / 2
-
-    def _divergence_of_all(self) -> Tensor:
-        t = torch.arange(self.forward_process.num_steps + 1, device=self.forward_process.schedule.noise(0).device)
-        return self._weights(t.clamp(min=min(2, self.forward_process.num_steps)))
+        schedule = self.forward_process.schedule
+        checks.step(x_t, t, None, self.forward_process.num_steps)
+        weight_t, weight_0, _ = coefficients(schedule.posterior(t), x_t)
+        (deviation,) = coefficients(self.variance(self.forward_process, t).sqrt()[None], x_t)
+        mean = torch.addcmul(weight_t * x_t, weight_0, self.denoiser(x_t, t))
+        return dist.Normal(mean, deviation).to_event(event_dim(x_t, t))
 
     def subchain(self, forward: GaussianForward) -> "GaussianReverse":
         r"""The reverse process of fewer steps, :math:`p_\theta(x_{\tau_{k-1}} | x_{\tau_k})`, of the same denoiser.
@@ -224,20 +244,18 @@ class GaussianReverse(PyroModule):
             forward: The forward process of fewer steps, ``forward.subchain(times)`` of this one's.
 
         Returns:
-            A reverse process that shares the denoiser and its parameters.
-
-        Raises:
-            ValueError: If the variance is a sequence (:class:`FixedVariance`) of another length.
+            A reverse process that shares the denoiser, the variance and their parameters.
         """
         return type(self)(forward, Retimed(self.denoiser, forward.schedule), self.variance)
 
 
-class BinomialReverse(PyroModule):
-    r"""Independent bits, each mixed over what the denoiser believes it to have been.
+class BinomialReverse(nn.Module):
+    r"""Independent bits, each the forward posterior averaged over what the denoiser believes the datum's bit to be.
 
     .. math:: p_\theta(x_{t-1} | x_t) = \sum_{x_0 \in \{0, 1\}} q(x_{t-1} | x_t, x_0) \, \hat p_\theta(x_0 | x_t)
 
-    for every bit by itself; at t = 1 it is :math:`\hat p_\theta(x_0 | x_1)`.
+    for every bit by itself: the law of total probability, exact where :math:`\hat p_\theta` is. At t = 1 it is
+    :math:`\hat p_\theta(x_0 | x_1)`. :class:`D3PMReverse` is the other way to use the same network.
 
     Arguments:
         forward: The forward process.
@@ -248,8 +266,8 @@ class BinomialReverse(PyroModule):
 
     References:
         Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Table App. 1:
-        the kernel. Structured Denoising Diffusion Models in Discrete State-Spaces (Austin et al., 2021), Eq. 4: the
-        mixture over :math:`x_0`, https://arxiv.org/abs/2107.03006
+        independent bits. Vector Quantized Diffusion Model for Text-to-Image Synthesis (Gu et al., 2022), Eq. 11: the
+        mixture over :math:`x_0`, https://arxiv.org/abs/2111.14822
 
     Example:
         >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=10), rate=0.2)
@@ -267,18 +285,45 @@ class BinomialReverse(PyroModule):
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
         """p_θ(x_{t-1} | x_t); arguments, result and errors as of :class:`GaussianReverse`."""
-        s = self.forward_process.earlier(x_t, t)
-        logits = self.denoiser.output(x_t, t)
-        odds = [self.forward_process.posterior_logits(x_t, x_t.new_tensor(x_0), t, s) for x_0 in (1, 0)]
+        checks.step(x_t, t, None, self.forward_process.num_steps)
+        return Bits(logits=self._log_odds(self.denoiser.output(x_t, t), x_t, t)).to_event(event_dim(x_t, t))
+
+    def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The log odds of x_{t-1} = 1, given those of the datum's bit."""
+        odds = [self.forward_process.posterior_logits(x_t, x_t.new_tensor(x_0), t, t - 1) for x_0 in (1, 0)]
 
         def log_prob(sign: int) -> Tensor:  # log p_θ(x_{t-1} = 1), with sign = -1 log p_θ(x_{t-1} = 0)
             return torch.logaddexp(
                 logsigmoid(logits) + logsigmoid(sign * odds[0]), logsigmoid(-logits) + logsigmoid(sign * odds[1])
             )
 
-        return Bits(logits=log_prob(1) - log_prob(-1)).to_event(event_dim(x_t, t))
+        return log_prob(1) - log_prob(-1)
 
     def subchain(self, forward: BinomialForward) -> "BinomialReverse":
         """The reverse process of fewer steps, as of :class:`GaussianReverse`."""
         network = Retimed(self.denoiser.network, forward.schedule)
         return type(self)(forward, type(self.denoiser)(network, forward))
+
+
+class D3PMReverse(BinomialReverse):
+    r"""Independent bits by D3PM's parametrisation: what the network believes of the datum, joined with the whole step.
+
+    .. math:: p_\theta(x_{t-1} | x_t) \propto
+        \sum_{x_0 \in \{0, 1\}} q(x_{t-1}, x_t | x_0) \, \hat p_\theta(x_0 | x_t)
+        = q(x_t | x_{t-1}) \sum_{x_0} q(x_{t-1} | x_0) \, \hat p_\theta(x_0 | x_t)
+
+    for every bit by itself, which is the forward posterior with the probability :math:`\hat x_0` in the place of the
+    bit. At t = 1 it is :math:`\hat p_\theta(x_0 | x_1)`, as in their code. It is another kernel than
+    :class:`BinomialReverse`: :math:`x_t`, on which :math:`\hat p_\theta` depends already, counts once more.
+
+    Arguments, errors: see :class:`BinomialReverse`.
+
+    References:
+        Structured Denoising Diffusion Models in Discrete State-Spaces (Austin et al., 2021), Eq. 4,
+        https://arxiv.org/abs/2107.03006
+    """
+
+    def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        joined = self.forward_process.posterior_logits(x_t, logits.sigmoid(), t, t - 1)
+        is_last = torch.as_tensor(t == 1, device=x_t.device)
+        return torch.where(is_last.reshape(is_last.shape + (1,) * (x_t.dim() - is_last.dim())), logits, joined)

@@ -14,7 +14,6 @@ References:
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from . import checks
 from .compilation import Compiled
 from .diffusion import Diffusion
-from .evaluation import evaluating, progress_bar
+from .evaluation import evaluating, progress_bar, validated
 
 __all__ = ["AncestralSampler"]
 
@@ -54,7 +53,6 @@ class AncestralSampler:
     def __init__(self, diffusion: Diffusion, compile: bool = False) -> None:
         checks.instance("diffusion", diffusion, Diffusion)
         checks.one_of("compile", compile, (False, True))
-        diffusion.model.look_again()
         if compile and diffusion.model.is_random():
             raise ValueError("diffusion must have no random weights (PyroSample) to be compiled, but it has some")
         self.diffusion = diffusion
@@ -117,7 +115,7 @@ class AncestralSampler:
         self, times: tuple[int, ...], num_samples: int, generator: torch.Generator | int | None, progress: bool
     ) -> list[Tensor]:
         """The states at these times, as tensors that gradients may pass through, which those of inference are not."""
-        checks.positive_int("num_samples", num_samples)
+        num_samples = checks.positive_int("num_samples", num_samples)
         no_gradient = torch.inference_mode() if self._compiled is None else torch.no_grad()
         with evaluating(self.diffusion, generator), no_gradient, progress_bar(progress, "samples") as bar:
             bar.total = num_samples * self.diffusion.num_steps
@@ -125,25 +123,23 @@ class AncestralSampler:
         return [kept[t].clone() for t in times]
 
     def _chain(self, num_samples: int, bar: tqdm) -> Iterator[tuple[int, Tensor]]:
-        """t and x_t, from T to 0; only the first step is checked."""
+        """t and x_t, from T to 0; the first network call is validated."""
         model, T = self.diffusion.model, self.diffusion.num_steps
-        x = model.top(model.dtype())((num_samples,))
+        with validated(model.device):
+            x = model.top(model.dtype(), model.device)((num_samples,))
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
-        if T > 1:
-            (x,) = self._step(x, times[T])
-            bar.update(num_samples)
-            yield T - 1, x
-        with checks.trusting() if T > 1 else nullcontext():
-            step = self._step if self._compiled is None else self._compiled
-            for t in range(T - 1, 1, -1):
+        step = self._step
+        for t in range(T, 1, -1):
+            with validated(x.device) if t == T else nullcontext():
                 (x,) = step(x, times[t])
-                bar.update(num_samples)
-                yield t - 1, x
-                if step is self._compiled:
-                    step = self._compiled.graph_for(x, times[t]) or step
-            x = _drawn(model.decoded(model.kernel(x, times[1]), x), num_samples)
             bar.update(num_samples)
+            yield t - 1, x
+            if self._compiled is not None:  # from the second step on
+                step = self._compiled.graph_for(x, times[t]) or self._compiled
+        with validated(x.device) if T == 1 else nullcontext():
+            x = _drawn(model.decoded(model.kernel(x, times[1]), x), num_samples)
+        bar.update(num_samples)
         yield 0, x
 
     def _step(self, x: Tensor, t: Tensor) -> tuple[Tensor]:
@@ -169,7 +165,7 @@ def _decreasing(times: Sequence[int], num_steps: int) -> tuple[int, ...]:
         found = ()
     if not (
         found
-        and all(isinstance(t, Integral) and not isinstance(t, bool) and 0 <= t <= num_steps for t in found)
+        and all(checks.is_int(t) and 0 <= t <= num_steps for t in found)
         and all(before > after for before, after in pairwise(found))
     ):
         raise ValueError(f"times must be decreasing ints in 0..{num_steps}, at least one, but they are {times!r}")

@@ -12,7 +12,8 @@ have :math:`a_t = 1` and a growing :math:`b_t`. The log signal-to-noise ratio
 
 Every quantity is computed, kept and returned in float64, whatever dtype the module is cast to: in float32
 :math:`1 - \bar\alpha_1` of a 1000-step schedule is already off in its fourth digit. The kernels cast their
-coefficients at the last moment.
+coefficients at the last moment. A schedule is a function of t. A fixed one reads a table, which is a buffer: what is
+written there, or loaded from a ``state_dict``, is what every kernel sees.
 
 References:
     Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015),
@@ -23,12 +24,13 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checks
+from .precision import Float64Module, default_home, home
 
 __all__ = [
     "BetaSchedule",
@@ -40,77 +42,6 @@ __all__ = [
     "Schedule",
     "SubSchedule",
 ]
-
-
-def like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A float64 coefficient, of shape () or the batch shape of x, in x's dtype and broadcastable against x."""
-    coefficient, missing = coefficient.to(x.dtype), x.dim() - coefficient.dim()
-    return coefficient if missing == 0 or not coefficient.dim() else coefficient[(..., *(None,) * missing)]
-
-
-class Float64Module(nn.Module):
-    """A module whose buffers are float64 and stay so: they follow it to another device, but not to another dtype."""
-
-    def _apply(self, fn, recurse: bool = True) -> "Float64Module":  # noqa: ANN001 - torch's own signature
-        buffers = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in buffers.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
-
-
-def own(kind: type) -> type:
-    """Decorates a class whose instances, but not those of a subclass, are wholly given by their buffers and own parts.
-
-    Arguments:
-        kind: The class.
-    """
-    kind._own = kind
-    return kind
-
-
-def _state(part: nn.Module) -> list[tuple[object, int]] | None:
-    """The part and its buffers, with their versions; None where something else may matter."""
-    if getattr(type(part), "_own", None) is not type(part) or part._parameters:
-        return None
-    found: list[tuple[object, int]] = [(part, 0)]
-    found += [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in part._buffers.values()]
-    for below in part._modules.values():
-        more = _state(below)
-        if more is None:
-            return None
-        found += more
-    return found
-
-
-def tabulated(owner: nn.Module, name: str, parts: Sequence[nn.Module], table: Callable[[], Tensor]) -> Tensor | None:
-    """A table that depends on parts without parameters: made when they have changed, and kept.
-
-    Arguments:
-        owner: The module that keeps it.
-        name: Its name there.
-        parts: What it depends on.
-        table: Makes it.
-
-    Returns:
-        The table; None where there is nothing to keep: a part may learn or is not the package's own, or what comes of
-        it is being traced.
-    """
-    if checks.blind():
-        return None
-    states = [_state(part) for part in parts]
-    if None in states:
-        return None
-    state = [entry for each in states for entry in each]
-    kept = owner.__dict__.get(name)
-    if kept is None or not _same_state(kept[0], state):
-        with torch.no_grad():
-            kept = owner.__dict__[name] = state, table()
-    return kept[1]
-
-
-def _same_state(ours: list[tuple[object, int]], theirs: list[tuple[object, int]]) -> bool:
-    return len(ours) == len(theirs) and all(a is b and m == n for (a, m), (b, n) in zip(ours, theirs, strict=True))
 
 
 class Schedule(Float64Module, ABC):
@@ -127,8 +58,12 @@ class Schedule(Float64Module, ABC):
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
-        checks.positive_int("num_steps", num_steps)
-        self.num_steps = num_steps
+        self.num_steps = checks.positive_int("num_steps", num_steps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the times are that it is asked for: the model's device, or the CPU if that has no float64."""
+        return self.noise(0).device
 
     @abstractmethod
     def beta(self, t: int | Tensor) -> Tensor:
@@ -165,41 +100,37 @@ class Schedule(Float64Module, ABC):
         remaining = -torch.expm1(self.log_snr(t) - self.log_snr(s))
         return self.signal(t) / self.signal(s), self.noise(t) * remaining.sqrt()
 
-    def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
         r"""Of :math:`q(x_s | x_t, x_0)` the weights of x_t and of x_0 in the mean, and the standard deviation.
 
         .. math:: \frac{a_{t|s} b_s^2}{b_t^2}, \qquad \frac{a_s b_{t|s}^2}{b_t^2}, \qquad \frac{b_s b_{t|s}}{b_t}
 
-        s is t - 1 if not given; at s = 0 they are 0, 1 and 0.
+        s is t - 1 if not given; at s = 0 they are 0, 1 and 0. The shape is (3, *t.shape).
 
         References:
             Variational Diffusion Models (Kingma et al., 2021), Eqs. 25-26, https://arxiv.org/abs/2107.00630
         """
         s = t - 1 if s is None else s
         (signal, noise), noise_s, noise_t = self.step(t, s), self.noise(s), self.noise(t)
-        return signal * (noise_s / noise_t) ** 2, self.signal(s) * (noise / noise_t) ** 2, noise_s * noise / noise_t
+        return torch.stack(
+            [signal * (noise_s / noise_t) ** 2, self.signal(s) * (noise / noise_t) ** 2, noise_s * noise / noise_t]
+        )
 
 
-def _lookup(table: Tensor, t: int | Tensor) -> Tensor:
-    """The value at t of a table of T + 1 values."""
-    if checks.trusted() and isinstance(t, Tensor):
-        return table[t.long()] if t.dim() != 1 else table.index_select(0, t)
-    num_steps = len(table) - 1
-    checks.integer("t", t, num_steps)
-    expected = f"t must lie in 0..{num_steps}"
-    if isinstance(t, Tensor):
-        if t.device != table.device:
-            raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
-        try:  # unlike table[t], index_select also refuses a negative index
-            return table.index_select(0, t.reshape(-1).long()).reshape(t.shape)
-        except (IndexError, RuntimeError) as error:
-            raise ValueError(f"{expected}, but it has values in {t.min()}..{t.max()}") from error
-    if not 0 <= t <= num_steps:
-        raise ValueError(f"{expected}, but it is {t}")
-    return table[int(t)]
+def _at(table: Tensor, t: int | Tensor) -> Tensor:
+    """The columns at t of a table with one for each of t = 0..T, with shape (*rows, *t.shape)."""
+    T = table.shape[-1] - 1
+    checks.time("t", t, T)
+    if not isinstance(t, Tensor):
+        return table[..., int(t)]
+    if checks.validating() and home(t.device) != table.device:
+        raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
+    t = t.to(table.device)
+    if t.dim() == 1:  # unlike table[..., t], this refuses a negative t whether Pyro validates or not
+        return table.index_select(-1, t)
+    return table.index_select(-1, t.reshape(-1)).reshape(table.shape[:-1] + t.shape)
 
 
-@own
 class SubSchedule(Schedule):
     r"""The schedule of a chain of fewer steps: the given times of another schedule, and t = 0.
 
@@ -227,79 +158,79 @@ class SubSchedule(Schedule):
         checks.instance("schedule", schedule, Schedule)
         times = checks.increasing("times", times, schedule.num_steps)
         super().__init__(len(times))
-        self.schedule, self.times = schedule, times
-        self.register_buffer("_times", torch.tensor([0, *times], device=schedule.noise(0).device), persistent=False)
+        self.schedule = schedule
+        self.register_buffer("_times", torch.tensor([0, *times], device=schedule.device))
+
+    @property
+    def times(self) -> tuple[int, ...]:
+        r"""The times :math:`\tau_1, \dots, \tau_K`."""
+        return tuple(self._times[1:].tolist())
 
     def beta(self, t: int | Tensor) -> Tensor:
-        now, before = self.time(t), self.time((t.long() - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0))
+        earlier = (t.long() - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
+        now, before = self.times_at(t), self.times_at(earlier)
         noise = self.schedule.step(now, before)[1]
         return torch.where(torch.as_tensor(t == 0, device=noise.device), 0, noise**2)
 
     def signal(self, t: int | Tensor) -> Tensor:
-        return self.schedule.signal(self.time(t))
+        return self.schedule.signal(self.times_at(t))
 
     def noise(self, t: int | Tensor) -> Tensor:
-        return self.schedule.noise(self.time(t))
+        return self.schedule.noise(self.times_at(t))
 
     def log_snr(self, t: int | Tensor) -> Tensor:
-        return self.schedule.log_snr(self.time(t))
+        return self.schedule.log_snr(self.times_at(t))
 
     def time(self, t: int | Tensor) -> int | Tensor:
         r"""The time :math:`\tau_t` of the other schedule, an int or a tensor as t is; 0 at t = 0."""
-        if isinstance(t, Tensor):
-            return _lookup(self._times, t)
-        checks.integer("t", t, self.num_steps)
-        if not 0 <= t <= self.num_steps:
-            raise ValueError(f"t must lie in 0..{self.num_steps}, but it is {t}")
-        return (0, *self.times)[int(t)]
+        found = self.times_at(t)
+        return found if isinstance(t, Tensor) else int(found)
+
+    def times_at(self, t: int | Tensor) -> Tensor:
+        r"""The times :math:`\tau_t` as an integer tensor of the shape of t, of which no value is read."""
+        return _at(self._times, t)
 
     def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, times={self.times if self.num_steps < 10 else '...'}"
+        shown = "..." if self.num_steps >= 10 or self._times.is_meta else self.times
+        return f"num_steps={self.num_steps}, times={shown}"
 
 
 class _FixedSchedule(Schedule):
-    """A schedule without parameters: tables of its T + 1 values."""
+    """A schedule without parameters: a table with a column for each of t = 0..T, which is all that it is."""
 
     def __init__(self, beta: Tensor, signal: Tensor, noise: Tensor, log_snr: Tensor) -> None:
         super().__init__(len(beta) - 1)
-        if (signal[:-1] == 0).any():
+        if not checks.holds(signal[:-1] != 0):
             t = int((signal == 0).nonzero()[0])
             raise ValueError(f"betas must leave some signal before the last step, but alpha_bar({t}) is 0 in float64")
-        for name, table in (("beta", beta), ("signal", signal), ("noise", noise), ("log_snr", log_snr)):
-            self.register_buffer(f"_{name}", table.double())
-
-    def scales(self, t: int | Tensor) -> Tensor:
-        found = self._tabulated("_scales", super().scales, t)
-        return super().scales(t) if found is None else found
-
-    def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        found = self._tabulated("_weights", self._posteriors, t) if s is None else None
-        return super().posterior(t, s) if found is None else found.unbind()
-
-    def _posteriors(self, t: Tensor) -> Tensor:
-        """The posterior's weights, with those of t = 1 also at t = 0."""
-        t = t.clamp(min=1)
-        return torch.stack(super().posterior(t, t - 1))
-
-    def _tabulated(self, name: str, function: Callable[[Tensor], Tensor], t: int | Tensor) -> Tensor | None:
-        """The columns at t of a function of all times, which every step of training asks for."""
-        if not (isinstance(t, Tensor) and t.dim() == 1 and checks.trusted()):
-            return None
-        size, device = len(self._noise), self._noise.device
-        table = tabulated(self, name, [self], lambda: function(torch.arange(size, device=device)))
-        return None if table is None else table.index_select(1, t)
+        weights = beta.new_tensor([[0.0], [1.0], [0.0]]).repeat(1, len(beta))  # at t = 0, where the state is x_0
+        self.register_buffer("_table", torch.cat([torch.stack([beta, signal, noise, log_snr]), weights]))
+        t = torch.arange(1, len(beta), device=beta.device)
+        self._table[4:, 1:] = super().posterior(t, t - 1)
 
     def beta(self, t: int | Tensor) -> Tensor:
-        return _lookup(self._beta, t)
+        return _at(self._table[0], t)
 
     def signal(self, t: int | Tensor) -> Tensor:
-        return _lookup(self._signal, t)
+        return _at(self._table[1], t)
 
     def noise(self, t: int | Tensor) -> Tensor:
-        return _lookup(self._noise, t)
+        return _at(self._table[2], t)
 
     def log_snr(self, t: int | Tensor) -> Tensor:
-        return _lookup(self._log_snr, t)
+        return _at(self._table[3], t)
+
+    def scales(self, t: int | Tensor) -> Tensor:
+        return _at(self._table[1:3], t)
+
+    def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
+        return _at(self._table[4:], t) if s is None else super().posterior(t, s)
+
+    def extra_repr(self) -> str:
+        if self._table.is_meta:
+            return f"num_steps={self.num_steps}"
+        (beta_1, _, noise_1, *_), (beta_T, _, noise_T, *_) = self._table[:, 1].tolist(), self._table[:, -1].tolist()
+        return f"num_steps={self.num_steps}, beta={beta_1:.4g}..{beta_T:.4g}, noise={noise_1:.4g}..{noise_T:.4g}"
 
 
 def _variance_preserving(beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -310,7 +241,6 @@ def _variance_preserving(beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return beta, (log_alpha_bar / 2).exp(), noise_squared.sqrt(), log_alpha_bar - noise_squared.log()
 
 
-@own
 class BetaSchedule(_FixedSchedule):
     r"""The VP schedule with given :math:`\beta_1, \dots, \beta_T`.
 
@@ -318,7 +248,7 @@ class BetaSchedule(_FixedSchedule):
         betas: The :math:`\beta_t`, T numbers in (0, 1]; only the last may be 1 (it leaves no signal).
 
     Raises:
-        ValueError: If ``betas`` is empty, not one-dimensional, or has a value outside (0, 1].
+        ValueError: If ``betas`` is empty, not one-dimensional, has a value outside (0, 1], or requires a gradient.
 
     Example:
         >>> schedule = pyrodiff.BetaSchedule([0.1, 0.2, 0.5])
@@ -327,12 +257,12 @@ class BetaSchedule(_FixedSchedule):
     """
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
-        betas = torch.as_tensor(betas, dtype=torch.float64).detach()
+        betas = checks.numbers("betas", betas)
         if betas.dim() != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a sequence of at least one number, but its shape is {tuple(betas.shape)}")
         allowed = (betas > 0) & (betas <= 1)
         allowed[:-1] &= betas[:-1] < 1
-        if not allowed.all():
+        if not checks.holds(allowed):
             index = int((~allowed).nonzero()[0])
             raise ValueError(
                 f"betas must lie in (0, 1], and below 1 before the last, but betas[{index}] of {len(betas)} is "
@@ -340,11 +270,7 @@ class BetaSchedule(_FixedSchedule):
             )
         super().__init__(*_variance_preserving(betas))
 
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, beta_1={self._beta[1]:.4g}, beta_T={self._beta[-1]:.4g}"
 
-
-@own
 class LinearSchedule(_FixedSchedule):
     r"""The VP schedule with :math:`\beta_t` linear from ``beta_start`` to ``beta_end``.
 
@@ -365,18 +291,12 @@ class LinearSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
-        checks.positive_int("num_steps", num_steps)
-        for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-            checks.number(name, beta, 0, 1)
-        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+        num_steps = checks.positive_int("num_steps", num_steps)
+        beta_start, beta_end = checks.number("beta_start", beta_start, 0, 1), checks.number("beta_end", beta_end, 0, 1)
+        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64, device=default_home())
         super().__init__(*_variance_preserving(betas))
-        self.beta_start, self.beta_end = beta_start, beta_end
-
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, beta_start={self.beta_start}, beta_end={self.beta_end}"
 
 
-@own
 class CosineSchedule(_FixedSchedule):
     r"""The VP schedule in which :math:`\bar\alpha_t` falls as a squared cosine.
 
@@ -401,19 +321,14 @@ class CosineSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> None:
-        checks.positive_int("num_steps", num_steps)
-        checks.number("offset", offset, 0, math.inf)
-        checks.number("beta_max", beta_max, 0, 1)
-        t = torch.arange(num_steps + 1, dtype=torch.float64)
+        num_steps = checks.positive_int("num_steps", num_steps)
+        offset = checks.number("offset", offset, 0, math.inf)
+        beta_max = checks.number("beta_max", beta_max, 0, 1)
+        t = torch.arange(num_steps + 1, dtype=torch.float64, device=default_home())
         log_f = 2 * torch.cos((t / num_steps + offset) / (1 + offset) * math.pi / 2).log()
         super().__init__(*_variance_preserving((-torch.expm1(log_f.diff())).clamp(max=beta_max)))
-        self.offset, self.beta_max = offset, beta_max
-
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, offset={self.offset}, beta_max={self.beta_max}"
 
 
-@own
 class ReciprocalSchedule(_FixedSchedule):
     r"""The VP schedule with :math:`\beta_t = 1 / (T - t + 1)`, which erases a constant fraction of the data a step.
 
@@ -436,17 +351,13 @@ class ReciprocalSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int) -> None:
-        checks.positive_int("num_steps", num_steps)
-        t = torch.arange(num_steps + 1, dtype=torch.float64)
+        num_steps = checks.positive_int("num_steps", num_steps)
+        t = torch.arange(num_steps + 1, dtype=torch.float64, device=default_home())
         beta = torch.cat([t[:1], 1 / (num_steps - t[1:] + 1)])
         erased = t / num_steps
         super().__init__(beta, (1 - erased).sqrt(), erased.sqrt(), torch.logit(1 - erased))
 
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}"
 
-
-@own
 class GeometricSchedule(_FixedSchedule):
     r"""The VE schedule with noise growing geometrically from ``sigma_min`` at t = 1 to ``sigma_max`` at t = T.
 
@@ -470,21 +381,16 @@ class GeometricSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        checks.positive_int("num_steps", num_steps)
-        checks.number("sigma_min", sigma_min, 0, math.inf)
-        checks.number("sigma_max", sigma_max, sigma_min, math.inf)
-        fraction = torch.linspace(1, 0, num_steps, dtype=torch.float64)
+        num_steps = checks.positive_int("num_steps", num_steps)
+        sigma_min = checks.number("sigma_min", sigma_min, 0, math.inf)
+        sigma_max = checks.number("sigma_max", sigma_max, sigma_min, math.inf)
+        fraction = torch.linspace(1, 0, num_steps, dtype=torch.float64, device=default_home())
         log_sigma = math.log(sigma_max) + fraction * math.log(sigma_min / sigma_max) * (num_steps > 1)
         log_sigma = torch.cat([log_sigma.new_full((1,), -math.inf), log_sigma])
         beta = (2 * log_sigma).exp().diff(prepend=log_sigma.new_zeros(1))
         super().__init__(beta, torch.ones_like(log_sigma), log_sigma.exp(), -2 * log_sigma)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, sigma_min={self.sigma_min}, sigma_max={self.sigma_max}"
 
 
-@own
 class LogSNRSchedule(_FixedSchedule):
     r"""The VP schedule with a log signal-to-noise ratio that falls linearly, from ``first`` at t = 1 to ``last`` at T.
 
@@ -515,16 +421,12 @@ class LogSNRSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int, first: float = 9.0, last: float = -9.0) -> None:
-        checks.positive_int("num_steps", num_steps)
-        checks.number("first", first, -700, 700)
-        checks.number("last", last, -700, first)
-        log_snr = torch.linspace(first, last, num_steps, dtype=torch.float64)
+        num_steps = checks.positive_int("num_steps", num_steps)
+        first = checks.number("first", first, -700, 700)
+        last = checks.number("last", last, -700, first)
+        log_snr = torch.linspace(first, last, num_steps, dtype=torch.float64, device=default_home())
         log_alpha_bar = torch.nn.functional.logsigmoid(log_snr)
         beta = torch.cat([torch.sigmoid(-log_snr[:1]), -torch.expm1(log_alpha_bar.diff())])
         tables = beta, (log_alpha_bar / 2).exp(), torch.sigmoid(-log_snr).sqrt(), log_snr
         start = beta.new_tensor([[0.0], [1.0], [0.0], [math.inf]])
         super().__init__(*torch.cat([start, torch.stack(tables)], 1))
-        self.first, self.last = first, last
-
-    def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, first={self.first}, last={self.last}"

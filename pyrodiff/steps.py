@@ -1,6 +1,6 @@
 r"""The steps of the one-step pair: how t is drawn, and what the step weighs.
 
-The bound is a sum over t. Drawing one t a datum with probability p(t) and scaling its term by 1 / p(t) leaves the
+The bound is a sum over t. Drawing one t per datum with probability p(t) and scaling its term by 1 / p(t) leaves the
 mean as it is. A *drawing* says what p is and how the draws of a batch hang together: it turns auxiliary uniform
 variables u into times. A *weighting* is a function w(t) > 0 that multiplies the term: 1 for the bound.
 
@@ -22,8 +22,8 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
 from . import checks
+from .precision import Float64Module, default_home
 from .reverse import GaussianReverse
-from .schedules import Float64Module
 
 __all__ = [
     "BoundWeighting",
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Drawing(Float64Module, ABC):
-    """How one t a datum is drawn: a law of u in [0, 1), and a map from u to t and its probability.
+    """How one t per datum is drawn: a law of u in [0, 1), and a map from u to t and its probability.
 
     Attributes:
         share: Of several processes with a batch each, which this is; None if it is the only one.
@@ -154,7 +154,7 @@ class ImportanceDrawing(Drawing):
     def __init__(self, probabilities: Sequence[float] | Tensor) -> None:
         super().__init__()
         p = checks.numbers("probabilities", probabilities)
-        if p.dim() != 1 or len(p) == 0 or not ((p > 0) & p.isfinite()).all() or abs(float(p.sum()) - 1) > 1e-6:
+        if p.dim() != 1 or len(p) == 0 or not checks.holds((p > 0) & p.isfinite() & ((p.sum() - 1).abs() <= 1e-6)):
             raise ValueError(f"probabilities must be positive numbers that add up to 1, but they are {p.tolist()}")
         self.register_buffer("probabilities", p / p.sum())
 
@@ -219,12 +219,10 @@ class LossSecondMoment(Drawing):
 
     def __init__(self, num_steps: int, history: int = 10, uniform: float = 0.1) -> None:
         super().__init__()
-        checks.positive_int("num_steps", num_steps)
-        checks.positive_int("history", history)
-        checks.number("uniform", uniform, 0, 1)
-        self.uniform = uniform
-        self.register_buffer("costs", torch.zeros(num_steps, history, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.long))
+        num_steps, history = checks.positive_int("num_steps", num_steps), checks.positive_int("history", history)
+        self.uniform, device = checks.number("uniform", uniform, 0, 1), default_home()
+        self.register_buffer("costs", torch.zeros(num_steps, history, dtype=torch.float64, device=device))
+        self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.long, device=device))
 
     @property
     def probabilities(self) -> Tensor:
@@ -244,8 +242,9 @@ class LossSecondMoment(Drawing):
     def tell(self, t: Tensor, cost: Tensor, scored: Tensor) -> None:
         """Keep the costs of each t, the newest in place of the oldest."""
         history = self.costs.shape[1]
-        index, cost = (t - 1).flatten(), cost.detach().flatten().double()
-        keep = scored.flatten() & cost.isfinite()
+        device = self.costs.device
+        index, cost = (t - 1).flatten().to(device), cost.detach().flatten().to(device).double()
+        keep = scored.flatten().to(device) & cost.isfinite()
         index = torch.where(keep, index, len(self.counts))  # what does not count goes to a row that is thrown away
         order = index.argsort(stable=True)
         index, cost = index[order], cost[order]
@@ -330,7 +329,7 @@ class BoundWeighting(nn.Module):
         return torch.ones_like(t, dtype=torch.get_default_dtype())
 
 
-class SimpleWeighting(Float64Module):
+class SimpleWeighting(nn.Module):
     r"""The weighting that makes the step's cost the squared error of the noise: :math:`L_\mathrm{simple}`.
 
     .. math:: w(t) = \frac{1}{T} \frac{2 \sigma_t^2}{w_0(t)^2} \frac{a_t^2}{b_t^2}, \qquad
@@ -356,13 +355,13 @@ class SimpleWeighting(Float64Module):
         super().__init__()
         checks.instance("reverse", reverse, GaussianReverse)
         process = reverse.forward_process
-        if process.schedule.signal(process.num_steps) == 0:
+        if not checks.holds(process.schedule.signal(process.num_steps) != 0):
             raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")
-        t = torch.arange(1, process.num_steps + 1, device=process.schedule.noise(0).device)
-        _, weight_0, _ = process.schedule.posterior(t)
-        variance = reverse.variance(process, t).detach()
-        weight = 2 * variance / weight_0**2 * process.schedule.log_snr(t).exp() / process.num_steps
-        self.register_buffer("weight", weight, persistent=False)
+        self._reverse = (reverse,)  # read, but no part of this module: in a tuple, torch does not register it
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.weight[t - 1]
+        (reverse,) = self._reverse
+        schedule = reverse.forward_process.schedule
+        _, weight_0, _ = schedule.posterior(t)
+        variance = reverse.variance(reverse.forward_process, t).detach()
+        return 2 * variance / weight_0**2 * schedule.log_snr(t).exp() / schedule.num_steps

@@ -31,8 +31,8 @@ class SVI:
     all, and the gradient is clipped by its global norm. The parameters are those of the model and of the guide, where
     they are modules, and of every ``pyro.param`` and ``pyro.module`` that they come upon, whenever they first do.
 
-    The first step with data of some shape is run with Pyro's validation, if that is on, and with the checks of the pair
-    and of the data; the following ones take them on trust, and do not wait for the device. Under
+    The first step with data of some shape is validated, by Pyro and by the checks of the pair and of the data, whatever
+    ``pyro.enable_validation`` says; the following ones are not, and do not wait for the device. Under
     ``torch.distributed`` every process takes its own step on its own batch, and what is learned, and returned, is that
     of all batches joined (see :doc:`training`).
 
@@ -53,8 +53,8 @@ class SVI:
             step. If None, it is not looked at. A gradient that overflows float16 is the scaler's to skip.
         compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape;
             for :class:`DiffusionELBO` only.
-        validate: Whether to validate and check at every step (True, which cannot be compiled) or at none (False), and
-            not at the first of each shape.
+        validate: Whether to validate at every step (True, which cannot be compiled) or at none (False), and not at the
+            first of each shape.
 
     Attributes:
         optimizer, scheduler, average: What ``optim``, ``scheduler`` and ``average`` returned; None before the first
@@ -104,8 +104,8 @@ class SVI:
         if not hasattr(loss, "differentiable_loss"):
             raise ValueError(f"loss must have a differentiable_loss, but it is {loss!r}")
         if clip_norm is not None:
-            checks.number("clip_norm", clip_norm, 0, math.inf)
-        checks.positive_int("accumulate", accumulate)
+            clip_norm = checks.number("clip_norm", clip_norm, 0, math.inf)
+        accumulate = checks.positive_int("accumulate", accumulate)
         checks.one_of("autocast", autocast, (None, torch.bfloat16, torch.float16))
         checks.one_of("nonfinite", nonfinite, (None, "stop", "skip"))
         checks.one_of("compile", compile, (False, True))
@@ -142,6 +142,8 @@ class SVI:
             device. Of several processes, the sum over their batches.
         """
         self._refuse_averages()
+        if not torch.is_grad_enabled():
+            raise ValueError("gradients must be enabled for a step, but it is taken under torch.no_grad()")
         self._catch_up(args, kwargs)
         self._calls += 1
         replayed = self._replayed(args) if self._is_capturable(args, kwargs) else None
@@ -478,6 +480,12 @@ class SVI:
                 f"{name} must return a {kind.__module__}.{kind.__name__}, {hint}, but it returned "
                 f"{checks.described(made)}"
             )
+        if isinstance(made, torch.optim.LBFGS):
+            raise ValueError(
+                "optim must return an optimizer that takes one gradient per step, such as torch.optim.Adam, but it "
+                "returned LBFGS, which evaluates the loss several times: call its step(closure) with "
+                "loss.differentiable_loss(model, guide, x) yourself"
+            )
         return made
 
 
@@ -516,7 +524,7 @@ def _schedules(roots: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Signal and noise of each schedule that is not learned, with shape (2, T + 1)."""
     found = {f"{root}.{path}": part for root, module in roots.items() for path, part in module.named_modules()}
     return {
-        name: part.scales(torch.arange(part.num_steps + 1, device=part.noise(0).device))
+        name: part.scales(torch.arange(part.num_steps + 1, device=part.device))
         for name, part in found.items()
         if isinstance(part, Schedule) and not list(part.parameters())
     }
@@ -590,7 +598,7 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
         >>> int(average.n_averaged)
         0
     """
-    checks.probability("decay", decay)
+    decay = checks.probability("decay", decay)
 
     def update(means: list[Tensor], weights: list[Tensor], number: Tensor) -> None:
         if number.device.type == "cpu":

@@ -6,9 +6,11 @@ References:
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .bounds import Bound, bound, importance_bound
 from .diffusion import Diffusion, OneStep
 from .elbo import DiffusionELBO
 from .evaluation import batches, evaluating
+from .precision import float64
 
 __all__ = ["Claim", "Verification", "verify"]
 
@@ -101,12 +104,12 @@ def verify(
         True
     """
     checks.instance("x_0", x_0, Tensor)
-    checks.positive_int("num_repeats", num_repeats)
-    checks.positive_int("num_particles", num_particles)
+    num_repeats = checks.positive_int("num_repeats", num_repeats)
+    num_particles = checks.positive_int("num_particles", num_particles)
     for name, value, least in (("num_repeats", num_repeats, 10), ("num_particles", num_particles, 2)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, but it is {value}")
-    with evaluating(diffusion, generator):
+    with evaluating(diffusion, generator), pyro.validation_enabled(True):
         (x_0,) = batches(diffusion, x_0)
         claims = [
             _tried("the trajectory pair agrees in sites, order, scales and masks", _pair, diffusion, x_0),
@@ -129,19 +132,22 @@ def _tried(name: str, check: Callable[..., tuple[bool | None, str]], *args: obje
 
 
 def _pair(pair: Diffusion | OneStep, x_0: Tensor) -> tuple[bool, str]:
-    terms = DiffusionELBO().terms(pair.model, pair.guide, x_0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of another order
+        terms = DiffusionELBO().terms(pair.model, pair.guide, x_0)
     broken = [name for name, cost in terms.items() if not bool(cost.isfinite().all())]
     if broken:
         return False, f"the cost is not finite at {', '.join(broken)}"
     return True, f"{len(terms)} sites with a cost, from {next(iter(terms))} on"
 
 
+@torch.no_grad()
 def _bayes(diffusion: Diffusion, x_0: Tensor, any_s: bool) -> tuple[bool | None, str]:
     """Both sides of Bayes' rule as log densities, at t = 2..T, from s = t - 1, or from a random s before that."""
-    x_0 = x_0.double()  # so that rounding hides no slip
+    x_0 = float64(x_0)  # so that rounding hides no slip
     q, worst, wrong = diffusion.forward_process, (-1.0, 0, 0), []
     for t in range(3 if any_s else 2, diffusion.num_steps + 1):
-        s = int(torch.randint(1, t - 1, ())) if any_s else t - 1
+        s = int(torch.randint(1, t - 1, (), device="cpu")) if any_s else t - 1
         x_s = q.marginal(x_0, s).sample()
         x_t = q.transition(x_s, t, s).sample()
         left = q.posterior(x_t, x_0, t, s).log_prob(x_s), q.marginal(x_0, t).log_prob(x_t)

@@ -160,7 +160,7 @@ def test_strokes_are_levels_and_differ_from_draw_to_draw():
         (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor([-1])), r"i must be integers in 0..2"),
         (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor(1)), r"i must be integers in 0..2"),
         (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(2), r"i must be integers in 0..2"),
-        (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor([0.5])), r"i must be an int .*float32"),
+        (lambda: datasets.Strokes(torch.zeros(3, 8, 8))(torch.tensor([0.5])), r"i must be integers in 0..2"),
     ],
 )
 def test_strokes_of_no_digits_are_refused(call, words):

@@ -13,7 +13,7 @@ from torch import nn
 
 import pyrodiff
 from pyrodiff import FlowLikelihood, ode_log_prob
-from pyrodiff.evaluation import bytes_a_row
+from pyrodiff.evaluation import bytes_per_row
 
 BETAS = [0.05, 0.1, 0.3, 0.4, 0.5]
 SIGMAS = (0.3, 3.0)  # the least and the greatest noise
@@ -380,7 +380,7 @@ def test_a_datums_number_depends_on_no_other():
     assert len(set(whole.num_evaluations.tolist())) > 1
     alone = [ode_log_prob(diffusion, x_0[i : i + 1]) for i in range(7)]
     order = torch.tensor([3, 6, 0, 2, 5, 1, 4])
-    row = bytes_a_row(diffusion, x_0[:1])
+    row = bytes_per_row(diffusion, x_0[:1])
     few = ode_log_prob(diffusion, x_0, memory_budget=8 * row)
     batches = ode_log_prob(diffusion, [x_0[:3], (x_0[3:], torch.zeros(4))])
     for nats, evaluations in (
@@ -667,7 +667,7 @@ def test_data_that_do_not_converge_are_counted_and_the_first_is_named():
     diffusion = diffusion_of(Broken((2,), schedule), schedule, (2,))
     with pytest.raises(RuntimeError, match=r"did not converge for 2 of 7 data, the first number 5 of its batch"):
         ode_log_prob(diffusion, x_0)
-    row = bytes_a_row(diffusion, x_0[:1])
+    row = bytes_per_row(diffusion, x_0[:1])
     with pytest.raises(RuntimeError, match=r"the first number 5 of its batch"):
         ode_log_prob(diffusion, x_0, memory_budget=8 * row)
 

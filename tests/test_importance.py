@@ -14,7 +14,7 @@ from torch import nn
 
 import pyrodiff
 from pyrodiff import ImportanceBound, importance_bound
-from pyrodiff.evaluation import bytes_a_row
+from pyrodiff.evaluation import bytes_per_row
 
 M, V = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.3, 1.7]).double()
 X_0 = torch.tensor([[1.0, 2.0], [0.0, -1.5], [3.0, -4.0]], dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_the_memory_budget_does_not_mix_the_data(rows, K):
     x_0 = torch.arange(7).double()[:, None] * torch.tensor([0.5, -0.3]).double()
     sizes = []
     hook = diffusion.reverse.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    result = importance_bound(diffusion, x_0, K, memory_budget=rows * bytes_a_row(diffusion, x_0[:1]))
+    result = importance_bound(diffusion, x_0, K, memory_budget=rows * bytes_per_row(diffusion, x_0[:1]))
     hook.remove()
     exact = dist.Normal(M, V.sqrt()).log_prob(x_0).sum(-1)
     torch.testing.assert_close(result.log_weights, exact.expand(K, 7), rtol=0, atol=1e-10)
@@ -315,7 +315,7 @@ def test_the_effective_sample_size_counts_the_weights_that_matter():
 def test_a_random_weight_is_drawn_once_for_all_particles_batches_and_steps():
     diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Drift(), (2,))
     x_0 = [torch.full((4, 2), 0.7), torch.full((1, 2), -2.0)]
-    budget = bytes_a_row(diffusion, x_0[1])
+    budget = bytes_per_row(diffusion, x_0[1])
     seen = []
     for _ in range(3):
         diffusion.reverse.seen.clear()
@@ -382,6 +382,6 @@ def test_what_is_no_diffusion_is_refused():
 
 def test_a_budget_below_one_datum_is_refused():
     diffusion = gaussian_diffusion(SCHEDULE, M, V)
-    row = bytes_a_row(diffusion, X_0[:1])
+    row = bytes_per_row(diffusion, X_0[:1])
     with pytest.raises(ValueError, match=f"memory_budget must hold one datum, which takes {row} bytes"):
         importance_bound(diffusion, X_0, 2, memory_budget=row - 1)

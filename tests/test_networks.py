@@ -316,7 +316,7 @@ def test_the_log_snr_embedding_sees_its_schedule_as_it_is():
     assert embedding.schedule is schedule
     before = embedding(torch.tensor([1, 2]))
     with torch.no_grad():
-        schedule._log_snr[1] -= 2.0  # to that of t = 2
+        schedule._table[3, 1] -= 2.0  # to that of t = 2
     torch.testing.assert_close(embedding(torch.tensor([1])), before[1:])
 
 

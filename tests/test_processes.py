@@ -25,7 +25,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pyrodiff
 from pyrodiff import SVI, DiffusionELBO, processes, steps
-from pyrodiff.forward import Isotropic
 
 B, T = 8, 6  # the batch of one process, and the steps of a diffusion
 sgd = partial(loops.sgd, lr=1e-2)
@@ -59,19 +58,19 @@ class Middles(pyrodiff.UniformDrawing):
         return Given((number + (torch.arange(len(like), dtype=like.dtype) + 0.5) / len(like)) / count)
 
 
-class Still(Isotropic):
+class Still(dist.Normal):
     """A Gaussian whose draw is a function of its mean."""
 
     def rsample(self, sample_shape=()):
-        return self.loc + self.deviation[:, None].to(self.loc.dtype) * torch.cos(9 * self.loc)
+        return self.loc + self.scale * torch.cos(9 * self.loc)
 
 
 class StillForward(pyrodiff.GaussianForward):
     """A forward process whose noise is a function of the datum and of t."""
 
     def marginal(self, x_0, t):
-        law = super().marginal(x_0, t)
-        return Still(law.loc, torch.as_tensor(law.deviation).expand(len(x_0)), 1)
+        law = super().marginal(x_0, t).base_dist
+        return Still(law.loc, law.scale).to_event(1)
 
 
 class Network(nn.Module):

@@ -18,6 +18,8 @@ from pyrodiff.recipes import Form
 from pyrodiff.runs import Run, Stop, Trainer
 from pyrodiff.settings import Settings, option
 
+pytestmark = pytest.mark.filterwarnings("ignore:the data have mean")  # of few levels in a corner of 256
+
 CPU = torch.device("cpu")
 FLOATS = points()
 LEVELS = np.random.default_rng(1).integers(0, 6, (40, 4, 4)).astype(np.uint8)

@@ -219,10 +219,28 @@ def test_defaults_are_those_of_the_papers():
 
 
 def test_betas_given_as_a_float32_tensor_are_taken_as_they_are():
-    betas = torch.tensor([0.1, 0.7], requires_grad=True)
+    betas = torch.tensor([0.1, 0.7])
     schedule = pyrodiff.BetaSchedule(betas)
     assert schedule.beta(1).item() == betas[0].item()
-    assert not schedule.beta(1).requires_grad
+    betas.zero_()  # a copy was made
+    assert schedule.beta(1).item() > 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pyrodiff.BetaSchedule,
+        lambda values: pyrodiff.FixedVariance(values),
+        lambda values: pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(3), values),
+        lambda values: pyrodiff.ImportanceDrawing(values),
+    ],
+    ids=["betas", "variances", "rate", "probabilities"],
+)
+def test_numbers_that_would_not_be_learned_are_refused(make, request):
+    """A parameter would be copied, and would never move."""
+    name = request.node.callspec.id
+    with pytest.raises(ValueError, match=f"{name} must be fixed numbers, .* give {name}.detach()"):
+        make(torch.nn.Parameter(torch.tensor([0.4, 0.6])))
 
 
 def test_the_last_beta_may_be_one_and_leaves_no_signal():

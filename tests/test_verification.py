@@ -289,7 +289,7 @@ def masked(guide, x_0):
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        (in_forward_order, "in the order of the model, but it draws 'x_1' where the model draws 'x_4'"),
+        (in_forward_order, "in another order than the model"),
         (without_a_site, "'x_2' is missing"),
         (with_one_more, "'z' is not one"),
         (scaled, "a scale must stand in both programs, but at site 'x_4' it is 1.0 in the model and 2.0"),

@@ -31,7 +31,7 @@ bound of a network that was trained elsewhere.
 #    * - ``prediction_type="epsilon"``, ``"sample"``, ``"v_prediction"``
 #      - ``NoisePrediction``, ``DataPrediction``, ``VelocityPrediction``
 #    * - ``variance_type="fixed_small"``, ``"fixed_large"``
-#      - ``PosteriorVariance()``, ``ForwardVariance()`` (the default)
+#      - ``PosteriorVariance()``, ``ForwardVariance()`` (the default); in OpenAI's code ``FixedLargeVariance()``
 #    * - ``scheduler.step(output, t, x_t).prev_sample``
 #      - a draw of ``reverse(x_t, t + 1)``
 #    * - ``clip_sample=True``

@@ -22,7 +22,7 @@ References:
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -178,9 +178,9 @@ def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, ran
     x_0, T = draws.x_0, diffusion.num_steps
     steps = x_0.new_zeros(T * len(x_0))
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
-        blocks = list(draws.blocks(*(([1], [1]) if first else _parts(T, num_times))))
+        blocks = list(draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times)))
         for i, t, size, *states in _joined(map(draws.drawn, blocks[rank::ranks]), draws.look.rows):
-            costs = step_costs(diffusion.model, x_0[i], t, *states, first=first, later=not first)
+            costs = step_costs(diffusion.model, x_0.index_select(0, i), t, *states, first=first, later=not first)
             steps.index_add_(0, (t - 1) * len(x_0) + i, costs * size.to(x_0.dtype))
             bar.update(len(i) * ranks)
     (steps,) = processes.together([steps]) if ranks > 1 else (steps,)
@@ -195,13 +195,12 @@ def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, ran
     )
 
 
-def _parts(T: int, num_times: int) -> tuple[list[int], list[int]]:
-    """Equal parts of 2..T: the first t of each, and how many there are."""
-    ends = [2 + part * (T - 1) // max(num_times, 1) for part in range(num_times + 1)]
-    return ends[:-1], [after - before for before, after in pairwise(ends)]
+def _ends(T: int, num_times: int) -> Tensor:
+    """Equal parts of 2..T: the first t of each, and T + 1."""
+    return 2 + torch.arange(num_times + 1, device="cpu") * (T - 1) // max(num_times, 1)
 
 
-_NUMBERS, _ROWS = 2**18, 2**12  # in a block, at most
+_NUMBERS, _ROWS = 2**18, 2**14  # in a block, at most
 
 
 class _Group(NamedTuple):
@@ -218,6 +217,24 @@ class _Group(NamedTuple):
     index: Tensor
     inside: slice
     data: slice
+
+
+class _Block(NamedTuple):
+    """The rows of some data and some parts of the times, for one particle.
+
+    Arguments:
+        first: The first t of each part.
+        size: How many there are in each.
+        is_random: Whether t is drawn, since some part has several.
+        group: The data.
+        key: What its seed is made of.
+    """
+
+    first: Tensor
+    size: Tensor
+    is_random: bool
+    group: _Group
+    key: tuple[int, ...]
 
 
 class _Draws:
@@ -249,27 +266,33 @@ class _Draws:
             begin, end = max(0, -before), min(size, B - before)
             yield _Group(number, index, slice(begin, end), slice(before + begin, before + end))
 
-    def blocks(self, first: list[int], size: list[int]) -> Iterator[tuple[list[int], list[int], _Group, int]]:
-        """The blocks of parts of the times: the first t of each part and its size, the data and the particle."""
-        width = max(1, min(len(first), self.rows))
-        for low in range(0, len(first), width):
-            part = slice(low, low + width)
-            for group in self.groups(max(1, self.rows // len(first[part]))):
+    def blocks(self, ends: Tensor) -> Iterator["_Block"]:
+        """The blocks of parts of the times, each from its own first t to before the next one's."""
+        width = max(1, min(len(ends) - 1, self.rows))
+        for low in range(0, len(ends) - 1, width):
+            first, size = ends[low : low + width + 1][:-1], ends[low : low + width + 1].diff()
+            groups, key, several = (
+                list(self.groups(max(1, self.rows // len(first)))),
+                int(first[0]),
+                bool(size.max() > 1),
+            )
+            first, size = first.to(self.x_0.device), size.to(self.x_0.device)
+            for group in groups:
                 for particle in range(self.num_particles):
-                    yield first[part], size[part], group, particle
+                    yield _Block(first, size, several, group, (particle, key, group.number))
 
-    def drawn(self, block: tuple[list[int], list[int], _Group, int]) -> tuple[Tensor, ...]:
+    def drawn(self, block: "_Block") -> tuple[Tensor, ...]:
         """Of each row of a block: the index of the datum, t, the size of the part that t is of, x_t and maybe x_s."""
-        firsts, sizes, group, particle = block
-        device, q, parts, data = self.x_0.device, self.model.forward_process, len(firsts), len(group.index)
+        device, q, group = self.x_0.device, self.model.forward_process, block.group
+        parts, data = len(block.first), len(group.index)
         i = group.index.repeat_interleave(parts)
-        t, size = (torch.tensor(values, device=device).repeat(data) for values in (firsts, sizes))
-        seed_draws(seed_of(self.seed, particle, firsts[0], group.number), device)
+        t, size = block.first.repeat(data), block.size.repeat(data)
+        seed_draws(seed_of(self.seed, *block.key), device)
         with precisely():
-            if max(sizes) > 1:
+            if block.is_random:
                 u = torch.rand(len(i), dtype=torch.float64, device=home(device))
                 t = t + (u * size.to(u.device)).long().to(device).clamp(max=size - 1)
-            x_0 = self.x_0[i]
+            x_0 = self.x_0.index_select(0, i)
             states = [q.marginal(x_0, t).sample()]
             if not self.look.is_analytic:
                 states.append(q.posterior(states[0], x_0, t.clamp(min=2)).sample())

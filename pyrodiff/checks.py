@@ -114,6 +114,17 @@ def described(value: object) -> str:
     return text if len(text) <= 300 and "\n" not in text else f"a {type(value).__name__}"
 
 
+def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor) -> None:
+    """A tensor of a shape, as what a network, say, returns for a state."""
+    if isinstance(value, Tensor) and value.shape == shape:
+        return
+    got = repr(value) if is_number(value) or value is None else f"a {type(value).__name__}"
+    got = tuple(value.shape) if isinstance(value, Tensor) else got
+    raise ValueError(
+        f"{name} must return a tensor of shape {tuple(shape)} for input of shape {tuple(x_t.shape)}, but it is {got}"
+    )
+
+
 def instance(name: str, value: object, kind: type) -> None:
     """An instance of a class."""
     if not isinstance(value, kind):

@@ -79,12 +79,7 @@ class Denoiser(nn.Module, ABC):
     def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """What the network returns, after a check of its shape; arguments, result and errors as of a call."""
         output = self.network(x_t, t)
-        shape = self._output_shape(x_t)
-        if not isinstance(output, Tensor) or output.shape != shape:
-            got = tuple(output.shape) if isinstance(output, Tensor) else checks.described(output)
-            raise ValueError(
-                f"network must return a tensor of shape {shape} for input of shape {tuple(x_t.shape)}, but it is {got}"
-            )
+        checks.returned("network", output, self._output_shape(x_t), x_t)
         return output.to(x_t.dtype)  # under autocast a network is less precise than what is made of it
 
     def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:

@@ -346,7 +346,9 @@ class Generative(nn.Module):
 
     def _dtypes(self) -> list[torch.dtype]:
         """The dtypes of the parameters that states may have."""
-        dtypes = [parameter.dtype for parameter in self.reverse.parameters() if parameter.is_floating_point()]
+        learned = {id(parameter) for parameter in self.forward_process.parameters()}  # of a schedule, which is float64
+        parameters = [parameter for parameter in self.reverse.parameters() if id(parameter) not in learned]
+        dtypes = [parameter.dtype for parameter in parameters if parameter.is_floating_point()]
         full = [dtype for dtype in dtypes if torch.finfo(dtype).bits >= 32]
         if dtypes and not full:
             checks.full_precision("weights", dtypes[0])

@@ -151,7 +151,7 @@ def look(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> Look:
     return Look(max(1, cached // max(1, size)), _is_analytic(diffusion, x_0[:1], kernel))
 
 
-_CACHE = 2**25  # bytes of results on the way, few of which live at the same time
+_CACHE = 2**26  # bytes of results on the way, few of which live at the same time
 
 
 def bytes_per_row(diffusion: Diffusion, x_0: Tensor) -> int:

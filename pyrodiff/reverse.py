@@ -85,9 +85,9 @@ class FixedLargeVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
+        checks.time("t", t, process.num_steps, low=1)
         variance = process.schedule.beta(t)
         if process.num_steps == 1:
-            checks.time("t", t, 1, low=1)
             return variance
         first = torch.as_tensor(t == 1, device=variance.device)
         return torch.where(first, PosteriorVariance()(process, t), variance)
@@ -173,7 +173,7 @@ class FixedVariance(Variance):
         of_data = (variance - deviation**2) / weight**2  # Var(x_0 | x_t)
         ratio = variance / _posterior_variance(whole, time)
         found = deviation_short**2 + weight_short**2 * of_data
-        known = (of_data >= 0) & (found > 0)
+        known = variance > (1 + 1e-9) * deviation**2  # else, but for rounding, nothing is said of the data
         return torch.where(known, found, ratio.clamp(max=1) * _posterior_variance(schedule, t))
 
 
@@ -234,7 +234,9 @@ class GaussianReverse(nn.Module):
         checks.step(x_t, t, None, self.forward_process.num_steps)
         weight_t, weight_0, _ = coefficients(schedule.posterior(t), x_t)
         (deviation,) = coefficients(self.variance(self.forward_process, t).sqrt()[None], x_t)
-        mean = torch.addcmul(weight_t * x_t, weight_0, self.denoiser(x_t, t))
+        estimate = self.denoiser(x_t, t)
+        checks.returned("denoiser", estimate, x_t.shape, x_t)
+        mean = torch.addcmul(weight_t * x_t, weight_0, estimate)
         return dist.Normal(mean, deviation).to_event(event_dim(x_t, t))
 
     def subchain(self, forward: GaussianForward) -> "GaussianReverse":
@@ -324,6 +326,9 @@ class D3PMReverse(BinomialReverse):
     """
 
     def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        joined = self.forward_process.posterior_logits(x_t, logits.sigmoid(), t, t - 1)
+        if self.forward_process.num_steps == 1:
+            return logits
+        later = t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2)  # also where t = 1, for finite gradients
+        joined = self.forward_process.posterior_logits(x_t, logits.sigmoid(), later, later - 1)
         is_last = torch.as_tensor(t == 1, device=x_t.device)
         return torch.where(is_last.reshape(is_last.shape + (1,) * (x_t.dim() - is_last.dim())), logits, joined)

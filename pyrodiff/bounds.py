@@ -20,9 +20,10 @@ References:
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -174,12 +175,13 @@ def bound(
 
 
 def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, ranks: int, bar: tqdm) -> Bound:
-    """The bound of a batch, for which rank k of the ranks that share the work does every block of the k-th kind."""
+    """The bound of a batch; of the ranks that share the work, each does one block in turn."""
     x_0, T = draws.x_0, diffusion.num_steps
     steps = x_0.new_zeros(T * len(x_0))
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
-        blocks = list(draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times)))
-        for i, t, size, *states in _joined(map(draws.drawn, blocks[rank::ranks]), draws.look.rows):
+        blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
+        drawn = (block() for block in islice(blocks, rank, None, ranks))
+        for i, t, size, *states in _joined(drawn, draws.look.rows):
             costs = step_costs(diffusion.model, x_0.index_select(0, i), t, *states, first=first, later=not first)
             steps.index_add_(0, (t - 1) * len(x_0) + i, costs * size.to(x_0.dtype))
             bar.update(len(i) * ranks)
@@ -200,15 +202,15 @@ def _ends(T: int, num_times: int) -> Tensor:
     return 2 + torch.arange(num_times + 1, device="cpu") * (T - 1) // max(num_times, 1)
 
 
-_NUMBERS, _ROWS = 2**18, 2**14  # in a block, at most
+_NUMBERS, _ROWS = 2**18, 2**12  # in a block, at most
 
 
 class _Group(NamedTuple):
-    """Neighbouring data of a block, some of which the batch may not have.
+    """Neighbouring data, some of which a batch may not have.
 
     Arguments:
         number: Which of all groups it is.
-        index: Their indices in the batch, that of another datum in the place of one that it does not have.
+        index: Their indices in the batch; of one that is not there, that of another.
         inside: Which of the group are in the batch.
         data: Which of the batch they are.
     """
@@ -217,24 +219,6 @@ class _Group(NamedTuple):
     index: Tensor
     inside: slice
     data: slice
-
-
-class _Block(NamedTuple):
-    """The rows of some data and some parts of the times, for one particle.
-
-    Arguments:
-        first: The first t of each part.
-        size: How many there are in each.
-        is_random: Whether t is drawn, since some part has several.
-        group: The data.
-        key: What its seed is made of.
-    """
-
-    first: Tensor
-    size: Tensor
-    is_random: bool
-    group: _Group
-    key: tuple[int, ...]
 
 
 class _Draws:
@@ -266,30 +250,25 @@ class _Draws:
             begin, end = max(0, -before), min(size, B - before)
             yield _Group(number, index, slice(begin, end), slice(before + begin, before + end))
 
-    def blocks(self, ends: Tensor) -> Iterator["_Block"]:
-        """The blocks of parts of the times, each from its own first t to before the next one's."""
-        width = max(1, min(len(ends) - 1, self.rows))
-        for low in range(0, len(ends) - 1, width):
-            first, size = ends[low : low + width + 1][:-1], ends[low : low + width + 1].diff()
-            groups, key, several = (
-                list(self.groups(max(1, self.rows // len(first)))),
-                int(first[0]),
-                bool(size.max() > 1),
-            )
+    def blocks(self, ends: Tensor) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
+        """The draws of each block, for parts of the times, each from its own first t to before the next one's."""
+        firsts, sizes = ends[:-1], ends.diff()
+        width = max(1, min(len(firsts), self.rows))
+        for low, first, size in zip(range(0, len(firsts), width), firsts.split(width), sizes.split(width)):  # noqa: B905
+            is_random = bool(size.max() > 1)
             first, size = first.to(self.x_0.device), size.to(self.x_0.device)
-            for group in groups:
+            for group in self.groups(max(1, self.rows // len(first))):
                 for particle in range(self.num_particles):
-                    yield _Block(first, size, several, group, (particle, key, group.number))
+                    seed = seed_of(self.seed, particle, int(firsts[low]), group.number)
+                    yield partial(self._drawn, first, size, is_random, group, seed)
 
-    def drawn(self, block: "_Block") -> tuple[Tensor, ...]:
+    def _drawn(self, first: Tensor, size: Tensor, is_random: bool, group: _Group, seed: int) -> tuple[Tensor, ...]:
         """Of each row of a block: the index of the datum, t, the size of the part that t is of, x_t and maybe x_s."""
-        device, q, group = self.x_0.device, self.model.forward_process, block.group
-        parts, data = len(block.first), len(group.index)
-        i = group.index.repeat_interleave(parts)
-        t, size = block.first.repeat(data), block.size.repeat(data)
-        seed_draws(seed_of(self.seed, *block.key), device)
+        device, q, parts, data = self.x_0.device, self.model.forward_process, len(first), len(group.index)
+        i, t, size = group.index.repeat_interleave(parts), first.repeat(data), size.repeat(data)
+        seed_draws(seed, device)
         with precisely():
-            if block.is_random:
+            if is_random:
                 u = torch.rand(len(i), dtype=torch.float64, device=home(device))
                 t = t + (u * size.to(u.device)).long().to(device).clamp(max=size - 1)
             x_0 = self.x_0.index_select(0, i)

@@ -19,13 +19,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import pyrodiff
-from pyrodiff import bound, importance_bound
+from pyrodiff import bound, bounds, importance_bound
 from pyrodiff.evaluation import bytes_per_row
 
 T, D = 5, 2
 SCHEDULE = pyrodiff.LinearSchedule(T, 0.05, 0.4)
 ALPHA_BAR = np.cumprod([1 - (0.05 + 0.35 * k / (T - 1)) for k in range(T)])
+ROWS = 2**12  # in a block, so that few data fill several
 APART = 100.0  # between neighbouring data, far more than the noise
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Yields the number of rows that blocks have outside of these tests."""
+    rows = bounds._ROWS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounds, "_ROWS", ROWS)
+        yield rows
 
 
 class Seen(nn.Module):
@@ -320,7 +330,7 @@ def test_every_term_is_the_same_whatever_the_memory_the_batches_and_the_data_tha
     later = whole[1:-1] if evaluate is bound else whole
     assert later[later != 0].unique().numel() > 0.9 * (later != 0).sum()  # no two rows are alike, so terms tell them
     row = row_bytes(diffusion, x_0)
-    for rows in (5, 64):
+    for rows in (3, 64):
         close(terms(evaluate(diffusion, x_0, memory_budget=rows * row, **options)), whole)
     for size in (1, 7, 49):
         close(terms(evaluate(diffusion, list(x_0.split(size)), **options)), whole)
@@ -500,6 +510,19 @@ def test_no_number_is_drawn_twice():
     assert np.diff(numbers).min() > 1e-13  # rounding is a thousandth of that
 
 
+@pytest.mark.parametrize("evaluate", [bound, lambda *args, **kwargs: importance_bound(*args, 1, **kwargs)])
+def test_no_number_is_drawn_twice_in_blocks_of_the_size_that_they_have(evaluate, small_blocks, monkeypatch):
+    monkeypatch.setattr(bounds, "_ROWS", small_blocks)
+    diffusion, network = recorded(schedule=pyrodiff.BetaSchedule([0.2, 0.5]))
+    x_0 = torch.full((small_blocks + 99, D), 0.7, dtype=torch.float64)
+    rows = seen(evaluate, diffusion, network, x_0, generator=33)
+    assert len(rows) == 2 * len(x_0)
+    for t in (1, 2):
+        assert np.diff(np.sort(rows[rows[:, 0] == t][:, 1:].ravel())).min() > 0
+    parts = seen(evaluate, diffusion, network, list(x_0.split(9999)), generator=33)
+    assert np.array_equal(parts, rows)
+
+
 def test_no_number_is_drawn_twice_on_trajectories():
     """The last states, of which each has noise of its own, and the first ones, given these."""
     x_0 = torch.full((700, D), 0.7, dtype=torch.float64)
@@ -584,6 +607,7 @@ def of_kind(name, sharded):
 def work(rank, folder):
     """One process of two."""
     torch.set_num_threads(1)
+    bounds._ROWS = ROWS
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )

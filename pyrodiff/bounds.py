@@ -11,7 +11,8 @@ it is and lets all t run in one batch (Luo 2022, Eqs. 57-58). :func:`importance_
 Draws are made in blocks of fixed rows, each from a seed of its own. So the :math:`x_t` of a datum depends on the seed,
 on its position among the data, on t and on the particle, and on nothing else: not on the network, the memory, the
 batches that the data come in or the processes that share the work. Two models of one forward process, compared with one
-seed, see the same :math:`x_t`, and the difference of their bounds varies less than either.
+seed, see the same :math:`x_t`, and the difference of their bounds varies less than either. (With some of the times, and
+for importance-weighted bounds, other draws belong to another number of times, or of particles.)
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), https://arxiv.org/abs/2208.11970
@@ -183,7 +184,7 @@ def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, ran
         drawn = (block() for block in islice(blocks, rank, None, ranks))
         for i, t, size, *states in _joined(drawn, draws.look.rows):
             costs = step_costs(diffusion.model, x_0.index_select(0, i), t, *states, first=first, later=not first)
-            steps.index_add_(0, (t - 1) * len(x_0) + i, costs * size.to(x_0.dtype))
+            steps.index_add_(0, (t - 1) * len(x_0) + i, (costs * size).to(x_0.dtype))
             bar.update(len(i) * ranks)
     (steps,) = processes.together([steps]) if ranks > 1 else (steps,)
     steps = steps.reshape(T, -1) / draws.num_particles

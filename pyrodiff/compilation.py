@@ -153,7 +153,7 @@ class Composition:
 
     Of the ``whole`` of modules hooks and plain attributes count too: tensors and other objects by identity, numbers and
     strings by value, and what lists, tuples, dicts, sets, dataclasses, namespaces, distributions and modules in any of
-    these hold likewise. What an object of another class holds is not looked into.
+    these hold likewise, and their classes. What an object of another class holds is not looked into.
 
     Arguments:
         modules: The modules.
@@ -174,6 +174,7 @@ class Composition:
     ) -> None:
         self._entries: list[tuple[dict, str, Any]] = []
         self._keys: list[tuple[dict, tuple]] = []
+        self._classes: list[tuple[nn.Module, type]] = []
         self._values: list[tuple[Any, Any]] = []  # lists, sets and arrays, and copies of them
         self._seen: set[int] = set()
         self.held: list[Tensor] = []
@@ -183,7 +184,7 @@ class Composition:
         if whole:
             for hooks in (_global_forward_hooks, _global_forward_pre_hooks):
                 self._watch(hooks)
-        self._kinds = [(tensor, tensor.requires_grad, tensor.dtype, tensor.device) for tensor in tensors]
+        self._kinds = [(x, x.requires_grad, x.dtype, x.device, x.stride()) for x in tensors]
 
     def _watch_parts(self, module: nn.Module, parts: Iterable[str]) -> None:
         for part in parts:
@@ -206,6 +207,7 @@ class Composition:
         if isinstance(value, Tensor):
             self.held.append(value)
         elif isinstance(value, nn.Module):
+            self._watch_class(value)
             self._watch_parts(value, _PARTS)
             self._watch(vars(value), _IGNORED if id(value) in self._keyed else _IGNORED - {"training"})
         elif isinstance(value, list | tuple | set | deque | np.ndarray):
@@ -216,6 +218,15 @@ class Composition:
             self._watch(value)
         elif isinstance(value, SimpleNamespace | Distribution) or is_dataclass(value) or _is_ours(value):
             self._watch(vars(value), grows=isinstance(value, Distribution))  # which keep what they computed
+
+    def _watch_class(self, module: nn.Module) -> None:
+        """Its class, and what that holds where it is none of a library's; of those, what a call runs."""
+        self._classes.append((module, type(module)))
+        for kind in type(module).__mro__:
+            if id(kind) not in self._seen:
+                self._seen.add(id(kind))
+                names = ("forward",) if kind.__module__.split(".")[0] in _LIBRARIES else vars(kind)
+                self._entries += [(vars(kind), name, vars(kind)[name]) for name in names if name in vars(kind)]
 
     def _look_through(self, values: Any) -> None:
         if isinstance(values, np.ndarray):
@@ -229,8 +240,8 @@ class Composition:
     def holds(self) -> bool:
         """Whether they still are."""
         return not self.changed() and all(
-            tensor.requires_grad is flag and tensor.dtype is dtype and tensor.device == device
-            for tensor, flag, dtype, device in self._kinds
+            x.requires_grad is flag and x.dtype is dtype and x.device == device and x.stride() == stride
+            for x, flag, dtype, device, stride in self._kinds
         )
 
     def changed(self) -> str:
@@ -239,6 +250,9 @@ class Composition:
             found = mapping.get(name, _GONE)
             if found is not value and not _is_equal(found, value):
                 return repr(name)
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                return f"the class of a {kind.__name__}"
         for mapping, keys in self._keys:
             if len(mapping) != len(keys) or tuple(mapping) != keys:
                 return next((repr(name) for name in mapping if name not in keys), "what a dict holds")
@@ -256,6 +270,7 @@ _GONE = object()
 _PARTS = ("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 _PARTS += ("_backward_hooks", "_backward_pre_hooks")
 _IGNORED = {*vars(nn.Module()), "_pyro_context", "_pyro_name"}
+_LIBRARIES = {"torch", "pyro", "pyrodiff", "abc", "typing", "builtins"}
 _PLAIN = (int, float, complex, str, bytes, bool)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .forward import Forward, GaussianForward
+from .forward import Forward, GaussianForward, with_parts
 from .precision import float64
 from .quantization import DiscretizedNormal, LevelCategorical, Levels
 
@@ -120,7 +120,7 @@ class TransitionDecoder(Decoder):
         return self.forward_process.transition(x_1.expand(t.shape + kernel.event_shape), t)
 
     def subchain(self, forward: Forward) -> "TransitionDecoder":
-        return type(self)(forward)
+        return with_parts(self, forward_process=forward)
 
 
 class DiscretizedDecoder(Decoder):
@@ -199,7 +199,7 @@ class SoftmaxDecoder(Decoder):
         return LevelCategorical(logits.to(x_1.dtype).to(x_1.device)).to_event(len(kernel.event_shape))
 
     def subchain(self, forward: GaussianForward) -> "SoftmaxDecoder":
-        return type(self)(forward, self.levels)
+        return with_parts(self, forward_process=forward)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}"

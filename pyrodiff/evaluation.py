@@ -16,6 +16,7 @@ from tqdm import tqdm
 from . import checks, processes
 from .diffusion import Diffusion
 from .randomness import copied_source, seed_draws
+from .terms import Recorder
 
 __all__ = ["Look", "batches", "bytes_per_row", "evaluating", "expect", "look", "progress_bar", "validated"]
 
@@ -141,10 +142,16 @@ def look(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> Look:
         x_0: Data with shape (B, *event_shape).
 
     Raises:
-        ValueError: If no row fits the budget, or it is not a positive int; if the model has no laws.
+        ValueError: If no row fits the budget, or it is not a positive int; if a part of the model returns no law, or
+            has Pyro sites of its own.
     """
     memory_budget = checks.positive_int("memory_budget", memory_budget)
-    size, kernel = _called(diffusion, x_0[:1])
+    size, kernel, sites = _called(diffusion, x_0[:1])
+    if sites:
+        raise ValueError(
+            f"diffusion must have no Pyro sites of its own inside its parts to be evaluated outside of its programs, "
+            f"but {sites[0]!r} is one: it would not be scored"
+        )
     if size > memory_budget:
         raise ValueError(f"memory_budget must hold one datum, which takes {size} bytes here, but it is {memory_budget}")
     cached = min(memory_budget, max(_CACHE, size)) if x_0.device.type == "cpu" else memory_budget
@@ -166,12 +173,13 @@ def bytes_per_row(diffusion: Diffusion, x_0: Tensor) -> int:
     return _called(diffusion, x_0)[0]
 
 
-def _called(diffusion: Diffusion, x_0: Tensor) -> tuple[int, Distribution]:
-    """The bytes that one datum takes, and the reverse kernel at t = 1."""
-    with torch.no_grad(), validated(x_0.device), _Results() as results:
-        kernel = diffusion.model.kernel(x_0, torch.ones(1, dtype=torch.long, device=x_0.device))
+def _called(diffusion: Diffusion, x_0: Tensor) -> tuple[int, Distribution, list[str]]:
+    """The bytes that one datum takes, the reverse kernel, and the Pyro sites that it came upon."""
+    t = torch.full((1,), min(2, diffusion.num_steps), device=x_0.device)  # at t = 1 the kernel may be of another kind
+    with torch.no_grad(), validated(x_0.device), Recorder() as heard, _Results() as results:
+        kernel = diffusion.model.kernel(x_0, t)
         diffusion.model.decoded(kernel, x_0).log_prob(x_0)
-    return 16 * x_0.nbytes + results.nbytes, kernel
+    return 16 * x_0.nbytes + results.nbytes, kernel, heard.sites
 
 
 def _is_analytic(diffusion: Diffusion, x_0: Tensor, kernel: Distribution) -> bool:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checks
@@ -156,17 +156,19 @@ def ode_log_prob(
         (torch.Size([5]), False)
     """
     num_probes, tolerance, max_steps = _checked(diffusion, num_probes, tolerance, max_steps)
-    is_bound, D = not isinstance(diffusion.model.decoder, GaussianDecoder), diffusion.event_shape.numel()
+    is_bound, D = not runs(diffusion.model.decoder, GaussianDecoder), diffusion.event_shape.numel()
     if num_particles is not None:
         num_particles = checks.positive_int("num_particles", num_particles)
         if not is_bound:
             raise ValueError(f"num_particles must be None where no decoder follows the flow, but it is {num_particles}")
     if num_probes is None:
         num_probes = 0 if D <= _EXACT_UP_TO else 10
-    flow = _Flow(diffusion, num_probes, tolerance, max_steps)
-    with evaluating(diffusion, generator), progress_bar(progress, "probability flow") as bar:
-        results = []
+    differentiable = torch.inference_mode(False)  # the divergence is a derivative
+    with differentiable, evaluating(diffusion, generator), progress_bar(progress, "probability flow") as bar:
+        flow, results = _Flow(diffusion, num_probes, tolerance, max_steps), []
         for batch in batches(diffusion, x_0):
+            batch = batch.clone() if batch.is_inference() else batch
+            _refuse_a_cut_graph(diffusion, batch[:1])
             rows = max(1, look(memory_budget, diffusion, batch).rows // 4)  # two times, and their gradients
             draws, B = (num_particles or 1) if is_bound else 1, len(batch)
             expect(bar, x_0, batch, draws * B)
@@ -193,6 +195,21 @@ def _checked(
         raise ValueError(f"num_probes must be an int of at least 0, or None, but it is {num_probes!r}")
     tolerance, max_steps = checks.number("tolerance", tolerance, 0, 1), checks.positive_int("max_steps", max_steps)
     return None if num_probes is None else int(num_probes), tolerance, max_steps
+
+
+def _refuse_a_cut_graph(diffusion: Diffusion, x_0: Tensor) -> None:
+    """Refuse a network whose output changes with the state but has no gradient: that would count as no divergence."""
+    denoiser = getattr(diffusion.reverse, "denoiser", None)
+    network, t = getattr(denoiser, "network", denoiser), torch.ones(1, dtype=torch.long, device=x_0.device)
+    if not isinstance(network, nn.Module):
+        return
+    with torch.enable_grad():
+        output = network(x_0.detach().clone().requires_grad_(), t)
+        if not output.requires_grad and not torch.equal(output, network(x_0 + 0.1, t)):
+            raise ValueError(
+                "denoiser must be differentiable in x_t for a flow, but what its network returns has no gradient, as "
+                "under torch.no_grad()"
+            )
 
 
 def _costs(flow: "_Flow", x_0: Tensor, datum: Tensor, is_bound: bool, bar: tqdm) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ References:
     https://arxiv.org/abs/2208.11970
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import register_kl
 from torch.nn.functional import softplus
 
@@ -173,6 +174,26 @@ class Forward(Float64Module, ABC):
             )
 
 
+def shortened(process: Forward, chain: Forward) -> Forward:
+    """The process of fewer steps, refused where it lacks what was put on the whole one: hooks, attributes, methods."""
+    missing = sorted(vars(process).keys() - vars(chain).keys())
+    if process._forward_hooks or process._forward_pre_hooks or missing:
+        raise ValueError(
+            f"{type(process).__name__} must have a method subchain(times) of its own where it has more than its class "
+            f"gives it, but it has {', '.join(missing) or 'hooks'}"
+        )
+    return chain
+
+
+def with_parts(module: nn.Module, **parts: nn.Module) -> nn.Module:
+    """A module that shares all with another, hooks and attributes included, but for some of its parts."""
+    other = copy.copy(module)
+    other._modules = dict(module._modules)
+    for name, part in parts.items():
+        setattr(other, name, part)
+    return other
+
+
 def event_dim(x: Tensor, t: int | Tensor) -> int:
     """The number of event dimensions of x: all but the batch dimensions, which are those of t, or one."""
     return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
@@ -244,7 +265,7 @@ class GaussianForward(Forward):
     support = constraints.real
 
     def subchain(self, times: Sequence[int]) -> "GaussianForward":
-        return type(self)(SubSchedule(self.schedule, times))
+        return shortened(self, type(self)(SubSchedule(self.schedule, times)))
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
         s = checks.step(x_s, t, s, self.num_steps)
@@ -262,18 +283,19 @@ class GaussianForward(Forward):
         return dist.Normal(torch.addcmul(weight_t * x_t, weight_0, x_0), noise).to_event(event_dim(x_t, t))
 
     def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
-        """As of :meth:`Forward.check`; float32 data also where float32 cannot tell x_1 from them.
+        """As of :meth:`Forward.check`; data also where their dtype cannot tell x_1 from them.
 
         Raises:
-            ValueError: As there, and if x_0 is float32 and b_1 / a_1 below 1e-7.
+            ValueError: As there, and if b_1 / a_1 is below 1e-7 in float32, or twice the spacing of the largest x_0.
         """
         super().check(x_0, event_shape)
         signal, noise = self.schedule.scales(1)
-        if x_0.dtype == torch.float32 and not checks.holds(noise >= 1e-7 * signal):
+        least = 2 * torch.finfo(x_0.dtype).eps * x_0.detach().abs().amax().to(noise.device)
+        if not checks.holds(noise >= signal * least.clamp(min=1e-7 if x_0.dtype == torch.float32 else 0)):
             raise ValueError(
-                f"forward must have a first noise b_1 / a_1 of at least 1e-7 for data in float32, which would not tell "
-                f"x_1 from x_0, but it is {float(noise / signal):.2g}: use float64 (diffusion.double(), x_0.double()), "
-                f"or a schedule that starts with more noise"
+                f"forward must have more noise at t = 1 for data up to {float(x_0.abs().amax()):.3g} in {x_0.dtype}, "
+                f"which would not tell x_1 from x_0, but b_1 / a_1 is {float(noise / signal):.2g}: use float64 "
+                f"(diffusion.double(), x_0.double()), standardise the data, or let the schedule start with more noise"
             )
 
     def noise(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
@@ -344,8 +366,8 @@ class BinomialForward(Forward):
         self.register_buffer("rate", rate)
 
     def subchain(self, times: Sequence[int]) -> "BinomialForward":
-        chain = type(self)(SubSchedule(self.schedule, times), self.rate)
-        chain.rate = self.rate  # the very tensor: what is written or loaded into the one, the other has too
+        chain = shortened(self, type(self)(SubSchedule(self.schedule, times), self.rate))
+        chain._buffers = self._buffers  # the very dict: what is written, loaded or put into the one, the other has too
         return chain
 
     def check(self, x_0: Tensor, event_shape: torch.Size) -> None:

@@ -287,10 +287,10 @@ class Gradient:
             )
 
     def _compilation(self) -> Compiled | None:
-        """The gradient as a compiled function, if it is to be: not while a handler listens, nor where parameters are
-        sharded, which hides them from a graph.
+        """The gradient as a compiled function, if it is to be: not while a handler listens or a parameter has a hook,
+        nor where parameters are sharded, which hides them from a graph.
         """
-        if not self.compile or is_listened_to():
+        if not self.compile or is_listened_to() or any(map(_has_hooks, self.parameters.values())):
             return None
         if any(processes.is_sharded(parameter) for parameter in self.parameters.values()):
             message = "the pair of programs runs without being compiled: a parameter is sharded"
@@ -475,6 +475,11 @@ def _in_words(kind: Hashable | None) -> str:
 
 def _can_be_learned(parameter: Tensor) -> bool:
     return parameter.requires_grad and parameter.is_leaf
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    """Whether something is to happen to its gradient, or after it, that a graph would not do."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _asks_for_gradients(args: Any) -> bool:

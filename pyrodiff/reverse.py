@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from . import checks
 from .denoisers import LogitPrediction, Retimed
-from .forward import BinomialForward, Bits, GaussianForward, event_dim
+from .forward import BinomialForward, Bits, GaussianForward, event_dim, with_parts
 from .precision import Float64Module, coefficients
 from .schedules import Schedule, SubSchedule
 
@@ -248,7 +248,8 @@ class GaussianReverse(nn.Module):
         Returns:
             A reverse process that shares the denoiser, the variance and their parameters.
         """
-        return type(self)(forward, Retimed(self.denoiser, forward.schedule), self.variance)
+        self.variance(forward, 1)  # refuse now what cannot be shortened
+        return with_parts(self, forward_process=forward, denoiser=Retimed(self.denoiser, forward.schedule))
 
 
 class BinomialReverse(nn.Module):
@@ -261,7 +262,8 @@ class BinomialReverse(nn.Module):
 
     Arguments:
         forward: The forward process.
-        denoiser: The log odds of :math:`\hat p_\theta`.
+        denoiser: The log odds of :math:`\hat p_\theta`: its ``output`` is read, not the probability that a call
+            returns, which near 0 and 1 would be less precise. A denoiser of one's own changes that method.
 
     Raises:
         ValueError: If an argument is of another kind, or made for another forward process.
@@ -304,7 +306,8 @@ class BinomialReverse(nn.Module):
     def subchain(self, forward: BinomialForward) -> "BinomialReverse":
         """The reverse process of fewer steps, as of :class:`GaussianReverse`."""
         network = Retimed(self.denoiser.network, forward.schedule)
-        return type(self)(forward, type(self.denoiser)(network, forward))
+        denoiser = with_parts(self.denoiser, forward_process=forward, network=network)
+        return with_parts(self, forward_process=forward, denoiser=denoiser)
 
 
 class D3PMReverse(BinomialReverse):

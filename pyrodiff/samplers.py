@@ -126,7 +126,9 @@ class AncestralSampler:
         """t and x_t, from T to 0; the first network call is validated."""
         model, T = self.diffusion.model, self.diffusion.num_steps
         with validated(model.device):
-            x = model.top(model.dtype(), model.device)((num_samples,))
+            top = model.top(model.dtype(), model.device)
+            top = top.expand((num_samples,))
+            x = top() if callable(top) else top.sample()  # one of torch's own
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         step = self._step
@@ -149,7 +151,7 @@ class AncestralSampler:
 
 def _drawn(law: Distribution, num_samples: int) -> Tensor:
     """A draw for each sample, also of a law that is the same for all."""
-    return law.sample() if law.batch_shape else law.sample((num_samples,))
+    return law.sample() if law.batch_shape == (num_samples,) else law.expand((num_samples,)).sample()
 
 
 def _spread(num_steps: int) -> tuple[int, ...]:

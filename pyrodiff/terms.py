@@ -24,9 +24,12 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Independent, kl_divergence
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from .decoders import DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .diffusion import Generative, OneStepGuide, OneStepModel, TrajectoryGuide, TrajectoryModel
 from .precision import precisely
+from .reverse import GaussianReverse
 
 __all__ = [
     "Recorder",
@@ -164,8 +167,9 @@ def is_listened_to() -> bool:
 def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor | None:
     """What each datum costs a pair of a diffusion, in nats with shape (B,); None of any other pair.
 
-    None also where the handlers could make a difference: random weights, programs with hooks or another ``forward``,
-    and, where the networks of all steps would run as one batch, statistics of the batch.
+    None also where the handlers could make a difference: random weights, sites inside of a part (``pyro.factor``, say),
+    programs with hooks or another ``forward``, and, where the networks of all steps would run as one batch, statistics
+    of the batch.
 
     Arguments:
         model, guide: The programs.
@@ -176,35 +180,68 @@ def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> T
     of_pyro = model.of_pyro()
     if any(part._pyro_samples for part in of_pyro):
         return None
-    if runs(model, OneStepModel) and runs(guide, OneStepGuide) and guide.step is model.step:
+    step = getattr(model, "step", None)
+    if (
+        runs(model, OneStepModel)
+        and runs(guide, OneStepGuide)
+        and guide.step is step
+        and step.forward_process is model.forward_process
+        and step.event_shape == model.event_shape
+    ):
         costs = _one_step_costs
     elif (
         runs(model, TrajectoryModel)
         and runs(guide, TrajectoryGuide)
         and guide.forward_process is model.forward_process
+        and guide.event_shape == model.event_shape
         and not any(part.training and isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
     ):
         costs = _trajectory_costs
     else:
         return None
-    with model.running() if of_pyro else nullcontext():
-        return costs(model, *args)
+    try:
+        with model.running() if of_pyro else nullcontext(), _Listener():
+            return costs(model, *args)
+    except _HasSites:
+        return None
 
 
 def runs(program: Callable, kind: type[nn.Module]) -> bool:
-    """Whether a call of a module runs the ``forward`` of this class, and no other and no hook.
+    """Whether a call of a module runs the ``forward`` of this class as it is written, and no other and no hook.
 
     Arguments:
         program: The module.
-        kind: The class.
+        kind: The class: a program's, :class:`GaussianReverse`, or a decoder's of this package.
     """
     return (
         isinstance(program, kind)
-        and type(program).forward is kind.forward
+        and type(program).forward is _AS_WRITTEN[kind]
         and "forward" not in vars(program)
         and not program._forward_hooks
         and not program._forward_pre_hooks
+        and not any(map(_is_foreign, (*_global_forward_hooks.values(), *_global_forward_pre_hooks.values())))
     )
+
+
+def _is_foreign(hook: Callable) -> bool:
+    """Whether a hook on all modules is none of this package's, which only notes what is called."""
+    return not getattr(hook, "__module__", "").startswith("pyrodiff.")
+
+
+_DECODERS = (GaussianDecoder, DiscretizedDecoder, SoftmaxDecoder, TransitionDecoder)
+_PROGRAMS = (TrajectoryModel, TrajectoryGuide, OneStepModel, OneStepGuide)
+_AS_WRITTEN = {kind: kind.forward for kind in (*_PROGRAMS, *_DECODERS, GaussianReverse)}
+
+
+class _HasSites(Exception):
+    """A part of a diffusion has a site of its own."""
+
+
+class _Listener(Messenger):
+    """Ends the evaluation at the first site."""
+
+    def _pyro_sample(self, msg: dict) -> None:
+        raise _HasSites
 
 
 def _one_step_costs(model: OneStepModel, x_0: Tensor) -> Tensor:
@@ -213,9 +250,9 @@ def _one_step_costs(model: OneStepModel, x_0: Tensor) -> Tensor:
     with precisely():
         prior = prior_cost(model, x_0)
         t, x_t, scale = step.draw(x_0, lambda name, law: law())
-    # what no datum needs is left out where that is cheap to know: not on an accelerator, nor in a graph being traced
-    learned = next(model.decoder.parameters(), None) is not None  # which then has a gradient of 0
-    known = t.device.type == "cpu" and not learned and get_proxy_mode() is None
+    # what no datum needs is left out where that is cheap to know, not on an accelerator, nor in a graph being traced,
+    # and where nothing else is lost: a decoder of one's own may have sites, or parameters, whose gradient is then 0
+    known = t.device.type == "cpu" and get_proxy_mode() is None and any(runs(model.decoder, k) for k in _DECODERS)
     first = not known or bool((t == 1).any())
     costs = step_costs(model, x_0, t, x_t, first=first, later=model.num_steps > 1)
     if torch.is_grad_enabled():

@@ -7,7 +7,8 @@ References:
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyro
@@ -109,7 +110,8 @@ def verify(
     for name, value, least in (("num_repeats", num_repeats, 10), ("num_particles", num_particles, 2)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, but it is {value}")
-    with evaluating(diffusion, generator), pyro.validation_enabled(True):
+    with _differentiable(), evaluating(diffusion, generator), pyro.validation_enabled(True):
+        x_0 = x_0.clone() if x_0.is_inference() else x_0
         (x_0,) = batches(diffusion, x_0)
         claims = [
             _tried("the trajectory pair agrees in sites, order, scales and masks", _pair, diffusion, x_0),
@@ -120,6 +122,13 @@ def verify(
         if claims[0].passed and claims[1].passed:
             claims += _of_means(diffusion, x_0, num_repeats, num_particles)
     return Verification(tuple(claims))
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Within, gradients are taken, whatever holds around."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _tried(name: str, check: Callable[..., tuple[bool | None, str]], *args: object) -> Claim:

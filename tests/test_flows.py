@@ -417,7 +417,9 @@ def test_evaluations_are_the_drifts_that_were_asked_for(T):
     diffusion.reverse.denoiser.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     result = ode_log_prob(diffusion, some_data((2,))[:1], num_probes=2)
     solves = 1 if T == 1 else 2
-    assert abs(len(calls) - 1 - float(result.num_evaluations)) <= solves  # one call measures memory; one a start
+    assert (
+        abs(len(calls) - 1 - float(result.num_evaluations)) <= solves + 1
+    )  # one measures memory, one looks for gradients; one a start
 
 
 def test_a_float32_model_is_integrated_in_float64():

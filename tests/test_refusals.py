@@ -221,14 +221,14 @@ def test_noise_that_float32_cannot_tell_is_refused_there_and_not_in_float64(sche
     pair = diffusion.one_step()
     with pyro.validation_enabled(True):
         for program in (diffusion.model, diffusion.guide, pair.model, pair.guide):
-            refused(lambda program=program: program(X), "forward", "1e-7", "float32", "float64", "9e-08")
+            refused(lambda program=program: program(X), "forward", "float32", "float64", "9e-08")
     for use in (
         lambda: bound(diffusion, X),
         lambda: importance_bound(diffusion, X, 2),
         lambda: svi_of(diffusion).step(X),
         lambda: svi_of(pair).step(X),
     ):
-        refused(use, "forward", "1e-7", "float32", "float64", "9e-08")
+        refused(use, "forward", "float32", "float64", "9e-08")
     diffusion.double()
     x_0 = X.double()
     assert bool(bound(diffusion, x_0).nats.isfinite().all())
@@ -241,7 +241,7 @@ def test_noise_that_float32_cannot_tell_is_refused_there_and_not_in_float64(sche
 
 @pytest.mark.parametrize("schedule", SMALL.values(), ids=SMALL)
 def test_noise_just_above_what_float32_tells_is_taken(schedule):
-    diffusion = gaussian(schedule=schedule(1.1e-7))
+    diffusion = gaussian(schedule=schedule(1e-6))
     assert bool(bound(diffusion, X).nats.isfinite().all())
     svi_of(diffusion).step(X)
 

@@ -137,8 +137,10 @@ class AncestralSampler:
                 (x,) = step(x, times[t])
             bar.update(num_samples)
             yield t - 1, x
-            if self._compiled is not None:  # from the second step on
-                step = self._compiled.graph_for(x, times[t]) or self._compiled
+            if step is self._compiled:  # nothing changes from here on, so that its graph need not ask
+                step = self._compiled.graph_for(x, times[t]) or step
+            elif t == T and self._compiled is not None:
+                step = self._compiled
         with validated(x.device) if T == 1 else nullcontext():
             x = _drawn(model.decoded(model.kernel(x, times[1]), x), num_samples)
         bar.update(num_samples)

@@ -14,7 +14,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import is_dataclass
-from operator import is_
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -185,8 +184,8 @@ class Composition:
         if whole:
             for hooks in (_global_forward_hooks, _global_forward_pre_hooks):
                 self._watch(hooks)
-        watched = {id(mapping): mapping for mapping, *_ in (*self._entries, *self._keys)}
-        self._quick = [(mapping, tuple(mapping), tuple(mapping.values())) for mapping in watched.values()]
+        self._empty = [mapping for mapping, keys in self._keys if not keys]
+        self._keys = [(mapping, keys) for mapping, keys in self._keys if keys]
         self._kinds = [(x, x.requires_grad, x.dtype, x.device, x.stride()) for x in tensors]
 
     def _watch_parts(self, module: nn.Module, parts: Iterable[str]) -> None:
@@ -242,19 +241,10 @@ class Composition:
 
     def holds(self) -> bool:
         """Whether they still are."""
-        same = all(
-            len(mapping) == len(keys) and all(map(is_, mapping, keys)) and all(map(is_, mapping.values(), values))
-            for mapping, keys, values in self._quick
-        )
-        if not (same and not self._values and not self._classes_changed()) and self.changed():
-            return False
-        return all(
+        return not self.changed() and all(
             x.requires_grad is flag and x.dtype is dtype and x.device == device and x.stride() == stride
             for x, flag, dtype, device, stride in self._kinds
         )
-
-    def _classes_changed(self) -> bool:
-        return any(type(module) is not kind for module, kind in self._classes)
 
     def changed(self) -> str:
         """The name of the first part that is another; empty if none is."""
@@ -262,8 +252,10 @@ class Composition:
             found = mapping.get(name, _GONE)
             if found is not value and not _is_equal(found, value):
                 return repr(name)
-        if self._classes_changed():
+        if any(type(module) is not kind for module, kind in self._classes):
             return "a module's class"
+        if any(self._empty):
+            return "what was empty"
         for mapping, keys in self._keys:
             if len(mapping) != len(keys) or tuple(mapping) != keys:
                 return next((repr(name) for name in mapping if name not in keys), "what a dict holds")

@@ -90,7 +90,7 @@ class FixedLargeVariance(Variance):
         if process.num_steps == 1:
             return variance
         first = torch.as_tensor(t == 1, device=variance.device)
-        return torch.where(first, PosteriorVariance()(process, t), variance)
+        return torch.where(first, _posterior_variance(process.schedule, t), variance)
 
 
 class PosteriorVariance(Variance):
@@ -110,9 +110,7 @@ class PosteriorVariance(Variance):
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
         checks.time("t", t, process.num_steps, low=1)
-        if process.num_steps == 1:
-            return process.schedule.beta(t)
-        return process.schedule.posterior(t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2))[2] ** 2
+        return _posterior_variance(process.schedule, t)
 
 
 class FixedVariance(Variance):
@@ -150,21 +148,13 @@ class FixedVariance(Variance):
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
         checks.time("t", t, process.num_steps, low=1)
-        schedule = process.schedule
-        if isinstance(schedule, SubSchedule) and len(self.variances) != schedule.num_steps:
-            return self._of_step(schedule, torch.as_tensor(t, device=schedule.device))
-        if len(self.variances) != schedule.num_steps:
-            raise ValueError(f"variances must be T = {schedule.num_steps} numbers, but there are {len(self.variances)}")
-        return self._given(t)
+        return self._of_step(process.schedule, t)
 
-    def _given(self, t: int | Tensor) -> Tensor:
-        if not isinstance(t, Tensor):
-            return self.variances[int(t) - 1]
-        return self.variances.index_select(0, t.to(self.variances.device).reshape(-1) - 1).reshape(t.shape)
-
-    def _of_step(self, schedule: Schedule, t: Tensor) -> Tensor:
+    def _of_step(self, schedule: Schedule, t: int | Tensor) -> Tensor:
         if schedule.num_steps == len(self.variances):
-            return self._given(t)
+            if not isinstance(t, Tensor):
+                return self.variances[int(t) - 1]
+            return self.variances.index_select(0, t.to(self.variances.device).reshape(-1) - 1).reshape(t.shape)
         if not isinstance(schedule, SubSchedule):
             raise ValueError(f"variances must be T = {schedule.num_steps} numbers, but there are {len(self.variances)}")
         whole, time = schedule.schedule, schedule.times_at(t)
@@ -177,9 +167,11 @@ class FixedVariance(Variance):
         return torch.where(known, found, ratio.clamp(max=1) * _posterior_variance(schedule, t))
 
 
-def _posterior_variance(schedule: Schedule, t: Tensor) -> Tensor:
+def _posterior_variance(schedule: Schedule, t: int | Tensor) -> Tensor:
     """The variance of the posterior, at t = 1 that of t = 2, and beta_1 where there is no such step."""
-    return schedule.beta(t) if schedule.num_steps == 1 else schedule.posterior(t.clamp(min=2))[2] ** 2
+    if schedule.num_steps == 1:
+        return schedule.beta(t)
+    return schedule.posterior(t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2))[2] ** 2
 
 
 class GaussianReverse(nn.Module):

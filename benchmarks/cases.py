@@ -11,7 +11,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyrodiff
-from pyrodiff.evaluation import look
+from pyrodiff.running.evaluation import look
 
 __all__ = [
     "Case",

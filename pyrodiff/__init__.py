@@ -1,10 +1,13 @@
 """Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
 
 from . import checkpoints, datasets, networks, plots
-from .accounting import VarianceAccount, variance_account
-from .bounds import Bound, ImportanceBound, bound, importance_bound
-from .decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
-from .denoisers import (
+from .likelihood.accounting import VarianceAccount, variance_account
+from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
+from .likelihood.estimate import Likelihood
+from .likelihood.flows import FlowLikelihood, ode_log_prob
+from .likelihood.verification import Claim, Verification, verify
+from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
+from .model.denoisers import (
     DataPrediction,
     Denoiser,
     LevelPrediction,
@@ -13,13 +16,7 @@ from .denoisers import (
     ScorePrediction,
     VelocityPrediction,
 )
-from .diffusion import Diffusion, OneStep
-from .elbo import DiffusionELBO
-from .flows import FlowLikelihood, ode_log_prob
-from .forward import BinomialForward, Forward, GaussianForward
-from .likelihoods import Likelihood
-from .quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
-from .reverse import (
+from .model.reverse import (
     BinomialReverse,
     D3PMReverse,
     FixedLargeVariance,
@@ -29,8 +26,20 @@ from .reverse import (
     PosteriorVariance,
     Variance,
 )
-from .samplers import AncestralSampler
-from .schedules import (
+from .pair.diffusion import Diffusion, OneStep
+from .pair.elbo import DiffusionELBO
+from .pair.times import (
+    BoundWeighting,
+    Drawing,
+    ImportanceDrawing,
+    LossSecondMoment,
+    LowDiscrepancyDrawing,
+    SimpleWeighting,
+    UniformDrawing,
+)
+from .process.forward import BinomialForward, Forward, GaussianForward
+from .process.quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
+from .process.schedules import (
     BetaSchedule,
     CosineSchedule,
     GeometricSchedule,
@@ -40,17 +49,8 @@ from .schedules import (
     Schedule,
     SubSchedule,
 )
-from .steps import (
-    BoundWeighting,
-    Drawing,
-    ImportanceDrawing,
-    LossSecondMoment,
-    LowDiscrepancyDrawing,
-    SimpleWeighting,
-    UniformDrawing,
-)
-from .svi import SVI, exponential_average
-from .verification import Claim, Verification, verify
+from .sampling.ancestral import AncestralSampler
+from .training.svi import SVI, exponential_average
 
 __version__ = "0.1.0"
 

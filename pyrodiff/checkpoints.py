@@ -39,10 +39,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, processes
-from .files import path_of, write
-from .randomness import put_sources, sources
-from .svi import SVI
+from .base import checks, ranks
+from .base.files import path_of, write
+from .base.randomness import put_sources, sources
+from .training.svi import SVI
 
 __all__ = ["load", "restore", "save"]
 
@@ -65,17 +65,17 @@ def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
     """
     checks.instance("svi", svi, SVI)
     path = path_of(path)
-    state = {"format": _FORMAT, "svi": svi.state_dict(), "sources": processes.each(sources()), "more": more}
+    state = {"format": _FORMAT, "svi": svi.state_dict(), "sources": ranks.each(sources()), "more": more}
     problem = None
     try:
         state = {name: _plain(name, part) for name, part in state.items()}
-        if processes.number() == 0:
+        if ranks.number() == 0:
             data = io.BytesIO()
             torch.save(state, data)
             write(path, data.getbuffer())
     except Exception as error:  # the other processes are not to wait for this one
         problem = error
-    if not processes.all_say(problem is None):
+    if not ranks.all_say(problem is None):
         raise problem or OSError(f"{path} could not be written by another process")
 
 
@@ -103,8 +103,8 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
         svi.load_state_dict(state["svi"])
     except ValueError as error:
         raise ValueError(f"path must be a checkpoint of this run, but {path} is not: {error}") from None
-    if processes.number() < len(state["sources"]):
-        put_sources(state["sources"][processes.number()])
+    if ranks.number() < len(state["sources"]):
+        put_sources(state["sources"][ranks.number()])
     return state["more"]
 
 

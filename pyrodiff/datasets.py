@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 
-from . import checks
-from .quantization import whole_levels
+from .base import checks
+from .process.quantization import whole_levels
 from .readers import array, idx, idx_folder, image_folder
 
 __all__ = [

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
-from . import checks
-from .accounting import VarianceAccount
-from .bounds import Bound
-from .diffusion import Diffusion
+from .base import checks
+from .likelihood.accounting import VarianceAccount
+from .likelihood.bounds import Bound
+from .pair.diffusion import Diffusion
 
 __all__ = [
     "animation",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks
+from .base import checks
 
 __all__ = ["array", "idx", "idx_folder", "image_folder"]
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from pyrodiff import checkpoints, cli, plots
-from pyrodiff.runs import Metrics
+from pyrodiff import checkpoints, plots
+from pyrodiff.command import cli
+from pyrodiff.command.runs import Metrics
 
 TINY = {
     **{"steps": 6, "hidden": 8, "blocks": 1, "batch_size": 4, "num_steps": 5, "samples": 3, "lr": 0.01},

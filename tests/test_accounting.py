@@ -280,7 +280,7 @@ def test_nothing_of_the_model_is_changed():
 
 def test_each_cost_stays_at_its_time_whatever_the_memory():
     diffusion, x_0 = known()
-    row = pyrodiff.evaluation.bytes_per_row(diffusion, x_0[:1])
+    row = pyrodiff.running.evaluation.bytes_per_row(diffusion, x_0[:1])
     for rows in (1, 7, 10**5):
         account = variance_account(diffusion, x_0, None, 11, 2, 2, memory_budget=rows * row)
         torch.testing.assert_close(account.mean, torch.from_numpy(Known.costs()[0]))

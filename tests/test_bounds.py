@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrodiff
 from pyrodiff import Bound, DiffusionELBO, bound, networks
-from pyrodiff.evaluation import bytes_per_row
+from pyrodiff.running.evaluation import bytes_per_row
 
 M, V = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.3, 1.7]).double()
 X_0 = torch.tensor([[1.0, 2.0], [0.0, -1.5], [3.0, -4.0]], dtype=torch.float64)

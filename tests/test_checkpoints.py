@@ -28,8 +28,9 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pyrodiff
-from pyrodiff import SVI, DiffusionELBO, checkpoints, processes
-from pyrodiff.randomness import kept_sources, sources
+from pyrodiff import SVI, DiffusionELBO, checkpoints
+from pyrodiff.base import ranks
+from pyrodiff.base.randomness import kept_sources, sources
 
 T = 4
 
@@ -630,7 +631,7 @@ def test_there_is_no_state_of_sharded_parameters(monkeypatch, tmp_path):
     svi, other = of_pair(), of_pair()
     svi.step(data(8))
     state = svi.state_dict()
-    monkeypatch.setattr(processes, "is_sharded", lambda tensor: tensor.dim() == 2)
+    monkeypatch.setattr(ranks, "is_sharded", lambda tensor: tensor.dim() == 2)
     for act in (svi.state_dict, partial(other.load_state_dict, state), partial(checkpoints.save, tmp_path / "x", svi)):
         with pytest.raises(ValueError, match=r"must not be sharded: torch.distributed.checkpoint"):
             act()

@@ -19,10 +19,10 @@ import torch
 from commands import TINY, call, files, points, saved, train, with_pictures, without_pictures, words
 
 import pyrodiff
-from pyrodiff import cli, recipes, runs
-from pyrodiff.randomness import kept_sources
-from pyrodiff.runs import Metrics, Run, shortened
-from pyrodiff.settings import Settings, kind, option
+from pyrodiff.base.randomness import kept_sources
+from pyrodiff.command import cli, recipes, runs
+from pyrodiff.command.runs import Metrics, Run, shortened
+from pyrodiff.command.settings import Settings, kind, option
 
 LEVELS = np.random.default_rng(1).integers(0, 6, (40, 4, 4)).astype(np.uint8)
 
@@ -96,7 +96,7 @@ def test_as_a_module_and_as_a_command(tmp_path):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "--steps" in done.stderr
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    assert '[project.scripts]\npyrodiff = "pyrodiff.cli:main"\n' in project
+    assert '[project.scripts]\npyrodiff = "pyrodiff.command.cli:main"\n' in project
 
 
 # Settings

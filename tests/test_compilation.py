@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pyrodiff
 from pyrodiff import SVI, DiffusionELBO
-from pyrodiff.compilation import Compiled
+from pyrodiff.running.compilation import Compiled
 
 X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]], dtype=torch.float64)
 X = torch.tensor([1.0, -2.0, 4.0])
@@ -558,7 +558,7 @@ def test_a_module_of_another_dtype_has_another_graph(interpreted):
 def capturable(monkeypatch):
     """What was captured; tensors count as the device's, and optimizers as capturable."""
     captured = []
-    monkeypatch.setattr("pyrodiff.compilation.captured", lambda function: captured.append(function) or function)
+    monkeypatch.setattr("pyrodiff.running.compilation.captured", lambda function: captured.append(function) or function)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     return captured
 

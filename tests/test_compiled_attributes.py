@@ -14,7 +14,7 @@ from torch import nn
 
 import pyrodiff
 from pyrodiff import SVI, AncestralSampler, DiffusionELBO
-from pyrodiff.compilation import Compiled
+from pyrodiff.running.compilation import Compiled
 
 X = torch.tensor([1.0, -2.0, 4.0])
 GLOBAL = torch.tensor(0.5)

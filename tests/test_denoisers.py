@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyrodiff
-from pyrodiff import denoisers
+from pyrodiff.model import denoisers
 
 T = 7
 BETAS = [0.1, 0.35, 0.02, 0.6, 0.25, 0.5, 0.8]

@@ -68,7 +68,7 @@ def elsewhere(kind):
 def has_float64(request, monkeypatch):
     """Whether the meta device is said to have float64."""
     if not request.param:
-        monkeypatch.setattr("pyrodiff.precision.holds_float64", lambda device: device.type != "meta")
+        monkeypatch.setattr("pyrodiff.base.precision.holds_float64", lambda device: device.type != "meta")
     with pyro.validation_enabled(False):
         yield request.param
 
@@ -288,10 +288,10 @@ class OnCPU:
 @pytest.mark.parametrize(("entry", "name"), [case for case in CASES if case[0] != "variance_account"])
 def test_a_model_stays_where_it_is_whatever_the_default_device(entry, name, monkeypatch):
     """Where anything is made without a device, it would be without values. (The account makes its summary anywhere.)"""
-    torchode = pyrodiff.flows._torchode()
+    torchode = pyrodiff.likelihood.flows._torchode()
     expected, parts = entered(entry, name), KINDS[name].pair()
     x_0 = KINDS[name].data()
-    monkeypatch.setattr(pyrodiff.flows, "_torchode", lambda: OnCPU(torchode))  # which moves its own numbers
+    monkeypatch.setattr(pyrodiff.likelihood.flows, "_torchode", lambda: OnCPU(torchode))  # which moves its own numbers
     with torch.device("meta"), Apart(copies=entry == "verify"):
         found = ENTRIES[entry](*parts, x_0)
     for ours, theirs in zip(found, expected, strict=True):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import pyrodiff
-from pyrodiff.compilation import Composition
+from pyrodiff.running.compilation import Composition
 
 
 class Noting(nn.Module):

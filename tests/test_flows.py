@@ -13,7 +13,7 @@ from torch import nn
 
 import pyrodiff
 from pyrodiff import FlowLikelihood, ode_log_prob
-from pyrodiff.evaluation import bytes_per_row
+from pyrodiff.running.evaluation import bytes_per_row
 
 BETAS = [0.05, 0.1, 0.3, 0.4, 0.5]
 SIGMAS = (0.3, 3.0)  # the least and the greatest noise

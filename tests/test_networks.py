@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import pyrodiff
 from pyrodiff import AncestralSampler, DiffusionELBO
-from pyrodiff.compilation import Compiled
 from pyrodiff.networks import MLP, LogSNREmbedding, Offset, TimeEmbedding, UNet
+from pyrodiff.running.compilation import Compiled
 
 
 @pytest.mark.parametrize("event_shape", [(), (3,), (2, 4)])

@@ -281,7 +281,7 @@ def replayed(guide, trace, x_0):
         guide(x_0)
 
 
-class ForwardGuide(pyrodiff.diffusion.TrajectoryGuide):
+class ForwardGuide(pyrodiff.pair.diffusion.TrajectoryGuide):
     """A guide of the package's kind that runs the other way."""
 
     def forward(self, x_0):

@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import pyrodiff
-from pyrodiff import bound, bounds, importance_bound
-from pyrodiff.evaluation import bytes_per_row
+from pyrodiff import bound, importance_bound
+from pyrodiff.likelihood import bounds
+from pyrodiff.running.evaluation import bytes_per_row
 
 T, D = 5, 2
 SCHEDULE = pyrodiff.LinearSchedule(T, 0.05, 0.4)

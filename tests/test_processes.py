@@ -24,7 +24,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pyrodiff
-from pyrodiff import SVI, DiffusionELBO, processes, steps
+from pyrodiff import SVI, DiffusionELBO
+from pyrodiff.base import ranks
+from pyrodiff.pair import times
 
 B, T = 8, 6  # the batch of one process, and the steps of a diffusion
 sgd = partial(loops.sgd, lr=1e-2)
@@ -415,7 +417,7 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def both():
     """What each of two processes finds in all jobs."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -454,9 +456,9 @@ def close(ours, theirs):
 @pytest.mark.parametrize(
     "name", [name for name in (*EAGER, *TRACED, *COMPILED) if "seeded" not in name and name != "bound"]
 )
-def test_both_processes_learn_the_same(ranks, name):
+def test_both_processes_learn_the_same(both, name):
     """To the last bit, and whatever they started from: parameters, gradients, buffers, averages, losses."""
-    first, second = (found[name] for found in ranks)
+    first, second = (found[name] for found in both)
     for key in ("end", "buffers", "average", "gradients", "losses", "evaluated", "after"):
         if key in first:
             same(first[key], second[key])
@@ -464,8 +466,8 @@ def test_both_processes_learn_the_same(ranks, name):
 
 
 @pytest.mark.parametrize("name", ["training", "training, compiled"])
-def test_a_diffusion_is_trained_from_the_parameters_of_the_first(ranks, name):
-    first, second = (found[name] for found in ranks)
+def test_a_diffusion_is_trained_from_the_parameters_of_the_first(both, name):
+    first, second = (found[name] for found in both)
     assert any(not torch.equal(first["start"][key], second["start"][key]) for key in first["start"])
     for key, start in first["start"].items():
         assert 0 < (first["end"][key] - start).abs().max() < 20 * 1.1e-2  # what Adam can do in twenty steps
@@ -480,8 +482,8 @@ def test_a_diffusion_is_trained_from_the_parameters_of_the_first(ranks, name):
 
 
 @pytest.mark.parametrize("name", ["seeded alike", "seeded apart"])
-def test_each_process_draws_noise_of_its_own(ranks, name):
-    first, second = (found[name] for found in ranks)
+def test_each_process_draws_noise_of_its_own(both, name):
+    first, second = (found[name] for found in both)
     for key in ("noise", "after"):
         assert (first[key] - second[key]).abs().min() > 1e-4
     same(first["end"], second["end"])
@@ -490,8 +492,8 @@ def test_each_process_draws_noise_of_its_own(ranks, name):
 
 
 @pytest.mark.parametrize("name", ["seeded alike", "seeded apart"])
-def test_times_are_spread_evenly_over_the_batches_of_both(ranks, name):
-    u = torch.cat([found[name]["u"] for found in ranks], 1).sort(1).values
+def test_times_are_spread_evenly_over_the_batches_of_both(both, name):
+    u = torch.cat([found[name]["u"] for found in both], 1).sort(1).values
     assert u.shape == (5, 2 * B)
     assert ((u >= 0) & (u < 1)).all()
     same(u.diff(dim=1), torch.full_like(u[:, 1:], 1 / (2 * B)), rtol=0, atol=1e-12)
@@ -501,7 +503,7 @@ def test_times_are_spread_evenly_over_the_batches_of_both(ranks, name):
 def test_the_number_that_all_have_in_common_is_uniform_and_new_at_every_step():
     n = 20000
     for key in (0, 1, 123456789, 2**31 - 2):
-        share = steps._Share(0, 2, key)
+        share = times._Share(0, 2, key)
         one_by_one = torch.stack([share.uniform() for _ in range(5)])
         share.drawn = torch.arange(n)
         u = share.uniform()
@@ -511,7 +513,7 @@ def test_the_number_that_all_have_in_common_is_uniform_and_new_at_every_step():
         for lag in (1, 2, 3):
             correlation = ((u[lag:] - 0.5) * (u[:-lag] - 0.5)).mean() * 12
             assert abs(correlation) < 5 / math.sqrt(n)
-    first = torch.stack([steps._Share(0, 2, key).uniform() for key in range(2000)])
+    first = torch.stack([times._Share(0, 2, key).uniform() for key in range(2000)])
     assert (first.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max() * math.sqrt(2000) < 1.95
 
 
@@ -531,48 +533,48 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", STILL + SHARDED)
-def test_what_is_learned_is_what_one_process_would_of_both_batches(ranks, name):
+def test_what_is_learned_is_what_one_process_would_of_both_batches(both, name):
     """Where the draws are the same: the loss, its gradient and the parameters are those of the batches joined."""
-    together, alone = ranks[0][name], same_draws(None, **OPTIONS[name])
+    together, alone = both[0][name], same_draws(None, **OPTIONS[name])
     for key in ("losses", "evaluated", "gradients", "end"):
         close(together[key], alone[key])
     assert together["by torch"] == (name in STILL and "compiled" not in name)
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_parameters_are_learned_in_parts_where_they_are_sharded(ranks, name):
-    assert all(found[name]["registered"] == ["DTensor"] * 4 for found in ranks)
+def test_parameters_are_learned_in_parts_where_they_are_sharded(both, name):
+    assert all(found[name]["registered"] == ["DTensor"] * 4 for found in both)
 
 
-def test_the_bound_of_all_is_that_of_one(ranks):
+def test_the_bound_of_all_is_that_of_one(both):
     alone = bounded(None)
-    for found in ranks:
+    for found in both:
         for name in ("seeded", "loaded"):
             torch.testing.assert_close(found["bound"][name], alone[name], rtol=1e-6, atol=1e-6)
         assert found["bound"]["rows"] < 0.7 * alone["rows"]
     assert alone["calls"] > 3
-    first, second = (found["bound"] for found in ranks)
+    first, second = (found["bound"] for found in both)
     torch.testing.assert_close(first["unseeded"], second["unseeded"], rtol=0, atol=0)
     assert not torch.allclose(first["source"], second["source"])  # the sources are where they were
 
 
-def test_sharded_parameters_are_not_compiled_and_that_is_said(ranks):
-    for found in ranks:
+def test_sharded_parameters_are_not_compiled_and_that_is_said(both):
+    for found in both:
         (said,) = found["sharded, compiled"]["warnings"]
         assert "sharded" in said
         assert found["sharded, compiled"]["compile"] is False
         assert found["sharded"]["warnings"] == found["a step"]["warnings"] == []
 
 
-def test_sharded_parameters_are_averaged_where_the_average_was_made_before(ranks):
-    together, alone = ranks[0]["sharded, averaged"], averaged(None)
+def test_sharded_parameters_are_averaged_where_the_average_was_made_before(both):
+    together, alone = both[0]["sharded, averaged"], averaged(None)
     for key in ("average", "end"):
         close(together[key], alone[key])
     assert not torch.allclose(*(next(iter(together[key].values())) for key in ("average", "end")))
 
 
-def test_some_parameters_may_be_sharded_and_others_not(ranks):
-    together, alone = ranks[0]["partly sharded"], partly(None)
+def test_some_parameters_may_be_sharded_and_others_not(both):
+    together, alone = both[0]["partly sharded"], partly(None)
     for key in ("gradients", "end"):
         close(together[key], alone[key])
 
@@ -581,22 +583,22 @@ def test_some_parameters_may_be_sharded_and_others_not(ranks):
     ("name", "options"),
     [("float16", {"clip_norm": 10.0}), ("float16, accumulated", {"accumulate": 2}), ("float16, sharded", {})],
 )
-def test_scaled_gradients_are_those_of_one_process(ranks, name, options):
-    together, alone = ranks[0][name], half(None, **options)
+def test_scaled_gradients_are_those_of_one_process(both, name, options):
+    together, alone = both[0][name], half(None, **options)
     for ours, theirs in zip(together["gradients"], alone["gradients"], strict=True):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # float16 has eleven bits
     for key, start in together["start"].items():
         assert not torch.equal(together["end"][key], start)
-    assert ranks[0][name]["scale"] == ranks[1][name]["scale"]
+    assert both[0][name]["scale"] == both[1][name]["scale"]
 
 
 @pytest.mark.parametrize(
     ("name", "what", "accumulate"),
     [("skipped", "skip", 1), ("stopped", "stop", 1), ("skipped, accumulated", "skip", 2)],
 )
-def test_a_loss_that_is_not_finite_in_one_process_is_so_in_all(ranks, name, what, accumulate):
+def test_a_loss_that_is_not_finite_in_one_process_is_so_in_all(both, name, what, accumulate):
     alone = nonfinite(None, what, accumulate)
-    for found in (entry[name] for entry in ranks):
+    for found in (entry[name] for entry in both):
         assert found["taken"] == alone["taken"] == accumulate - 1  # of two batches, the finite one is learned from
         assert len(found["said"]) == 1
         assert found["said"] == alone["said"]
@@ -605,37 +607,37 @@ def test_a_loss_that_is_not_finite_in_one_process_is_so_in_all(ranks, name, what
 
 
 @pytest.mark.parametrize("name", ["functions", "functions, compiled"])
-def test_parameters_of_functions_are_shared(ranks, name):
+def test_parameters_of_functions_are_shared(both, name):
     """Also where the batches differ in size."""
-    together, alone = ranks[0][name], functions(None)
+    together, alone = both[0][name], functions(None)
     close(together["losses"], alone["losses"])
     close(together["end"], alone["end"])
     assert not together["failure"]
 
 
-def test_a_parameter_that_is_come_upon_later_is_that_of_the_first(ranks):
-    found = ranks[0]["late"]
+def test_a_parameter_that_is_come_upon_later_is_that_of_the_first(both):
+    found = both[0]["late"]
     assert found["by torch"]
     assert float(found["end"]["late"]) != 1.0
 
 
 @pytest.mark.parametrize("name", ["unused", "unused in one"])
-def test_a_parameter_may_have_no_part_in_the_loss_of_a_process(ranks, name):
-    moved = float(ranks[0][name]["end"]["unused"]) != 1.0
+def test_a_parameter_may_have_no_part_in_the_loss_of_a_process(both, name):
+    moved = float(both[0][name]["end"]["unused"]) != 1.0
     assert moved == (name == "unused in one")
 
 
 @pytest.mark.parametrize("name", ["regression", "regression, compiled"])
-def test_statistics_of_the_batch_are_those_of_the_first(ranks, name):
+def test_statistics_of_the_batch_are_those_of_the_first(both, name):
     generator = [batch(0, seed).mean(0) for seed in range(10)]
     expected = sum(0.1 * 0.9 ** (9 - seed) * mean for seed, mean in enumerate(generator))
-    close(ranks[1][name]["buffers"]["norm.running_mean"], expected)
-    assert int(ranks[1][name]["buffers"]["norm.num_batches_tracked"]) == 10
-    assert not ranks[1][name]["failure"]
+    close(both[1][name]["buffers"]["norm.running_mean"], expected)
+    assert int(both[1][name]["buffers"]["norm.num_batches_tracked"]) == 10
+    assert not both[1][name]["failure"]
 
 
-def test_a_pair_that_functions_call_is_shared_too(ranks):
-    first, second = (found["wrapped"]["share"] for found in ranks)
+def test_a_pair_that_functions_call_is_shared_too(both):
+    first, second = (found["wrapped"]["share"] for found in both)
     assert (first[:2], second[:2]) == ((0, 2), (1, 2))
     assert first[2] == second[2]
 
@@ -647,14 +649,14 @@ def test_a_process_alone_has_nothing_of_it():
     svi = SVI(pair.model, pair.guide, adam, DiffusionELBO())
     assert torch.equal(before, torch.get_rng_state())
     svi.step(batch(None))
-    assert (processes.count(), processes.number()) == (1, 0)
+    assert (ranks.count(), ranks.number()) == (1, 0)
     assert pair.model.step.drawing.share is None
     assert not svi._gradient.is_replicated()
     assert svi._gradient.factor() is None
     tensor = torch.tensor([1.0, 2.0])
-    assert processes.together([tensor])[0] is tensor
-    assert processes.all_say(True)
-    assert not processes.all_say(False)
+    assert ranks.together([tensor])[0] is tensor
+    assert ranks.all_say(True)
+    assert not ranks.all_say(False)
 
 
 if __name__ == "__main__":

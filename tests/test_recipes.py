@@ -12,11 +12,12 @@ from commands import TINY, blank, call, notes, points, same, saved, train, with_
 from matplotlib.figure import Figure
 
 import pyrodiff
-from pyrodiff import checkpoints, datasets, recipes, runs
-from pyrodiff.randomness import kept_sources
-from pyrodiff.recipes import Form
-from pyrodiff.runs import Run, Stop, Trainer
-from pyrodiff.settings import Settings, option
+from pyrodiff import checkpoints, datasets
+from pyrodiff.base.randomness import kept_sources
+from pyrodiff.command import recipes, runs
+from pyrodiff.command.recipes import Form
+from pyrodiff.command.runs import Run, Stop, Trainer
+from pyrodiff.command.settings import Settings, option
 
 pytestmark = pytest.mark.filterwarnings("ignore:the data have mean")  # of few levels in a corner of 256
 

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import kl_divergence
 
 import pyrodiff
-from pyrodiff import forward as forward_processes
+from pyrodiff.process import forward as forward_processes
 
 T = 7
 BETAS = [0.1, 0.35, 0.02, 0.6, 0.25, 0.5, 0.8]

@@ -22,11 +22,12 @@ import torch
 from commands import call, files, notes, points, same, saved, states, train, without_pictures, words
 
 import pyrodiff
-from pyrodiff import checkpoints, cli, runs
-from pyrodiff.randomness import kept_sources
-from pyrodiff.recipes import Data
-from pyrodiff.runs import Metrics, Run, Trainer
-from pyrodiff.settings import Settings
+from pyrodiff import checkpoints
+from pyrodiff.base.randomness import kept_sources
+from pyrodiff.command import cli, runs
+from pyrodiff.command.recipes import Data
+from pyrodiff.command.runs import Metrics, Run, Trainer
+from pyrodiff.command.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def home(tmp_path_factory):
 def context():
     """Processes that are there in milliseconds, since one that has imported everything parts in two."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pyrodiff.cli", "pytest", "torch._dynamo", "commands"])
+    context.set_forkserver_preload(["pyrodiff.command.cli", "pytest", "torch._dynamo", "commands"])
     return context
 
 
@@ -526,7 +527,7 @@ def test_what_is_noted(home):
 
 def test_the_held_out_bound_is_that_of_the_averaged_weights(home):
     run = Run.opened(home / "alone", "last")
-    _, data = pyrodiff.recipes.prepare(run.settings, torch.device("cpu"))
+    _, data = pyrodiff.command.recipes.prepare(run.settings, torch.device("cpu"))
     x_0 = data.split("validation", 4)
     found = run.form.in_units(pyrodiff.bound(run.diffusion, x_0, generator=0))
     assert notes(home / "alone")[-1]["bound"] == pytest.approx(float(found.nats.mean()), rel=1e-6)
@@ -547,7 +548,7 @@ def test_the_loss_that_is_noted_is_that_of_a_datum(home, tmp_path):
     folder = tmp_path / "run"
     assert train(home / "x.npy", folder, **options, checkpoint_every=300, batch_size=32, accumulate=2).code == 0
     run = Run.opened(folder, "last")
-    _, data = pyrodiff.recipes.prepare(run.settings, torch.device("cpu"))
+    _, data = pyrodiff.command.recipes.prepare(run.settings, torch.device("cpu"))
     x_0 = data.split("train").repeat(200, 1)
     found = run.form.in_units(pyrodiff.bound(run.diffusion, x_0, generator=1))
     error = float(found.nats.std()) * (5 / (300 * 64) ** 0.5 * 2 + 5 / len(x_0) ** 0.5)
@@ -600,7 +601,7 @@ def test_weights_that_are_not_finite_take_no_place(home, tmp_path):
     folder = copied(home, tmp_path)
     before = runs.last_checkpoint(folder).read_bytes()
     run = Run.opened(folder, "last")
-    data = pyrodiff.recipes.prepare(run.settings, run.device)[1]
+    data = pyrodiff.command.recipes.prepare(run.settings, run.device)[1]
     with torch.no_grad():
         next(run.diffusion.parameters()).fill_(math.inf)
     trainer = runs.Trainer(run, data, runs.Stop(), print)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyrodiff
-from pyrodiff import schedules
+from pyrodiff.process import schedules
 
 
 def some_betas(num_steps):

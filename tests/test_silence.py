@@ -8,7 +8,7 @@ from torch import nn
 
 import pyrodiff
 from pyrodiff import SVI, AncestralSampler, DiffusionELBO, bound, importance_bound, ode_log_prob, verify
-from pyrodiff.terms import pair_costs
+from pyrodiff.pair.terms import pair_costs
 
 X_0 = torch.tensor([[0.4, -1.2], [1.5, 0.3], [-0.7, 0.9]], dtype=torch.float64)
 
@@ -146,7 +146,7 @@ def test_a_kernel_that_changes_its_kind_is_bounded_alike_whatever_the_memory():
             return dist.StudentT(5.0, law.mean, law.stddev).to_event(1)
 
     diffusion = gaussian(reverse=Kinds)
-    size = pyrodiff.evaluation.bytes_per_row(diffusion, X_0[:1])
+    size = pyrodiff.running.evaluation.bytes_per_row(diffusion, X_0[:1])
     found = [bound(diffusion, X_0, memory_budget=budget, generator=0).nats for budget in (2**28, size)]
     torch.testing.assert_close(*found)
 

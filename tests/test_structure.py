@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -16,36 +17,24 @@ import pytest
 import pyrodiff
 
 FOLDER = Path(pyrodiff.__file__).parent
-SPINE = [
-    "precision",
-    "checks",
-    "files",
-    "randomness",
-    "processes",
-    "schedules",
-    "quantization",
-    "forward",
-    "networks",
-    "denoisers",
-    "reverse",
-    "decoders",
-    "steps",
-    "diffusion",
-    "terms",
-    "compilation",
-    "elbo",
-    "gradients",
-    "svi",
-    "checkpoints",
-    "evaluation",
-    "samplers",
-    "likelihoods",
-    "bounds",
-    "flows",
-    "accounting",
-    "verification",
+DRAWING = re.search(
+    r"```text\npyrodiff/[^\n]*\n(.*?)```", (FOLDER.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL
+)[1]
+HOUSE = [line.split() for line in DRAWING.splitlines()]
+ROOMS = {line[0].rstrip("/"): line[1:] for line in HOUSE if line[0].endswith("/")}  # in their order, as they are drawn
+FILES = [name for line in HOUSE if not line[0].endswith("/") for name in line]  # modules in no room
+ORDER = [
+    f"{line[0].rstrip('/')}.{name}" if line[0].endswith("/") else name
+    for line in HOUSE
+    for name in line[line[0].endswith("/") :]
 ]
 INSIDE = {  # what modules share, and the package does not offer
+    "Generative",
+    "OneStepGuide",
+    "OneStepModel",
+    "Step",
+    "TrajectoryGuide",
+    "TrajectoryModel",
     "Compiled",
     "Composition",
     "Gradient",
@@ -96,31 +85,40 @@ INSIDE = {  # what modules share, and the package does not offer
     "total_norm",
     "write",
 }
-ASIDE = {
-    "readers": {"checks"},
-    "datasets": {"checks", "quantization", "readers"},
-    "plots": {"accounting", "bounds", "checks", "diffusion"},
-}
-PROGRAM = ["settings", "loading", "recipes", "runs", "reports", "cli", "__main__"]  # the command, on top of all
-OFFERED_WHOLE = {"checkpoints", "networks"}  # as modules
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+OFFERED_WHOLE = {"checkpoints", "datasets", "plots", "readers"}  # as modules, as ``networks`` is
+MODULES = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py") if path.stem != "__init__"
+)
 every_module = pytest.mark.parametrize("module", MODULES)
 
 
+def file_of(module):
+    return FOLDER.joinpath(*module.split(".")).with_suffix(".py")
+
+
 def tree(module):
-    return ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse(file_of(module).read_text(encoding="utf-8"))
 
 
 def imported(module):
     """The package's modules that a module imports, anywhere in it."""
-    names = set()
+    room, names = module.split(".")[:-1], set()
     for node in ast.walk(tree(module)):
-        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "pyrodiff"):
-            path = [part for part in (node.module or "").split(".") if part not in ("", "pyrodiff")]
-            names |= {path[0]} if path else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = [*room, *(node.module or "").split(".")] if node.level == 1 else (node.module or "").split(".")
+            path = ".".join(part for part in start if part)
+            inside = [f"{path}.{alias.name}".strip(".") for alias in node.names]
+            names |= {name if name in MODULES else path or name for name in inside}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "pyrodiff":
+            names.add(node.module)
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "pyrodiff"}
     return names
+
+
+def room_of(module):
+    """The room that a module, or all that a room offers, belongs to; of a module in no room, itself."""
+    return module.split(".")[0]
 
 
 def public(module):
@@ -146,24 +144,40 @@ def constructor(cls):
     return vars(cls).get("__init__")
 
 
-def test_every_module_has_its_place():
-    assert set(MODULES) == {*SPINE, *ASIDE, *PROGRAM}
+def test_every_module_stands_in_the_drawing():
+    assert sorted(ORDER) == MODULES
+    assert len(HOUSE) <= 12
+    assert all(
+        (FOLDER / room / "__init__.py").read_text(encoding="utf-8").startswith(('"""', 'r"""')) for room in ROOMS
+    )
 
 
-@pytest.mark.parametrize("module", SPINE)
-def test_each_module_of_the_spine_imports_only_from_those_above_it(module):
-    above = {"precision", "checks"} if module == "networks" else set(SPINE[: SPINE.index(module)]) - {"networks"}
-    assert imported(module) <= above
+@every_module
+def test_each_module_imports_only_from_what_is_drawn_before_it(module):
+    before = set(ORDER[: ORDER.index(module)]) | ({"networks"} if room_of(module) == "command" else set())
+    assert imported(module) <= before
+    if room_of(module) == "networks":  # which know nothing of probability
+        assert {room_of(name) for name in imported(module)} <= {"base", "networks"}
+    elif room_of(module) != "command":
+        assert "networks" not in {room_of(name) for name in imported(module)}
 
 
-@pytest.mark.parametrize("module", PROGRAM)
-def test_the_command_stands_on_top(module):
-    assert imported(module) <= {*SPINE, *ASIDE, *PROGRAM[: PROGRAM.index(module)]}
+def longest(arrows):
+    """The longest chain of imports, as the list of what it passes through."""
+
+    @functools.cache
+    def chain(start):
+        return max(([start, *chain(end)] for end in arrows.get(start, ())), key=len, default=[start])
+
+    return max(map(chain, arrows), key=len)
 
 
-@pytest.mark.parametrize("module", ASIDE)
-def test_data_and_pictures_stand_aside(module):
-    assert imported(module) <= ASIDE[module]
+def test_chains_of_imports_between_rooms_are_short():
+    arrows = {}
+    for module in MODULES:
+        arrows.setdefault(room_of(module), set()).update(map(room_of, imported(module)))
+    arrows = {room: ends - {room} for room, ends in arrows.items()}
+    assert len(longest(arrows)) <= 9
 
 
 @every_module
@@ -175,8 +189,8 @@ def test_nothing_private_of_another_module_is_imported(module):
 
 def test_what_the_modules_say_is_public_is_what_the_package_offers():
     offered = {name for name in pyrodiff.__all__ if not isinstance(getattr(pyrodiff, name), types.ModuleType)}
-    for module in SPINE:
-        if module not in OFFERED_WHOLE:
+    for module in ORDER:
+        if module not in OFFERED_WHOLE and room_of(module) not in ("networks", "command"):
             names = {name for name, value in public(module)}
             assert names - offered <= INSIDE, module
             offered -= names
@@ -226,13 +240,13 @@ def test_importing_the_package_changes_nothing_global():
 def test_every_module_opens_with_a_docstring_and_says_what_is_public(module):
     assert ast.get_docstring(tree(module))
     assert all(hasattr(importlib.import_module(f"pyrodiff.{module}"), name) for name, _ in public(module))
-    assert public(module) or module in ("checks", "__main__")
+    assert public(module) or module in ("base.checks", "__main__")
 
 
 @every_module
 def test_sources_hold_no_control_characters(module):
     """A backslash lost on the way turns the LaTeX of a docstring into tabs, bells and backspaces."""
-    text = (FOLDER / f"{module}.py").read_bytes().decode()
+    text = file_of(module).read_bytes().decode()
     assert not sorted({character for character in text if ord(character) < 32 and character != "\n"})
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):

@@ -669,7 +669,7 @@ def test_random_weights_need_messages(one_step, direct):
     assert direct[True] == 0
     assert pyro.param("loc").abs().min() > 0
     with pyro.validation_enabled(False):  # also under the guide that the pair has by itself
-        assert pyrodiff.terms.pair_costs(pair.model, pair.guide, (X_0,), {}) is None
+        assert pyrodiff.pair.terms.pair_costs(pair.model, pair.guide, (X_0,), {}) is None
 
 
 class Normed(nn.Module):

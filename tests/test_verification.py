@@ -12,8 +12,9 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 import pyrodiff
-from pyrodiff import Claim, Verification, verification, verify
-from pyrodiff.diffusion import TrajectoryModel
+from pyrodiff import Claim, Verification, verify
+from pyrodiff.likelihood import verification
+from pyrodiff.pair.diffusion import TrajectoryModel
 
 M, V = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.3, 1.7]).double()
 BETAS = [0.1, 0.2, 0.35, 0.5]

@@ -1,0 +1,195 @@
+"""What arguments may be: each check refuses anything else by a ValueError that names the argument and its value.
+
+What is made once (a schedule, a decoder) is checked when it is made. What is called at every step, kernels and
+programs, is checked while Pyro's own validation is on (``pyro.enable_validation``), and by nothing else. Entry points
+(:func:`bound`, samplers, the first step of :class:`SVI` for each shape) turn it on for what they are given.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from numbers import Integral, Real
+
+import torch
+from pyro.poutine.util import is_validation_enabled
+from torch import Tensor, nn
+
+from .precision import default_home, home
+
+__all__: list[str] = []
+
+
+def validating() -> bool:
+    """Whether Pyro validates, so that what is called at every step is checked."""
+    return is_validation_enabled()
+
+
+def is_int(value: object) -> bool:
+    """Whether this is a whole number, Python's or NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a real number, Python's or NumPy's, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def positive_int(name: str, value: object, *, even: bool = False) -> int:
+    """An int of at least 1, even if so asked."""
+    if not is_int(value) or value < 1 or (even and value % 2):
+        raise ValueError(f"{name} must be an int of at least 1{', even' * even}, but it is {described(value)}")
+    return int(value)
+
+
+def levels(value: object, name: str = "levels") -> int:
+    """A number of levels, an int of at least 2."""
+    if not is_int(value) or value < 2:
+        raise ValueError(f"{name} must be an int of at least 2, but it is {described(value)}")
+    return int(value)
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """A number strictly between two others."""
+    if not (is_number(value) and low < value < high):
+        raise ValueError(f"{name} must be a number in ({low}, {high}), but it is {described(value)}")
+    return float(value)
+
+
+def probability(name: str, value: object) -> float:
+    """A number in [0, 1)."""
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name} must be a number in [0, 1), but it is {described(value)}")
+    return float(value)
+
+
+def numbers(name: str, value: object) -> Tensor:
+    """Numbers that are fixed, as a copy in float64, on the device that they are on."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name} must be fixed numbers, but they require a gradient, and nothing here would learn them: give "
+            f"{name}.detach(), or write a module of your own with parameters"
+        )
+    try:
+        if isinstance(value, Tensor):
+            return value.detach().to(home(value.device)).to(torch.float64, copy=True)
+        return torch.tensor(value, dtype=torch.float64, device=default_home())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers, but it is {described(value)}") from error
+
+
+def one_of(name: str, value: object, values: Sequence) -> None:
+    """One of a few values."""
+    if not any(value is one or (isinstance(value, str) and value == one) for one in values):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, but it is {described(value)}")
+
+
+def event_shape(value: Sequence[int]) -> torch.Size:
+    """The shape of one datum, a sequence of ints of at least 1."""
+    try:
+        shape = torch.Size(value)
+    except TypeError:
+        shape = None
+    if shape is None or any(size < 1 for size in shape):
+        raise ValueError(f"event_shape must be a sequence of ints of at least 1, but it is {described(value)}")
+    return shape
+
+
+def increasing(name: str, value: Iterable[int], high: int) -> tuple[int, ...]:
+    """Increasing ints in 1..high, at least one."""
+    try:
+        found = tuple(value.tolist() if isinstance(value, Tensor) else value)
+    except TypeError:
+        found = ()
+    if not (found and all(map(is_int, found)) and all(a < b for a, b in pairwise((0, *found, high + 1)))):
+        raise ValueError(f"{name} must be increasing ints in 1..{high}, at least one, but they are {value!r}")
+    return tuple(int(one) for one in found)
+
+
+def described(value: object) -> str:
+    """What an argument is, in one line."""
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    if isinstance(value, nn.Module) or (hasattr(value, "__array__") and not is_number(value)):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 300 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor) -> None:
+    """A tensor of a shape, as what a network, say, returns for a state."""
+    if isinstance(value, Tensor) and value.shape == shape:
+        return
+    got = repr(value) if is_number(value) or value is None else f"a {type(value).__name__}"
+    got = tuple(value.shape) if isinstance(value, Tensor) else got
+    raise ValueError(
+        f"{name} must return a tensor of shape {tuple(shape)} for input of shape {tuple(x_t.shape)}, but it is {got}"
+    )
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    """An instance of a class."""
+    if not isinstance(value, kind):
+        home = "pyrodiff" if kind.__module__.startswith("pyrodiff.") else kind.__module__
+        raise ValueError(f"{name} must be a {home}.{kind.__name__}, but it is {described(value)}")
+
+
+def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:
+    """A module made for this forward process, where it says for which."""
+    if getattr(module, "forward_process", forward) is not forward:
+        raise ValueError(
+            f"{name} must be made for the same forward process, the very object {type(forward).__name__}, but it is a "
+            f"{type(module).__name__} made for another"
+        )
+
+
+def full_precision(name: str, dtype: torch.dtype) -> None:
+    """A dtype that bounds can be computed in: half precision is the networks' alone, under autocast."""
+    if torch.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{name} must be float32 or float64, but the dtype is {dtype}: keep weights and data in float32 "
+            f"(diffusion.float(), x_0.float()), and let networks compute in half precision by autocast, "
+            f"SVI(..., autocast=torch.bfloat16) for training"
+        )
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere, as far as there are values to read: a meta tensor has none."""
+    return condition.is_meta or bool(condition.all())
+
+
+def time(name: str, t: object, high: int, low: int = 0) -> None:
+    """A time in low..high: an int, which is always checked, or an integer tensor, which is while Pyro validates."""
+    if isinstance(t, Tensor):
+        if not validating():
+            return
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise ValueError(
+                f"{name} must be an int or an integer tensor in {low}..{high}, but it is a tensor of dtype {t.dtype}"
+            )
+        if not holds((t >= low) & (t <= high)):
+            raise ValueError(f"{name} must lie in {low}..{high}, but it has values in {t.min()}..{t.max()}")
+    elif not is_int(t):
+        raise ValueError(f"{name} must be an int or an integer tensor in {low}..{high}, but it is {described(t)}")
+    elif not low <= t <= high:
+        raise ValueError(f"{name} must lie in {low}..{high}, but it is {t}")
+
+
+def step(x: object, t: object, s: object, num_steps: int, first: int = 0) -> int | Tensor:
+    """The earlier time of a step, t - 1 if s is None, after a check, while Pyro validates, of first <= s < t <= T."""
+    if not validating():
+        return t - 1 if s is None else s
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise ValueError(f"the state must be a tensor with a floating dtype, but it {got}")
+    time("t", t, num_steps, low=1)
+    s = t - 1 if s is None else s
+    time("s", s, num_steps - 1)
+    for name, one in (("t", t), ("s", s)):
+        if isinstance(one, Tensor) and one.shape not in (torch.Size(), x.shape[: one.dim()]):
+            raise ValueError(
+                f"{name} must be an int or have the batch shape {tuple(x.shape[: max(one.dim(), 1)])} of the state of "
+                f"shape {tuple(x.shape)}, but its shape is {tuple(one.shape)}"
+            )
+    ordered = (s >= first) & (s < t)
+    if not (holds(ordered) if isinstance(ordered, Tensor) else ordered):
+        raise ValueError(f"s and t must satisfy {first} <= s < t <= {num_steps}, but t is {t} and s is {s}")
+    return s

@@ -1,0 +1,1 @@
+"""The command ``pyrodiff``: it trains, resumes, bounds and samples."""

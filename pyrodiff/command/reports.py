@@ -1,0 +1,135 @@
+"""The report of a run: one page of HTML with everything in it, to be opened anywhere.
+
+What the run was told and where it ran, what came out with its standard errors, its curves and its samples, and the
+commands that make it again.
+"""
+
+import base64
+import html
+import io
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .. import plots
+from ..base.files import write
+from ..likelihood.bounds import Bound
+from .runs import Metrics, Run, spelled
+
+__all__ = ["report", "versions"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem }
+h1, h2 { font-weight: 600; line-height: 1.2 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd }
+pre, code { font: 14px/1.45 ui-monospace, monospace } pre { background: #f6f6f4; padding: .8rem 1rem; overflow: auto }
+table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
+figure { margin: 1rem 0 } figure img { max-width: 100% } figcaption { color: #666; font-size: 14px }
+.number { font-size: 1.5rem } .beside { display: flex; gap: 1.5rem } .beside figure { flex: 1 }
+"""
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a figure may depend on: the versions, and the machine.
+
+    Arguments:
+        device: Where it is computed.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        **{name: metadata.version(name) for name in ("pyrodiff", "torch", "pyro-ppl", "numpy", "matplotlib")},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def report(run: Run, found: Bound, samples: Tensor, x_0: Tensor, commands: Sequence[str]) -> Path:
+    """Write ``report.html`` into the folder of a run.
+
+    Arguments:
+        run: The run.
+        found: The bound on the test data.
+        samples: Samples, as the model has them.
+        x_0: The test data, likewise.
+        commands: The commands that made the run.
+
+    Returns:
+        The file.
+    """
+    records, settings = Metrics.read(run.folder), run.settings
+    trained = f"{run.state['seconds'] / 60:.1f} minutes of training, {run.svi.num_steps} steps"
+    number = sum(parameter.numel() for parameter in run.diffusion.parameters())
+    parts = [
+        f"<h1>{_text(settings.data)}</h1>",
+        f"<p class=number>{_text(spelled(found))}</p>",
+        f"<p>The bound on &minus;log p(x<sub>0</sub>) of {len(found.nats)} test data; {_text(found.convention)}. The "
+        f"weights are those of step {run.state['best_step']}, the best on held-out data"
+        f"{', averaged' * (settings.average > 0)}; {number:,} parameters; {trained}.</p>",
+        f"<pre>{_text(str(found))}</pre>",
+        *_samples(run, samples, x_0),
+        "<h2>Training</h2>",
+        _picture(plots.curves(records).figure, "the loss, and the bound on held-out data") if records else "",
+        "<h2>Where the bound is spent</h2>",
+        _picture(plots.terms(found).figure, "the terms over t") if settings.num_steps > 1 else "",
+        "<h2>Commands</h2>",
+        f"<pre>{_text(chr(10).join(commands))}</pre>",
+        "<h2>Options</h2>",
+        _table(settings.given()),
+        "<h2>Versions</h2>",
+        _table(versions(run.device)),
+    ]
+    title = f"<title>{_text(settings.data)}: {_text(spelled(found))}</title>"
+    head = f"<!doctype html><html lang=en><meta charset=utf-8>{title}<style>{_STYLE}</style>"
+    path = run.folder / "report.html"
+    write(path, "\n".join([head, *parts, "</html>\n"]).encode())
+    return path
+
+
+def _samples(run: Run, samples: Tensor, x_0: Tensor) -> list[str]:
+    """Samples, and as many data beside them."""
+    if not run.form.is_drawable:
+        return []
+    beside = {
+        f"{len(samples)} samples, T = {run.settings.num_steps}, seed {run.settings.seed}": samples,
+        "as many test data": x_0[: len(samples)],
+    }
+    drawn = [_picture(plots.samples(run.form.drawable(x)).figure, caption) for caption, x in beside.items()]
+    return ["<h2>Samples</h2>", "<div class=beside>", *drawn, "</div>"]
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = (
+        f"<tr><td>{_text(name)}</td><td><code>{_text(_spelled(value))}</code></td></tr>"
+        for name, value in values.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _spelled(value: Any) -> str:
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, tuple)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
+
+
+def _picture(figure: Figure, caption: str) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=130, format="png")
+    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f'<figure><img src="{source}" alt="{_text(caption)}"><figcaption>{_text(caption)}</figcaption></figure>'

@@ -1,0 +1,579 @@
+"""Runs: training that is watched, can be killed at any instant, and goes on as if nothing had happened.
+
+A run has a folder:
+
+``settings.toml``
+    what it was told, nothing left open; ``pyrodiff train --config`` reads it.
+``checkpoints/``
+    ``step-00001000.pt``, the last few, and ``best.pt``, by the bound on held-out data.
+``metrics.jsonl``
+    a line of JSON for each so many steps: the loss, or the held-out bound term by term.
+``pictures/``
+    samples and the terms over t, at each evaluation.
+``bound.npz``, ``samples.npz``, ``report.html``
+    what came out.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from .. import checkpoints, plots
+from ..base import ranks
+from ..base.files import write
+from ..likelihood.bounds import Bound, bound
+from ..pair.diffusion import Diffusion
+from ..pair.elbo import DiffusionELBO
+from ..sampling.ancestral import AncestralSampler
+from ..training.svi import SVI, exponential_average
+from . import recipes
+from .loading import Data, Form
+from .settings import Settings, option
+
+__all__ = [
+    "Interrupted",
+    "Metrics",
+    "Run",
+    "Stop",
+    "Trainer",
+    "device_of",
+    "last_checkpoint",
+    "save_arrays",
+    "save_figure",
+    "shortened",
+    "spelled",
+]
+
+
+class Interrupted(Exception):
+    """Something was asked to stop, and stopped where nothing is lost.
+
+    Arguments:
+        signal: The number of the signal that asked.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+class Stop:
+    """Within, SIGINT and SIGTERM are a wish to stop, that is fulfilled where nothing is lost; a second one, at once.
+
+    Attributes:
+        signal: The signal that asked, if one did.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt(number)
+        self.signal = number
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if it was asked to stop."""
+        if self.signal is not None and ranks.count() == 1:
+            raise Interrupted(self.signal)
+
+    def between(self, x_0: Tensor, size: int = 64) -> "_Batches":
+        """The data in batches, between two of which the wish is fulfilled, by :class:`Interrupted`.
+
+        Arguments:
+            x_0: The data.
+            size: How many are a batch.
+        """
+        return _Batches(self, x_0, size)
+
+
+class _Batches:
+    def __init__(self, stop: Stop, x_0: Tensor, size: int) -> None:
+        self.stop, self.parts = stop, x_0.split(size)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for part in self.parts:
+            self.stop.check()
+            yield part
+
+
+def device_of(settings: Settings) -> torch.device:
+    """The device that is asked for.
+
+    Arguments:
+        settings: The settings.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    name, local = settings.device, int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:1, say, but it is {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"--device must be one that is there, but torch sees no GPU for {name!r}: try --device cpu"
+            )
+        device = torch.device("cuda", local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device must be one of {torch.cuda.device_count()} GPUs, but it is {name!r}")
+    elif device.type != "cpu":
+        raise ValueError(f"--device must be cpu or cuda, but it is {name!r}")
+    return device
+
+
+class Run:
+    """A run and its folder.
+
+    Arguments:
+        folder: The folder.
+        settings: The settings, none left open.
+        form: What the data are.
+        device: Where it computes.
+        often: How often each number has each level, to start from.
+
+    Attributes:
+        diffusion: The model.
+        svi: What trains it.
+        state: What else a checkpoint keeps: how far it is logged and evaluated, the best bound, the time it took.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Settings, form: Form, device: torch.device, often: Tensor | None = None
+    ) -> None:
+        self.folder, self.settings, self.form, self.device = folder, settings, form, device
+        pyro.set_rng_seed(settings.seed)
+        self.diffusion: Diffusion = recipes.build(settings, form, often).to(device)
+        self.svi = self._svi()
+        self.state: dict[str, Any] = {
+            **{"logged": 0, "evaluated": 0, "saved": 0, "best": math.inf, "best_step": 0, "seconds": 0.0},
+            **{"loss": torch.zeros((), device=device), "drawn": 0},
+        }
+
+    def _svi(self) -> SVI:
+        settings = self.settings
+        programs = recipes.pair(settings, self.diffusion).to(self.device)
+        options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": self.device.type == "cuda"}
+        return SVI(
+            programs.model,
+            programs.guide,
+            partial(torch.optim.AdamW, **options),
+            DiffusionELBO(),
+            settings.clip_norm * settings.batch_size * settings.accumulate * ranks.count(),
+            scheduler=partial(LambdaLR, lr_lambda=partial(_rate, steps=settings.steps, warmup=settings.warmup)),
+            accumulate=settings.accumulate,
+            autocast={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.autocast),
+            average=exponential_average(settings.average) if settings.average > 0 else None,
+            compile=settings.compile,
+        )
+
+    @classmethod
+    def opened(cls, folder: str | os.PathLike[str], which: str = "best", device: str = "auto") -> "Run":
+        """A run that was trained, with the weights of a checkpoint, the averaged ones if they are averaged.
+
+        Arguments:
+            folder: The folder.
+            which: "best", "last", or the path of a checkpoint.
+            device: Where it is to be.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        folder = Path(folder)
+        path = _checkpoint(folder, which)
+        settings, form = _kept(path)
+        record = folder / "settings.toml"
+        if record.is_file():
+            recorded = Settings(**Settings.read(record, str(record)))
+            if which not in ("best", "last"):
+                _refuse_other_settings(recorded, settings, path)
+            settings = settings.but(data=recorded.data)  # which may have moved
+        run = cls(folder, settings, form, device_of(settings.but(device=device)))
+        run.restore(path)
+        if run.svi.average is not None:
+            run.svi.adopt_average()
+        run.diffusion.eval()
+        return run
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of this run.
+
+        Arguments:
+            path: The file.
+
+        Raises:
+            ValueError: If it is of a run with other settings, other than those that may change.
+        """
+        settings, form = _kept(path)
+        self.refuse_other_data(form, path)
+        _refuse_other_settings(self.settings, settings, path)
+        kept = checkpoints.restore(path, self.svi)
+        scheduler, group = self.svi.scheduler, self.svi.optimizer.param_groups[0]
+        group["lr"] = self.settings.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)  # of the steps there are now
+        scheduler._last_lr = [group["lr"]]
+        self.state = {**self.state, **kept["state"]}
+        self.state["loss"] = self.state["loss"].to(self.device)
+
+    def refuse_other_data(self, form: Form, where: object) -> None:
+        """Refuse data that are not those of the run: they may have been trained on, or have other units.
+
+        Arguments:
+            form: What the other data are.
+            where: Where they are known from.
+
+        Raises:
+            ValueError: If they are others.
+        """
+        if form.fingerprint != self.form.fingerprint:
+            raise ValueError(f"data must be those that the run began with, but {self.settings.data} and {where} differ")
+
+    def save(self, path: Path) -> None:
+        """Save all of it.
+
+        Arguments:
+            path: The file.
+        """
+        settings = {name: list(one) if isinstance(one, tuple) else one for name, one in self.settings.given().items()}
+        checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
+
+    def sampled(
+        self, number: int, seed: int | torch.Generator, steps: int | None = None, progress: bool = False
+    ) -> Tensor:
+        """Samples, as the model has them.
+
+        Arguments:
+            number: How many.
+            seed: The seed, or a generator.
+            steps: In how many steps at most; all T if not given.
+            progress: Whether to show a bar.
+        """
+        return AncestralSampler(shortened(self.diffusion, steps))(number, generator=seed, progress=progress)
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """The learning rate, as a part of its largest: it rises in a line, and falls as a cosine."""
+    return min(1.0, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+
+
+def shortened(diffusion: Diffusion, steps: int | None) -> Diffusion:
+    """The diffusion in so many steps at most.
+
+    Arguments:
+        diffusion: The diffusion.
+        steps: The number of steps; as it is if not given.
+    """
+    T = diffusion.num_steps
+    if steps is None or steps >= T:
+        return diffusion
+    return diffusion.subchain(sorted(set(torch.linspace(T, 1, steps).round().int().tolist())))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run; None if there is none.
+
+    Arguments:
+        folder: The folder of the run.
+    """
+    return max((folder / "checkpoints").glob("step-*.pt"), default=None)
+
+
+def _checkpoint(folder: Path, which: str) -> Path:
+    if which not in ("best", "last"):
+        return Path(which)
+    best = folder / "checkpoints" / "best.pt"
+    found = best if which == "best" and best.is_file() else last_checkpoint(folder)
+    if found is None:
+        raise ValueError(f"RUN must be the folder of a run with a checkpoint, but {folder} has none")
+    return found
+
+
+def _refuse_other_settings(ours: Settings, theirs: Settings, path: Path) -> None:
+    """Refuse the checkpoint of a run that was told something else; where the data lie is another matter."""
+    for one in dataclasses.fields(Settings):
+        here, there = getattr(ours, one.name), getattr(theirs, one.name)
+        if here != there and not one.metadata["changeable"] and one.name != "data":
+            raise ValueError(f"{option(one.name)} must be {there!r} as in {path}, but it is {here!r}")
+
+
+def _kept(path: Path) -> tuple[Settings, Form]:
+    """The settings and the data's form that a checkpoint holds."""
+    more = checkpoints.load(path)["more"]
+    try:
+        found = Settings(**more["settings"]), Form.of(more["form"])
+        if more["state"].keys() >= {"logged", "evaluated", "saved", "seconds", "loss", "best", "best_step"}:
+            return found
+    except (KeyError, TypeError, AttributeError, ValueError):
+        pass
+    raise ValueError(f"RUN must be the folder of a run that pyrodiff train made, but {path} is of something else")
+
+
+class Metrics:
+    """What is noted of a run: lines of JSON in a file, and TensorBoard's files where that is installed.
+
+    Arguments:
+        folder: The folder of the run.
+        step: The step that the run goes on from; what was noted after it is forgotten.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        records = {
+            (record["step"], "bound" in record): record for record in self.read(folder) if record["step"] <= step
+        }
+        write(self.path, "".join(f"{json.dumps(record)}\n" for record in records.values()).encode())
+        self._board = _board(folder / "tensorboard", step)
+
+    def note(self, step: int, **values: Any) -> None:
+        """Note values of a step."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{name: _sayable(value) for name, value in values.items()}}) + "\n")
+        for name, value in values.items() if self._board is not None else ():
+            if isinstance(value, float | int):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Bring all of it to the disk."""
+        if self._board is not None:
+            self._board.close()
+
+    @staticmethod
+    def read(folder: Path) -> list[dict[str, Any]]:
+        """The records in a run's folder, but for a line that was cut short."""
+        records = []
+        path = folder / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+
+def _sayable(value: Any) -> Any:
+    """A value as JSON has it, which knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # it is not installed
+        return None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+class Trainer:
+    """Trains a run, and watches it.
+
+    Arguments:
+        run: The run.
+        data: The data.
+        stop: Whether it is to stop.
+        say: Called with lines for people.
+    """
+
+    def __init__(self, run: Run, data: Data, stop: Stop, say: Callable[[str], None]) -> None:
+        self.run, self.data, self.stop, self.say = run, data, stop, say
+        self.is_first = ranks.number() == 0
+        for name in (".", "checkpoints", "pictures") if self.is_first else ():
+            (run.folder / name).mkdir(parents=True, exist_ok=True)
+            for part in (run.folder / name).glob(".*.part"):  # a kill left it
+                part.unlink()
+        self.metrics = Metrics(run.folder, run.svi.num_steps) if self.is_first else None
+        self._loss = self._bound = ""
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: If it was asked to stop; it is saved.
+            FloatingPointError: If the loss is not finite; the last checkpoint is from before.
+        """
+        run, settings = self.run, self.run.settings
+        run.diffusion.train()
+        with self._bar() as bar:
+            start, before = time.monotonic(), run.state["seconds"]
+            while True:
+                run.state["seconds"] = before + time.monotonic() - start
+                with suppress(Interrupted):
+                    self._watch(bar)
+                if self._is_asked_to_stop():
+                    self._save()
+                    raise Interrupted(self.stop.signal or signal.SIGTERM)
+                if run.svi.num_steps >= settings.steps:
+                    break
+                for _ in range(settings.accumulate):
+                    run.state["loss"] += run.svi.step(self.data.draw(settings.batch_size))
+                    run.state["drawn"] += settings.batch_size * ranks.count()
+                bar.update(run.svi.num_steps - bar.n)
+
+    def _bar(self) -> tqdm:
+        """A bar; quiet where there is no terminal."""
+        run = self.run
+        return tqdm(
+            total=run.settings.steps,
+            initial=run.svi.num_steps,
+            desc=run.folder.name,
+            unit="step",
+            mininterval=0.5,
+            dynamic_ncols=True,
+            disable=None if self.is_first else True,
+        )
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether anybody is asked; of several processes all hear of it at the same step."""
+        asked = self.stop.signal is not None
+        if ranks.count() == 1:
+            return asked
+        return self.run.svi.num_steps % 10 == 0 and any(ranks.each(asked))
+
+    def _watch(self, bar: tqdm) -> None:
+        """Log, evaluate and save, as far as that is due."""
+        run, settings, step = self.run, self.run.settings, self.run.svi.num_steps
+        last = step >= settings.steps
+        if step > run.state["logged"] and (step % settings.log_every == 0 or last):
+            self._log()
+        if step > run.state["evaluated"] and (step % settings.evaluate_every == 0 or last):
+            self._evaluate()
+            if step == run.state["saved"]:  # by a signal, before this could be said
+                self._save()
+        bar.set_postfix_str(self._loss + self._bound, refresh=False)
+        if step > run.state["saved"] and (step % settings.checkpoint_every == 0 or last):
+            self._save()
+
+    def _log(self) -> None:
+        run = self.run
+        step, is_bound = run.svi.num_steps, run.settings.weighting == "bound"
+        loss = float(run.state["loss"]) / run.state["drawn"] + run.form.log_scale * is_bound
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} between steps {run.state['logged']} and {step}")
+        run.state.update(logged=step, loss=torch.zeros((), device=run.device), drawn=0)
+        if self.metrics is not None:
+            rate = run.svi.scheduler.get_last_lr()[0]
+            name = "loss" if is_bound else "simple_loss"  # which is no likelihood
+            self.metrics.note(step, **{name: loss}, lr=rate, seconds=round(run.state["seconds"], 3))
+        self._loss = f"loss {loss:.3f}{' nats' * is_bound}"
+
+    def _evaluate(self) -> None:
+        """The bound on held-out data, samples and pictures, with the averaged weights."""
+        run, settings, step = self.run, self.run.settings, self.run.svi.num_steps
+        self._refuse_what_is_not_finite()
+        x_0 = self.stop.between(self.data.split("validation", settings.evaluate_on))
+        times = settings.evaluate_times if settings.evaluate_times < settings.num_steps else None
+        with run.svi.averaged() if run.svi.average is not None else nullcontext():
+            found = bound(run.diffusion, x_0, num_times=times, generator=settings.seed, sharded=ranks.count() > 1)
+            found = run.form.in_units(found)
+            samples = run.sampled(settings.samples, settings.seed, steps=50) if self.is_first else None
+        mean = float(found.nats.mean())
+        self._bound = f", bound {spelled(found)}"
+        if self.is_first:
+            self._note(found, samples)
+        run.state["evaluated"] = step
+        if mean < run.state["best"]:
+            run.state.update(best=mean, best_step=step)
+            run.save(run.folder / "checkpoints" / "best.pt")
+
+    def _note(self, found: Bound, samples: Tensor) -> None:
+        run, step = self.run, self.run.svi.num_steps
+        pictures = run.folder / "pictures"
+        if run.form.is_drawable:
+            save_figure(pictures / f"samples-{step:08d}.png", plots.samples(run.form.drawable(samples)).figure)
+        if run.settings.num_steps > 1:
+            save_figure(pictures / f"terms-{step:08d}.png", plots.terms(found).figure)
+        self.metrics.note(
+            step,
+            bound=float(found.nats.mean()),
+            bound_se=float(found.standard_error(found.nats)),
+            bits_per_dim=float(found.bits_per_dim.mean()),
+            prior=float(found.prior.mean()),
+            denoising=float(found.denoising.sum(0).mean()),
+            reconstruction=float(found.reconstruction.mean()),
+            seconds=round(run.state["seconds"], 3),
+        )
+        self.say(f"step {step}: held-out bound {spelled(found)}")
+
+    def _refuse_what_is_not_finite(self) -> None:
+        """Neither to be evaluated, nor to take the place of a checkpoint from before."""
+        run = self.run
+        for name, value in (("loss", run.state["loss"]), *run.diffusion.named_parameters()):
+            if not bool(value.isfinite().all()):
+                raise FloatingPointError(f"{name} is not finite any more at step {run.svi.num_steps}")
+
+    def _save(self) -> None:
+        run, step = self.run, self.run.svi.num_steps
+        if step == 0:
+            return
+        self._refuse_what_is_not_finite()
+        run.state["saved"] = step
+        folder = run.folder / "checkpoints"
+        run.save(folder / f"step-{step:08d}.pt")
+        for old in sorted(folder.glob("step-*.pt"))[: -run.settings.keep] if self.is_first else ():
+            old.unlink()
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Arguments:
+        path: The file.
+        figure: The figure.
+    """
+    data = io.BytesIO()
+    figure.savefig(data, dpi=130, format="png")
+    write(path, data.getbuffer())
+
+
+def save_arrays(path: Path, **arrays: Tensor) -> None:
+    """Write tensors as a compressed .npz, whole or not at all.
+
+    Arguments:
+        path: The file.
+        arrays: The tensors.
+    """
+    data = io.BytesIO()
+    np.savez_compressed(data, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+    write(path, data.getbuffer())
+
+
+def spelled(found: Bound) -> str:
+    """A bound in a few words: nats a datum, or bits per dimension where p is a probability of levels.
+
+    Arguments:
+        found: The bound.
+    """
+    values, unit = (
+        (found.nats, "nats") if found.levels is None or found.levels == 2 else (found.bits_per_dim, "bits/dim")
+    )
+    return f"{float(values.mean()):.3f} ± {float(found.standard_error(values)):.3f} {unit}"

@@ -1,0 +1,497 @@
+r"""Bounds on the likelihood of a diffusion, datum by datum: its T terms, and the importance-weighted one.
+
+.. math::
+    -\log p_\theta(x_0) \;\le\; -\mathbb{E}_q \log \frac1K \sum_{k=1}^K
+        \frac{p_\theta(x_{0:T}^{(k)})}{q(x_{1:T}^{(k)} | x_0)}
+    \;\le\; L_T + \sum_{t=2}^{T} L_{t-1} + L_0
+
+In :func:`bound` every :math:`x_t` is drawn from :math:`q(x_t | x_0)` by itself, which leaves the mean of each term as
+it is and lets all t run in one batch (Luo 2022, Eqs. 57-58). :func:`importance_bound` needs whole trajectories.
+
+Draws are made in blocks of fixed rows, each from a seed of its own. So the :math:`x_t` of a datum depends on the seed,
+on its position among the data, on t and on the particle, and on nothing else: not on the network, the memory, the
+batches that the data come in or the processes that share the work. Two models of one forward process, compared with one
+seed, see the same :math:`x_t`, and the difference of their bounds varies less than either. (With some of the times, and
+for importance-weighted bounds, other draws belong to another number of times, or of particles.)
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), https://arxiv.org/abs/2208.11970
+
+    Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from tqdm import tqdm
+
+from ..base import checks, ranks
+from ..base.precision import home, precisely
+from ..base.randomness import seed_draws, seed_of
+from ..pair.diffusion import Diffusion
+from ..pair.programs import Generative
+from ..pair.terms import prior_cost, step_costs
+from ..running.evaluation import Look, batches, evaluating, expect, look, progress_bar
+from .estimate import Likelihood
+
+__all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Bound(Likelihood):
+    """The terms of the bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
+
+    Arguments:
+        prior: L_T, with shape (B,).
+        denoising: L_{t-1} for t = 2..T, with shape (T - 1, B). Where only some t were drawn, a term is scaled by the
+            inverse probability of its t, and 0 if that was not drawn: means over the data are unbiased all the same.
+        reconstruction: L_0, with shape (B,).
+        event_shape: The shape of one datum.
+        levels: The number of levels of a dimension, where p is a probability; None where it is a density.
+        prior_entropy: The entropy of p(x_T) in nats; None where it is not known.
+    """
+
+    prior: Tensor
+    denoising: Tensor
+    reconstruction: Tensor
+    event_shape: torch.Size
+    levels: int | None = None
+    prior_entropy: float | None = None
+
+    @property
+    def nats(self) -> Tensor:
+        return self.prior + self.denoising.sum(0) + self.reconstruction
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps T."""
+        return len(self.denoising) + 1
+
+    @property
+    def K(self) -> Tensor:
+        """The lower bound on log2 p(x_0) of 2015, in bits a datum, with shape (B,): greater is better.
+
+        References:
+            Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Eq. 14 and
+            Table 1, https://arxiv.org/abs/1503.03585
+        """
+        return -self.bits
+
+    @property
+    def L_null(self) -> float:
+        """log2 p of the data of 2015 under p(x_T) alone, in bits: minus its entropy. Table 1 there shows K - L_null.
+
+        Raises:
+            ValueError: If the entropy of the prior is not known.
+        """
+        if self.prior_entropy is None:
+            raise ValueError("prior must have an entropy in closed form for L_null, but it has none")
+        return -self.prior_entropy / math.log(2)
+
+    @property
+    def title(self) -> str:
+        return f"bound on -log p(x_0), T = {self.num_steps}"
+
+    def _raised(self, nats: float) -> dict[str, Tensor]:
+        return {"reconstruction": self.reconstruction + nats}
+
+    def rows(self) -> dict[str, Tensor]:
+        return {
+            "L_T      prior": self.prior,
+            "ΣL_t-1   denoising": self.denoising.sum(0),
+            "L_0      reconstruction": self.reconstruction,
+            "bound": self.nats,
+        }
+
+
+@torch.no_grad()
+def bound(
+    diffusion: Diffusion,
+    x_0: Tensor | Iterable,
+    num_particles: int = 1,
+    memory_budget: int = 2**28,
+    num_times: int | None = None,
+    generator: torch.Generator | int | None = None,
+    progress: bool = False,
+    sharded: bool = False,
+) -> Bound:
+    """The bound on -log p(x_0), each of its T terms estimated with fresh draws.
+
+    Modules are in evaluation mode meanwhile. Random weights (each ``PyroSample``) are drawn once, for all of it: the
+    bound is the one given those weights. The bound of fewer steps is that of :meth:`Diffusion.subchain`.
+
+    Arguments:
+        diffusion: The model.
+        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
+        num_particles: The number of draws of each x_t that a term is the mean of.
+        memory_budget: What the states and activations of one batch of network calls may take, in bytes. The bound
+            does not depend on it, but for rounding.
+        num_times: How many of the T - 1 denoising terms are drawn for each datum and particle, one at random from each
+            of so many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given. Other draws
+            belong to another number.
+        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        progress: Whether to show a progress bar, where there is a terminal.
+        sharded: Whether the processes of ``torch.distributed`` share the work. All call it with the same model and
+            data, and get the same bound, that of one process alone with the same seed.
+
+    Returns:
+        The terms, in nats, a datum each.
+
+    Raises:
+        ValueError: If ``x_0`` cannot be data of the model or is an empty loader, ``diffusion`` is not one, a number is
+            not a positive int, ``num_times`` is above T - 1, or the memory budget does not hold one datum.
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=100))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
+        >>> bound = pyrodiff.bound(pyrodiff.Diffusion(forward, reverse, event_shape=(2,)), torch.randn(50, 2))
+        >>> bound.denoising.shape, bound.nats.shape
+        (torch.Size([99, 50]), torch.Size([50]))
+    """
+    checks.instance("diffusion", diffusion, Diffusion)
+    num_particles = checks.positive_int("num_particles", num_particles)
+    T = diffusion.num_steps
+    if num_times is not None:
+        num_times = checks.positive_int("num_times", num_times)
+        if num_times >= T:
+            raise ValueError(f"num_times must be at most T - 1 = {T - 1}, but it is {num_times}")
+    checks.one_of("sharded", sharded, (False, True))
+    num_times = T - 1 if num_times is None else num_times
+    rank, count = (ranks.number(), ranks.count()) if sharded else (0, 1)
+    with evaluating(diffusion, generator, agreed=sharded) as seed, progress_bar(progress, "bound") as bar:
+        bounds, first, start = [], None, 0
+        for batch in batches(diffusion, x_0):
+            first = first or look(memory_budget, diffusion, batch)
+            expect(bar, x_0, batch, (1 + num_times) * num_particles * len(batch))
+            draws = _Draws(diffusion.model, batch, start, seed, num_particles, first)
+            bounds.append(_bound(diffusion, draws, num_times, rank, count, bar))
+            start += len(batch)
+    return Bound.joined(bounds)
+
+
+def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, count: int, bar: tqdm) -> Bound:
+    """The bound of a batch; of the ranks that share the work, each does one block in turn."""
+    x_0, T = draws.x_0, diffusion.num_steps
+    steps = x_0.new_zeros(T * len(x_0))
+    for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
+        blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
+        drawn = (block() for block in islice(blocks, rank, None, count))
+        for i, t, size, *states in _joined(drawn, draws.look.rows):
+            costs = step_costs(diffusion.model, x_0.index_select(0, i), t, *states, first=first, later=not first)
+            steps.index_add_(0, (t - 1) * len(x_0) + i, (costs * size).to(x_0.dtype))
+            bar.update(len(i) * count)
+    (steps,) = ranks.together([steps]) if count > 1 else (steps,)
+    steps = steps.reshape(T, -1) / draws.num_particles
+    return Bound(
+        prior=draws.prior_costs(),
+        denoising=steps[1:],
+        reconstruction=steps[0],
+        event_shape=diffusion.event_shape,
+        levels=diffusion.levels,
+        prior_entropy=_prior_entropy(diffusion),
+    )
+
+
+def _ends(T: int, num_times: int) -> Tensor:
+    """Equal parts of 2..T: the first t of each, and T + 1."""
+    return 2 + torch.arange(num_times + 1, device="cpu") * (T - 1) // max(num_times, 1)
+
+
+_NUMBERS, _ROWS = 2**18, 2**12  # in a block, at most
+
+
+class _Group(NamedTuple):
+    """Neighbouring data, some of which a batch may not have.
+
+    Arguments:
+        number: Which of all groups it is.
+        index: Their indices in the batch; of one that is not there, that of another.
+        inside: Which of the group are in the batch.
+        data: Which of the batch they are.
+    """
+
+    number: int
+    index: Tensor
+    inside: slice
+    data: slice
+
+
+class _Draws:
+    """Draws for the data of a batch in blocks of rows, each from a seed that says which rows they are.
+
+    A block holds the rows of some neighbouring data and some parts of 1..T, for one particle. Which, depends on D and
+    on the parts alone; data that the batch does not have are drawn for too, and left out.
+
+    Arguments:
+        model: The model.
+        x_0: The batch, with shape (B, *event_shape).
+        start: The position of the first datum of the batch among all data.
+        seed: The seed of the whole.
+        num_particles: The number of particles P.
+        look: How network calls are batched, and whether x_s is needed.
+    """
+
+    def __init__(self, model: Generative, x_0: Tensor, start: int, seed: int, num_particles: int, look: Look) -> None:
+        self.model, self.x_0, self.start, self.seed = model, x_0, start, seed
+        self.num_particles, self.look = num_particles, look
+        self.rows = max(1, min(_ROWS, _NUMBERS // max(1, model.event_shape.numel())))
+
+    def groups(self, size: int) -> Iterator[_Group]:
+        """The groups of so many neighbouring data that the batch has a part in."""
+        B = len(self.x_0)
+        for number in range(self.start // size, (self.start + B - 1) // size + 1):
+            before = number * size - self.start
+            index = (torch.arange(size, device=self.x_0.device) + before).clamp(0, B - 1)
+            begin, end = max(0, -before), min(size, B - before)
+            yield _Group(number, index, slice(begin, end), slice(before + begin, before + end))
+
+    def blocks(self, ends: Tensor) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
+        """The draws of each block, for parts of the times, each from its own first t to before the next one's."""
+        firsts, sizes = ends[:-1], ends.diff()
+        width = max(1, min(len(firsts), self.rows))
+        for low, first, size in zip(range(0, len(firsts), width), firsts.split(width), sizes.split(width)):  # noqa: B905
+            is_random = bool(size.max() > 1)
+            first, size = first.to(self.x_0.device), size.to(self.x_0.device)
+            for group in self.groups(max(1, self.rows // len(first))):
+                for particle in range(self.num_particles):
+                    seed = seed_of(self.seed, particle, int(firsts[low]), group.number)
+                    yield partial(self._drawn, first, size, is_random, group, seed)
+
+    def _drawn(self, first: Tensor, size: Tensor, is_random: bool, group: _Group, seed: int) -> tuple[Tensor, ...]:
+        """Of each row of a block: the index of the datum, t, the size of the part that t is of, x_t and maybe x_s."""
+        device, q, parts, data = self.x_0.device, self.model.forward_process, len(first), len(group.index)
+        i, t, size = group.index.repeat_interleave(parts), first.repeat(data), size.repeat(data)
+        seed_draws(seed, device)
+        with precisely():
+            if is_random:
+                u = torch.rand(len(i), dtype=torch.float64, device=home(device))
+                t = t + (u * size.to(u.device)).long().to(device).clamp(max=size - 1)
+            x_0 = self.x_0.index_select(0, i)
+            states = [q.marginal(x_0, t).sample()]
+            if not self.look.is_analytic:
+                states.append(q.posterior(states[0], x_0, t.clamp(min=2)).sample())
+        inside = slice(group.inside.start * parts, group.inside.stop * parts)
+        return tuple(value[inside] for value in (i, t, size, *states))
+
+    def prior_costs(self) -> Tensor:
+        """L_T, the mean over particles, with shape (B,)."""
+        found = []
+        for group in self.groups(self.rows):
+            x_0, costs = self.x_0[group.index], []
+            for particle in range(self.num_particles):
+                seed_draws(seed_of(self.seed, particle, 0, group.number), x_0.device)
+                x_T = self.model.forward_process.marginal(x_0, self.model.num_steps).sample()
+                costs.append(prior_cost(self.model, x_0, x_T).expand(len(x_0))[group.inside])
+            found.append(torch.stack(costs).mean(0))
+        return torch.cat(found)
+
+
+def _joined(blocks: Iterable[tuple[Tensor, ...]], rows: int) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of blocks in pieces of at most so many."""
+    waiting: list[tuple[Tensor, ...]] = []
+    for block in chain(blocks, [None]):
+        if waiting and (block is None or sum(len(one[0]) for one in waiting) + len(block[0]) > rows):
+            whole = [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*waiting, strict=True)]
+            yield from zip(*(value.split(rows) for value in whole), strict=True)
+            waiting = []
+        if block is not None:
+            waiting.append(block)
+
+
+def _prior_entropy(diffusion: Diffusion) -> float | None:
+    model = diffusion.model
+    try:
+        entropy = model.top(torch.float64, model.forward_process.schedule.device).entropy()
+    except NotImplementedError:
+        return None
+    return None if entropy.is_meta else float(entropy)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class ImportanceBound(Likelihood):
+    r"""The importance-weighted bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
+
+    .. math:: -\log \frac1K \sum_{k=1}^K w_k, \qquad w_k = \frac{p_\theta(x_{0:T}^{(k)})}{q(x_{1:T}^{(k)} | x_0)}
+
+    Arguments:
+        log_weights: The :math:`\log w_k`, in nats, with shape (K, B).
+        event_shape: The shape of one datum.
+        levels: The number of levels of a dimension, where p is a probability; None where it is a density.
+        num_steps: The number of steps T.
+    """
+
+    log_weights: Tensor
+    event_shape: torch.Size
+    levels: int | None = None
+    num_steps: int | None = None
+
+    @property
+    def nats(self) -> Tensor:
+        return self.at(self.num_particles)
+
+    def _raised(self, nats: float) -> dict[str, Tensor]:
+        return {"log_weights": self.log_weights - nats}
+
+    @property
+    def num_particles(self) -> int:
+        """The number of particles K."""
+        return len(self.log_weights)
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        r""":math:`(\sum_k w_k)^2 / \sum_k w_k^2`, in 1..K, with shape (B,): near 1, the bound is loose still."""
+        return (2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp()
+
+    def at(self, num_particles: int) -> Tensor:
+        """The bound with fewer particles, the mean over as many groups of so many as there are: less noisy than fresh.
+
+        Arguments:
+            num_particles: k, in 1..K; at 1 it is the bound of the pair under ``Trace_ELBO``.
+
+        Returns:
+            The cost in nats, with shape (B,).
+
+        Raises:
+            ValueError: If k is not an int in 1..K.
+        """
+        num_particles = checks.positive_int("num_particles", num_particles)
+        if num_particles > self.num_particles:
+            raise ValueError(f"num_particles must be at most K = {self.num_particles}, but it is {num_particles}")
+        groups = self.num_particles // num_particles
+        weights = self.log_weights[: groups * num_particles].unflatten(0, (groups, num_particles))
+        return (math.log(num_particles) - weights.logsumexp(1)).mean(0)
+
+    @property
+    def title(self) -> str:
+        size = f"effective sample size {float(self.effective_sample_size.mean()):.3g} of K = {self.num_particles}"
+        return f"importance-weighted bound on -log p(x_0), {size}, T = {self.num_steps}"
+
+    def rows(self) -> dict[str, Tensor]:
+        smaller = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < self.num_particles]
+        return {f"K = {k}": self.at(k) for k in (*smaller[:1], *smaller[-1:], self.num_particles)}
+
+
+@torch.no_grad()
+def importance_bound(
+    diffusion: Diffusion,
+    x_0: Tensor | Iterable,
+    num_particles: int,
+    memory_budget: int = 2**28,
+    generator: torch.Generator | int | None = None,
+    progress: bool = False,
+) -> ImportanceBound:
+    r"""The importance-weighted bound: tighter than :func:`bound` the more particles, and -log p(x_0) in the limit.
+
+    The same number as Pyro's ``RenyiELBO(alpha=0)`` of the trajectory pair on one datum; a datum, a batch of
+    trajectories at a time, without a message of Pyro's.
+
+    Arguments:
+        diffusion: The model.
+        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
+        num_particles: The number K of trajectories a datum: T network evaluations each.
+        memory_budget: What the states and activations of one batch of network calls may take, in bytes.
+        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        progress: Whether to show a progress bar, where there is a terminal.
+
+    Returns:
+        The log weights and the bound made of them.
+
+    Raises:
+        ValueError: As :func:`bound`.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2016), Eq. 8, https://arxiv.org/abs/1509.00519
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=20))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> tighter = pyrodiff.importance_bound(diffusion, torch.randn(50, 2), num_particles=8)
+        >>> tighter.log_weights.shape, tighter.nats.shape, bool(tighter.nats.mean() < tighter.at(1).mean())
+        (torch.Size([8, 50]), torch.Size([50]), True)
+    """
+    checks.instance("diffusion", diffusion, Diffusion)
+    K, T = checks.positive_int("num_particles", num_particles), diffusion.num_steps
+    with evaluating(diffusion, generator) as seed, progress_bar(progress, "importance bound") as bar:
+        weights, first, start = [], None, 0
+        for batch in batches(diffusion, x_0):
+            first = first or look(memory_budget, diffusion, batch)
+            expect(bar, x_0, batch, K * len(batch) * T)
+            weights.append(_log_weights(_Draws(diffusion.model, batch, start, seed, K, first), bar))
+            start += len(batch)
+    return ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T)
+
+
+def _log_weights(draws: _Draws, bar: tqdm) -> Tensor:
+    """log p(x_0:T) - log q(x_1:T | x_0) of K trajectories per datum, with shape (K, B)."""
+    K, model, rows = draws.num_particles, draws.model, draws.look.rows
+    width = min(K, draws.rows)
+    blocks = [
+        (slice(particle, min(particle + width, K)), group)
+        for group in draws.groups(max(1, draws.rows // width))
+        for particle in range(0, K, width)
+    ]
+    weights = draws.x_0.new_zeros((K, len(draws.x_0)))
+    together = max(1, rows // draws.rows)  # blocks whose networks run as one batch
+    for k in range(0, len(blocks), together):
+        trajectories = [_Trajectory(draws, *block) for block in blocks[k : k + together]]
+        for t in range(model.num_steps, 0, -1):
+            steps = [trajectory.step(t) for trajectory in trajectories]
+            states = (torch.cat(values).split(rows) for values in zip(*steps, strict=True))
+            costs = torch.cat([_step_ratio(model, t, *part) for part in zip(*states, strict=True)])
+            for trajectory, cost in zip(trajectories, costs.split([len(step[0]) for step in steps]), strict=True):
+                trajectory.log_weight = trajectory.log_weight - cost
+            bar.update(len(costs))
+        for trajectory in trajectories:
+            weights[trajectory.particles, trajectory.group.data] = trajectory.log_weight.unflatten(
+                0, (trajectory.shape[0], -1)
+            )
+    return weights
+
+
+def _step_ratio(model: Generative, t: int, x_0: Tensor, x_t: Tensor, x_s: Tensor) -> Tensor:
+    """log q(x_s | x_t, x_0) - log p(x_s | x_t) of the step from t, and -log p(x_0 | x_1) at t = 1."""
+    times = torch.full((len(x_0),), t, device=x_0.device)
+    return step_costs(model, x_0, times, x_t, x_s, first=t == 1, later=t > 1)
+
+
+class _Trajectory:
+    """Trajectories of a block of neighbouring data and some particles, one draw of each state after the other.
+
+    Arguments:
+        draws: The draws of the batch.
+        particles: Which particles.
+        group: The data.
+    """
+
+    def __init__(self, draws: _Draws, particles: slice, group: _Group) -> None:
+        self.draws, self.particles, self.group = draws, particles, group
+        self.shape = particles.stop - particles.start, len(group.index)
+        self.x_0 = draws.x_0[group.index.repeat(self.shape[0])]
+        model = draws.model
+        law = model.forward_process.marginal(self.x_0, model.num_steps)
+        self.x_t = self._drawn(law, model.num_steps + 1)
+        top = model.top(self.x_0.dtype, self.x_0.device)
+        self.log_weight = self._of_batch(top.log_prob(self.x_t) - law.log_prob(self.x_t))
+
+    def step(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x_0, x_t and x_{t-1} (x_1 again, at t = 1) of the data of the batch."""
+        x_t = self.x_t
+        if t > 1:
+            self.x_t = self._drawn(self.draws.model.forward_process.posterior(x_t, self.x_0, t), t)
+        return self._of_batch(self.x_0), self._of_batch(x_t), self._of_batch(self.x_t)
+
+    def _drawn(self, law: Distribution, t: int) -> Tensor:
+        seed = seed_of(self.draws.seed, self.particles.start, self.particles.stop, t, self.group.number)
+        seed_draws(seed, self.x_0.device)
+        return law.sample()
+
+    def _of_batch(self, values: Tensor) -> Tensor:
+        return values.unflatten(0, self.shape)[:, self.group.inside].flatten(0, 1)

@@ -1,0 +1,263 @@
+r"""What is said of a likelihood: the cost :math:`-\log p(x_0)` in nats a datum, and the units that others print.
+
+One convention holds for every estimate here: a number is a cost, in nats, one a datum, lower is better, and covers all
+of the datum's D dimensions. From it follow
+
+.. math::
+    \text{bits} = \frac{\text{nats}}{\log 2}, \qquad \text{bits/dim} = \frac{\text{bits}}{D}, \qquad
+    K = -\text{bits},
+
+and nothing else is added. Whether :math:`p(x_0)` is the probability of one of a few levels or a density, whose value
+depends on the unit of the data, is said by :attr:`Likelihood.levels`; two numbers compare only if both are the same.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base import checks
+from ..base.files import write
+
+__all__ = ["Likelihood"]
+
+Self = TypeVar("Self", bound="Likelihood")
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    return values.std() / math.sqrt(len(values)) if len(values) > 1 else values.new_tensor(math.nan)
+
+
+class _Summary:
+    """An attribute that is a number, a function of the costs in nats, and can be called with other values."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self.function = function
+
+    def __get__(self, likelihood: "Likelihood | None", owner: type) -> Any:
+        return self.function if likelihood is None else _Number(self.function, likelihood.nats)
+
+
+class _Number(float):
+    """A number that is a function of some values, and can be called with others."""
+
+    def __new__(cls, function: Callable[[Tensor], Any], values: Tensor) -> "_Number":
+        number = super().__new__(cls, float(function(values)))
+        number.function = function
+        return number
+
+    def __call__(self, values: Tensor) -> Any:
+        return self.function(values)
+
+    def __reduce__(self) -> tuple:
+        return float, (float(self),)
+
+
+class Likelihood(ABC):
+    """An estimate of -log p(x_0), or a bound on it, for each of B data. Printed, it is a table.
+
+    Estimates of different data add up: ``a + b`` is that of the data of both, and ``sum`` adds many.
+
+    Attributes:
+        event_shape: The shape of one datum.
+        levels: How many values a dimension of a datum may take, where p is a probability; None where it is a density.
+    """
+
+    event_shape: torch.Size
+    levels: int | None
+
+    @property
+    @abstractmethod
+    def nats(self) -> Tensor:
+        """The cost in nats a datum, with shape (B,)."""
+
+    @abstractmethod
+    def rows(self) -> dict[str, Tensor]:
+        """The rows of the printed table, each with shape (B,), in nats."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What the printed table is of."""
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log p(x_0) in nats, or a lower bound on it, with shape (B,)."""
+        return -self.nats
+
+    @property
+    def bits(self) -> Tensor:
+        """The cost in bits a datum, with shape (B,)."""
+        return self.nats / math.log(2)
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """The cost in bits a dimension, with shape (B,): each number of a datum is one, so a colour pixel has three."""
+        return self.bits / self.event_shape.numel()
+
+    @property
+    def bits_per_pixel(self) -> Tensor:
+        """The cost in bits a pixel with all its channels, with shape (B,): a place of the last two dimensions."""
+        return self.bits / self.event_shape[-2:].numel()
+
+    def bits_per_dim_in_bins(self, *, width: float) -> Tensor:
+        r"""The cost in bits a dimension of data rounded to bins, from a density of the data with uniform noise added.
+
+        .. math:: -\frac1D \log_2 P \le -\frac1D \log_2 p - \log_2 \Delta
+
+        Arguments:
+            width: The width :math:`\Delta` of a bin in the units of the data, :func:`bin_width` of the number of levels
+                for data by :func:`dequantize`; 2/256 for 8-bit data as (k + u) / 128 - 1, the "+ 7" of other code.
+
+        Returns:
+            A tensor with shape (B,).
+
+        Raises:
+            ValueError: If ``width`` is not positive, or p is a probability, of levels, already.
+
+        References:
+            A note on the evaluation of generative models (Theis et al., 2016), section 3.1,
+            https://arxiv.org/abs/1511.01844
+        """
+        width = checks.number("width", width, 0, math.inf)
+        if self.levels is not None:
+            raise ValueError(f"levels must be None, as of a density, but p is already a probability of {self.levels}")
+        return self.bits_per_dim - math.log2(width)
+
+    def rescaled(self: Self, log_scale: float) -> Self:
+        r"""The same estimate, of the density of the data in other units than the model has them in.
+
+        Of :math:`y = s x + m`, number by number, the density is :math:`p(y) = p(x) / \prod_d s_d`.
+
+        Arguments:
+            log_scale: :math:`\sum_d \log s_d`, in nats.
+
+        Raises:
+            ValueError: If it is no finite number, or p is a probability, of levels, which has no unit.
+        """
+        checks.number("log_scale", log_scale, -math.inf, math.inf)
+        if self.levels is not None:
+            raise ValueError(f"levels must be None, as of a density, but p is a probability of {self.levels}")
+        return dataclasses.replace(self, **self._raised(log_scale))
+
+    @abstractmethod
+    def _raised(self, nats: float) -> dict[str, Tensor]:
+        """What changes if the cost of each datum is greater by so much."""
+
+    mean = _Summary(lambda values: float(values.mean()))
+    """The mean cost in nats, a number. Called with values of shape (B,), their mean."""
+
+    standard_error = _Summary(_standard_error)
+    """The standard error of :attr:`mean` as of a sample of the data, a number; NaN where B = 1. Called with values of
+    shape (B,), that of their mean, as a tensor with shape ()."""
+
+    @property
+    def convention(self) -> str:
+        """What p is, in words."""
+        if self.levels is None:
+            return "p is a density, per unit of the data as given"
+        return f"p is a probability, of {self.levels} levels a dimension"
+
+    def __str__(self) -> str:
+        B, D = len(self.nats), self.event_shape.numel()
+        rows = {**self.rows(), "per dimension": self.nats / D}
+        lines = [
+            f"{self.title}, mean of {B} data of {D} dimension{'s' * (D > 1)}",
+            f"{'':24}{'nats':>11}{'± s.e.':>10}{'bits':>11}{'± s.e.':>10}",
+        ]
+        for name, values in rows.items():
+            mean, error = float(values.mean()), float(_standard_error(values))
+            numbers = (mean, error, mean / math.log(2), error / math.log(2))
+            lines.append(f"{name:24}" + "".join(f" {n:{w}.4f}" for n, w in zip(numbers, (10, 9, 10, 9), strict=True)))
+        return "\n".join([*lines, self.convention])
+
+    def __repr__(self) -> str:
+        costs = f"{self.mean:.6g} ± {self.standard_error:.2g} nats"
+        return f"<{type(self).__name__}: {self.title}, mean of {len(self.nats)} data: {costs}>"
+
+    def __add__(self: Self, other: Self) -> Self:
+        return self.joined([self, other]) if type(other) is type(self) else NotImplemented
+
+    def __radd__(self: Self, other: int) -> Self:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum starts
+
+    @classmethod
+    def joined(cls: type[Self], parts: list[Self]) -> Self:
+        """The estimate of the data of all of the estimates, by one model.
+
+        Arguments:
+            parts: The estimates, of this class, at least one.
+
+        Raises:
+            ValueError: If they cannot be of one model: of other numbers of steps, draws or levels, or other shapes.
+        """
+        values = {}
+        for field in dataclasses.fields(cls):
+            name, found = field.name, [getattr(part, field.name) for part in parts]
+            if isinstance(found[0], Tensor):
+                shapes = [tuple(value.shape[:-1]) for value in found]  # the data are the last dimension
+                found, values[name] = shapes, torch.cat(found, -1) if len(set(shapes)) == 1 else None
+            else:
+                values[name] = found[0]
+            for value in found:
+                if value != found[0]:
+                    raise ValueError(f"estimates must be of one model to add up, but {name} is {found[0]} and {value}")
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it to a file, a compressed .npz of its numbers, whole or not at all.
+
+        Arguments:
+            path: The file; one that is there is replaced.
+
+        Raises:
+            OSError: If it cannot be written; then what was there still is.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path must lie in a folder that is there, but {path.parent} is not one")
+        arrays, rest = {}, {"class": type(self).__name__}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                arrays[field.name] = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+            else:
+                rest[field.name] = list(value) if isinstance(value, torch.Size) else value
+        data = io.BytesIO()
+        np.savez_compressed(data, **arrays, rest=np.array(json.dumps(rest)))
+        write(path, data.getbuffer())
+
+    @classmethod
+    def load(cls: type[Self], path: str | os.PathLike) -> Self:
+        """What :meth:`save` wrote, on the CPU; nothing in the file is executed.
+
+        Arguments:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is not one that :meth:`save` of this class wrote, or is cut short.
+        """
+        stream = io.BytesIO(Path(path).read_bytes())
+        try:
+            with np.load(stream, allow_pickle=False) as file:
+                content = {name: file[name] for name in file.files}
+            rest = json.loads(str(content.pop("rest")))
+            kind = rest.pop("class")
+            rest["event_shape"] = torch.Size(rest["event_shape"])
+            if kind == cls.__name__:
+                it = cls(**{name: torch.from_numpy(array) for name, array in content.items()}, **rest)
+                str(it)  # its numbers fit together
+                return it
+        except Exception as error:  # a damaged file may raise anything
+            raise ValueError(f"path must be a whole file that {cls.__name__}.save wrote, but {path} is not") from error
+        raise ValueError(f"path must be a file that {cls.__name__}.save wrote, but {path} holds a {kind}")

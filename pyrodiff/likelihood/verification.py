@@ -1,0 +1,260 @@
+r"""Whether a diffusion of one's own keeps what its bound rests on: each claim measured, with standard errors.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 46 and 58: Bayes' rule between the kernels,
+    and the bound, https://arxiv.org/abs/2208.11970
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+
+from ..base import checks
+from ..base.precision import float64
+from ..pair.diffusion import Diffusion, OneStep
+from ..pair.elbo import DiffusionELBO
+from ..running.evaluation import batches, evaluating
+from .bounds import Bound, bound, importance_bound
+
+__all__ = ["Claim", "Verification", "verify"]
+
+_ERRORS = 5.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and what was found.
+
+    Arguments:
+        name: What is claimed.
+        passed: Whether it holds; None where it could not be tried.
+        found: The largest discrepancy and where, or why it could not be tried.
+    """
+
+    name: str
+    passed: bool | None
+    found: str
+
+    def __str__(self) -> str:
+        return f"{ {True: 'holds', False: 'FAILS', None: 'not tried'}[self.passed]:10}{self.name}\n{'':10}{self.found}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The claims that :func:`verify` tried. Printed, it is a list.
+
+    Arguments:
+        claims: The claims.
+    """
+
+    claims: tuple[Claim, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no claim failed."""
+        return not any(claim.passed is False for claim in self.claims)
+
+    def __str__(self) -> str:
+        return "\n".join(str(claim) for claim in self.claims)
+
+
+def verify(
+    diffusion: Diffusion,
+    x_0: Tensor,
+    num_repeats: int = 50,
+    num_particles: int = 16,
+    generator: torch.Generator | int | None = None,
+) -> Verification:
+    r"""Try, on data, the claims that the bound of a diffusion rests on: for a kernel or a process of one's own.
+
+    - The trajectory pair and the one-step pair are programs with the same sites, order, scales and masks.
+    - Bayes: :math:`q(x_s | x_t, x_0) \, q(x_t | x_0) = q(x_t | x_s) \, q(x_s | x_0)`, at s = t - 1 and t = 2..T.
+    - The sites of the trajectory pair cost, in the mean, what the terms of :func:`bound` say, at each t.
+    - The one-step pair is unbiased for the bound, in its value and in its gradient.
+    - The log weights of :func:`importance_bound` have the bound as their mean, and bounds do not rise with K.
+
+    Random quantities may differ by 5 standard errors; Bayes' rule, in float64, by rounding. Modules are in evaluation
+    mode. It costs about ``(4 * num_repeats + 10 * num_particles) * T`` network calls of the batch, a part of them with
+    their gradient: a few data and a chain cut short (:meth:`Diffusion.subchain`) tell as much. Where several claims
+    fail, the first is mostly the cause of the others.
+
+    Arguments:
+        diffusion: The model.
+        x_0: A few data, with shape (B, *event_shape).
+        num_repeats: The number of fresh evaluations of each side, at least 10.
+        num_particles: The number K of trajectories of the importance-weighted bound, at least 2.
+        generator: A generator or a seed, for the same draws each time; torch's global source if not given.
+
+    Returns:
+        The claims, which print as a list. A program that raises is a claim that fails, with what it said.
+
+    Raises:
+        ValueError: If ``x_0`` cannot be data of the model, ``diffusion`` is not one, or a number is out of range.
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=5))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,), hidden=16))
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> pyrodiff.verify(diffusion, torch.randn(8, 2), num_repeats=10).passed
+        True
+    """
+    checks.instance("x_0", x_0, Tensor)
+    num_repeats = checks.positive_int("num_repeats", num_repeats)
+    num_particles = checks.positive_int("num_particles", num_particles)
+    for name, value, least in (("num_repeats", num_repeats, 10), ("num_particles", num_particles, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, but it is {value}")
+    with _differentiable(), evaluating(diffusion, generator), pyro.validation_enabled(True):
+        x_0 = x_0.clone() if x_0.is_inference() else x_0
+        (x_0,) = batches(diffusion, x_0)
+        claims = [
+            _tried("the trajectory pair agrees in sites, order, scales and masks", _pair, diffusion, x_0),
+            _tried("the one-step pair agrees in sites, order, scales and masks", _pair, diffusion.one_step(), x_0),
+            _tried("posterior x marginal = transition x marginal, s = t - 1", _bayes, diffusion, x_0, False),
+            _tried("the same from any s < t, for chains of fewer steps", _bayes, diffusion, x_0, True),
+        ]
+        if claims[0].passed and claims[1].passed:
+            claims += _of_means(diffusion, x_0, num_repeats, num_particles)
+    return Verification(tuple(claims))
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Within, gradients are taken, whatever holds around."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _tried(name: str, check: Callable[..., tuple[bool | None, str]], *args: object) -> Claim:
+    """The claim; a program that raises has failed it."""
+    try:
+        passed, found = check(*args)
+    except Exception as error:
+        passed, found = False, _said(error)
+    return Claim(name, passed, found)
+
+
+def _pair(pair: Diffusion | OneStep, x_0: Tensor) -> tuple[bool, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of another order
+        terms = DiffusionELBO().terms(pair.model, pair.guide, x_0)
+    broken = [name for name, cost in terms.items() if not bool(cost.isfinite().all())]
+    if broken:
+        return False, f"the cost is not finite at {', '.join(broken)}"
+    return True, f"{len(terms)} sites with a cost, from {next(iter(terms))} on"
+
+
+@torch.no_grad()
+def _bayes(diffusion: Diffusion, x_0: Tensor, any_s: bool) -> tuple[bool | None, str]:
+    """Both sides of Bayes' rule as log densities, at t = 2..T, from s = t - 1, or from a random s before that."""
+    x_0 = float64(x_0)  # so that rounding hides no slip
+    q, worst, wrong = diffusion.forward_process, (-1.0, 0, 0), []
+    for t in range(3 if any_s else 2, diffusion.num_steps + 1):
+        s = int(torch.randint(1, t - 1, (), device="cpu")) if any_s else t - 1
+        x_s = q.marginal(x_0, s).sample()
+        x_t = q.transition(x_s, t, s).sample()
+        left = q.posterior(x_t, x_0, t, s).log_prob(x_s), q.marginal(x_0, t).log_prob(x_t)
+        right = q.transition(x_s, t, s).log_prob(x_t), q.marginal(x_0, s).log_prob(x_s)
+        off = (left[0] + left[1] - right[0] - right[1]).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        worst = max(worst, (float(off.max()), s, t))
+        rounding = 10 * math.sqrt(torch.finfo(off.dtype).eps) * (1 + sum(term.abs() for term in (*left, *right)))
+        if not bool(((off <= rounding) & off.isfinite()).all()):
+            wrong.append(t)
+    if worst[0] < 0:
+        return None, f"there is no such step with T = {diffusion.num_steps}"
+    by = f"log densities differ by at most {worst[0]:.1e} nats, at s = {worst[1]}, t = {worst[2]}"
+    return (True, by) if not wrong else (False, f"{by}; beyond rounding at t = {_listed(wrong)}")
+
+
+def _of_means(diffusion: Diffusion, x_0: Tensor, num_repeats: int, num_particles: int) -> list[Claim]:
+    """The claims about means over fresh draws, each a comparison of two sets of them."""
+    T = diffusion.num_steps
+    every = x_0.repeat(
+        (T - 1) // len(x_0) + 1, *(1,) * (x_0.dim() - 1)
+    )  # spread over these, every t is drawn each time
+    try:
+        bounds = torch.stack([_of_bound(bound(diffusion, x_0)) for _ in range(num_repeats)])
+        learned = {name: parameter for name, parameter in diffusion.model.named_parameters() if parameter.requires_grad}
+        signs = [torch.randint_like(parameter, 2) * 2 - 1 for parameter in learned.values()]
+        sites, gradients = _estimates(diffusion, x_0, num_repeats, learned, signs)
+        steps, step_gradients = _estimates(diffusion.one_step(), every, num_repeats, learned, signs)
+        weights = importance_bound(diffusion, x_0, num_repeats).log_weights.double()
+        groups = importance_bound(diffusion, x_0, 10 * num_particles).log_weights.double()
+    except Exception as error:
+        return [Claim("its bounds can be evaluated", False, _said(error))]
+    terms = [f"L_{t}" + f" (t = {t + 1})" * (t < T) for t in range(T + 1)]
+    totals, loose = bounds.sum(1, keepdim=True), -weights.mean(1, keepdim=True)
+    tight = (math.log(num_particles) - groups.unflatten(0, (10, num_particles)).logsumexp(1)).mean(1)
+    return [
+        _alike("the sites of the trajectory pair cost what the bound's terms say", sites, bounds, terms),
+        _alike("the one-step pair is unbiased for the bound", steps.sum(1, keepdim=True), totals, ["the bound"]),
+        _alike("and so is its gradient", step_gradients, gradients, list(learned)),
+        _alike("the log weights have the bound as their mean", loose, totals, ["the bound"]),
+        _falls(loose[:, 0], tight, num_particles),
+    ]
+
+
+def _of_bound(bound: Bound) -> Tensor:
+    """The mean terms L_0, L_1, ..., L_T over the data, with shape (T + 1,)."""
+    return torch.cat([bound.reconstruction[None], bound.denoising, bound.prior[None]]).double().mean(1)
+
+
+def _estimates(
+    pair: Diffusion | OneStep, x_0: Tensor, number: int, learned: dict[str, Tensor], signs: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Fresh estimates of a pair, the mean over the data: the cost of each site, the last first, and the gradient.
+
+    The gradient is there as one number a parameter, its product with random signs.
+    """
+    parameters = list(learned.values())
+    costs, gradients = [], []
+    for _ in range(number):
+        terms = DiffusionELBO().terms(pair.model, pair.guide, x_0)
+        means = torch.stack([terms[name].double().sum() / len(x_0) for name in reversed(terms)])
+        found = torch.autograd.grad(means.sum(), parameters, allow_unused=True) if means.requires_grad else ()
+        costs.append(means.detach())
+        gradients.append([0.0 if g is None else float((g * sign).sum()) for g, sign in zip(found, signs, strict=False)])
+    return torch.stack(costs).cpu(), torch.tensor(gradients, dtype=torch.float64)
+
+
+def _alike(name: str, ours: Tensor, theirs: Tensor, names: list[str]) -> Claim:
+    """Whether two sets of draws, with shapes (R, n) and (S, n), have the same means."""
+    ours, theirs = ours.cpu().double(), theirs.cpu().double()
+    if ours.shape[1] == 0:
+        return Claim(name, None, "there is nothing to learn")
+    if ours.shape[1] != len(names) or theirs.shape[1] != len(names):
+        return Claim(
+            name, False, f"there are {ours.shape[1]} and {theirs.shape[1]} numbers where {len(names)} are expected"
+        )
+    error = (ours.var(0) / len(ours) + theirs.var(0) / len(theirs)).sqrt()
+    size = ours.mean(0).abs() + theirs.mean(0).abs()
+    errors = (ours.mean(0) - theirs.mean(0)).abs() / (error + 1e-6 * size + 1e-12)
+    errors = errors.nan_to_num(nan=math.inf)
+    worst = int(errors.argmax())
+    numbers = f"{float(ours[:, worst].mean()):.5g} against {float(theirs[:, worst].mean()):.5g} at {names[worst]}"
+    found = f"largest difference {float(errors[worst]):.1f} standard errors, {numbers}"
+    wrong = [names[i] for i in (errors > _ERRORS).nonzero()[:, 0].tolist()]
+    return Claim(name, not wrong, found + f"; beyond {_ERRORS:g} at {_listed(wrong)}" * bool(wrong))
+
+
+def _falls(loose: Tensor, tight: Tensor, num_particles: int) -> Claim:
+    """Whether the second of two sets of draws, each with shape (R,), does not have the greater mean."""
+    loose, tight = loose.cpu(), tight.cpu().flatten()
+    error = math.sqrt(float(loose.var() / len(loose) + tight.var() / len(tight)))
+    rise = float(tight.mean() - loose.mean())
+    found = f"{float(loose.mean()):.5g} nats at K = 1, {float(tight.mean()):.5g} at K = {num_particles} (± {error:.2g})"
+    return Claim("bounds do not rise with K", rise <= _ERRORS * error + 1e-6 * abs(float(loose.mean())), found)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]  # Pyro adds the shapes of the trace below
+
+
+def _listed(items: list) -> str:
+    return ", ".join(str(item) for item in items[:5]) + f" and {len(items) - 5} more" * (len(items) > 5)

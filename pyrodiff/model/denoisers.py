@@ -1,0 +1,267 @@
+r"""Denoisers: whatever a network predicts, read as the data :math:`\hat x_0(x_t, t)`.
+
+Given :math:`x_t = a_t x_0 + b_t \epsilon`, each of these determines the others, so each is a way to say
+:math:`\hat x_0`; a network learns some more easily than others.
+
+.. math::
+    \hat x_0
+    = \frac{x_t - b_t \hat\epsilon}{a_t}
+    = \frac{x_t + b_t^2 \hat s}{a_t}
+    = \frac{a_t x_t - b_t \hat v}{a_t^2 + b_t^2}
+
+with the noise :math:`\epsilon`, the score :math:`s = \nabla \log q(x_t | x_0) = -\epsilon / b_t` and the velocity
+:math:`v = a_t \epsilon - b_t x_0`. For bits :math:`\hat x_0` is the probability of a 1, given by its log odds.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 115, 133 and 151,
+    https://arxiv.org/abs/2208.11970
+
+    Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4: the velocity,
+    https://arxiv.org/abs/2202.00512
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from ..base import checks
+from ..base.precision import precisely
+from ..process.forward import Forward, GaussianForward
+from ..process.quantization import Levels
+from ..process.schedules import SubSchedule
+
+__all__ = [
+    "DataPrediction",
+    "Denoiser",
+    "LevelPrediction",
+    "LogitPrediction",
+    "NoisePrediction",
+    "ScorePrediction",
+    "VelocityPrediction",
+]
+
+
+class Denoiser(nn.Module, ABC):
+    r"""A network read as the data :math:`\hat x_0(x_t, t)`.
+
+    Arguments:
+        network: A module called as ``network(x_t, t)`` that returns a tensor of the shape of ``x_t``.
+        forward: The forward process.
+
+    Raises:
+        ValueError: If ``network`` is not a module, or ``forward`` is not a process that the prediction is made for.
+    """
+
+    def __init__(self, network: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        checks.instance("network", network, nn.Module)
+        self._check_forward(forward)
+        self.network = network
+        self.forward_process = forward
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        r"""The data :math:`\hat x_0` that the network sees in ``x_t``.
+
+        Arguments:
+            x_t: The state, with shape (B, *event_shape).
+            t: The time, in 1..T: an int, or an integer tensor with shape (B,).
+
+        Returns:
+            A tensor with the shape of ``x_t``.
+
+        Raises:
+            ValueError: If the network returns another shape.
+        """
+
+    def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """What the network returns, after a check of its shape; arguments, result and errors as of a call."""
+        output = self.network(x_t, t)
+        checks.returned("network", output, self._output_shape(x_t), x_t)
+        return output.to(x_t.dtype)  # under autocast a network is less precise than what is made of it
+
+    def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
+        return tuple(x_t.shape)
+
+    def _check_forward(self, forward: Forward) -> None:
+        if not isinstance(forward, GaussianForward):
+            raise ValueError(f"forward must be a GaussianForward for {type(self).__name__}, but it is {forward!r}")
+
+
+class Retimed(nn.Module):
+    r"""A module called as ``module(x_t, t)``, in a chain of fewer steps: step k calls it at :math:`\tau_k`.
+
+    Arguments:
+        module: A network or a denoiser, made for the whole chain.
+        schedule: The schedule of the chain of fewer steps.
+
+    Returns:
+        On a call, what the module returns.
+
+    Raises:
+        ValueError: If ``schedule`` is not that of a chain of fewer steps.
+    """
+
+    def __init__(self, module: nn.Module, schedule: SubSchedule) -> None:
+        super().__init__()
+        checks.instance("schedule", schedule, SubSchedule)
+        self.module, self.schedule = module, schedule
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        t = self.schedule.times_at(t).to(x_t.device)
+        return self.module(x_t, t if t.dim() else t.expand(x_t.shape[:1]))
+
+
+class DataPrediction(Denoiser):
+    r"""The network predicts the data themselves.
+
+    Arguments, errors: see :class:`Denoiser`.
+
+    References:
+        Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 99.
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> denoiser = pyrodiff.DataPrediction(pyrodiff.networks.MLP(event_shape=(2,)), forward)
+        >>> denoiser(torch.zeros(5, 2), t=3).shape
+        torch.Size([5, 2])
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return self.output(x_t, t)
+
+
+class _DividesBySignal(Denoiser):
+    def _check_forward(self, forward: Forward) -> None:
+        super()._check_forward(forward)
+        if not checks.holds(forward.schedule.signal(forward.num_steps) != 0):
+            raise ValueError(
+                f"forward must leave some signal at t = T for {type(self).__name__}, which divides by it, but its "
+                f"schedule {forward.schedule!r} leaves none; use DataPrediction or VelocityPrediction"
+            )
+
+
+class NoisePrediction(_DividesBySignal):
+    r"""The network predicts the noise: :math:`\hat x_0 = (x_t - b_t \hat\epsilon) / a_t`.
+
+    Arguments: see :class:`Denoiser`.
+
+    Raises:
+        ValueError: As :class:`Denoiser`, and if the schedule ends without signal (:math:`\beta_T = 1`).
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eq. 11.
+
+        Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 115.
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        signal, noise = self.forward_process.scales(x_t, t)
+        return torch.addcmul(x_t / signal, noise / signal, self.output(x_t, t), value=-1)
+
+
+class ScorePrediction(_DividesBySignal):
+    r"""The network predicts the score of :math:`q(x_t)`: :math:`\hat x_0 = (x_t + b_t^2 \hat s) / a_t`.
+
+    Arguments: see :class:`Denoiser`.
+
+    Raises:
+        ValueError: As :class:`Denoiser`, and if the schedule ends without signal (:math:`\beta_T = 1`).
+
+    References:
+        Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 133: Tweedie's formula.
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        signal, noise = self.forward_process.scales(x_t, t)
+        return torch.addcmul(x_t / signal, noise**2 / signal, self.output(x_t, t))
+
+
+class VelocityPrediction(Denoiser):
+    r"""The network predicts the velocity :math:`a_t \epsilon - b_t x_0`, at ease with and without signal.
+
+    .. math:: \hat x_0 = (a_t x_t - b_t \hat v) / (a_t^2 + b_t^2)
+
+    Arguments, errors: see :class:`Denoiser`.
+
+    References:
+        Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4.
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        signal, noise = self.forward_process.scales(x_t, t)
+        total = signal**2 + noise**2
+        return torch.addcmul(signal / total * x_t, noise / total, self.output(x_t, t), value=-1)
+
+
+class LogitPrediction(Denoiser):
+    r"""The network predicts the log odds of a 1 in the data: :math:`\hat x_0 = \mathrm{sigmoid}(f(x_t, t))`.
+
+    Arguments, errors: see :class:`Denoiser`; the forward process is one of bits.
+
+    Example:
+        >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=10))
+        >>> denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP(event_shape=(20,)), forward)
+        >>> denoiser(torch.ones(5, 20), t=3).shape
+        torch.Size([5, 20])
+    """
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return self.output(x_t, t).sigmoid()
+
+    def _check_forward(self, forward: Forward) -> None:
+        if not isinstance(forward, Forward) or forward.support is not constraints.boolean:
+            raise ValueError(f"forward must be a process of bits for LogitPrediction, but it is {forward!r}")
+
+
+class LevelPrediction(Denoiser):
+    r"""The network predicts, of quantised data, the log probabilities of each number's level, but for its own noise.
+
+    .. math::
+        \hat p(x_0 = v_k | x_t) \propto e^{f_k(x_t, t)} \, N(x_t; \, a_t v_k, \, b_t^2), \qquad
+        \hat x_0 = \sum_k v_k \, \hat p(x_0 = v_k | x_t)
+
+    What a number's own noisy value says of it is put in by Bayes' rule, in closed form; the network has to know what
+    the others say. Where there is little noise :math:`\hat x_0` snaps to a level by itself, and where f is the same for
+    all k it is right for independent, evenly spread levels.
+
+    Arguments:
+        network: A module called as ``network(x_t, t)`` that returns a tensor of shape (*x_t.shape, levels).
+        forward: The forward process.
+        levels: The number of levels L of the data on [-1, 1], at least 2.
+
+    Raises:
+        ValueError: As :class:`Denoiser`, and if ``levels`` is not an int of at least 2.
+
+    References:
+        Structured Denoising Diffusion Models in Discrete State-Spaces (Austin et al., 2021), section 3.3: a network of
+        log probabilities of :math:`x_0` in a discrete chain, https://arxiv.org/abs/2107.03006
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> class Even(torch.nn.Module):
+        ...     def forward(self, x_t, t):
+        ...         return torch.zeros(*x_t.shape, 3)
+        >>> pyrodiff.LevelPrediction(Even(), forward, levels=3)(torch.tensor([[0.1, -0.7, 0.9]]), t=1).round(decimals=2)
+        tensor([[ 0., -1.,  1.]])
+    """
+
+    def __init__(self, network: nn.Module, forward: GaussianForward, levels: int) -> None:
+        super().__init__(network, forward)
+        self.levels = checks.levels(levels)
+
+    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        probs = self.log_probs(x_t, t).exp()
+        with precisely():
+            return probs @ Levels(self.levels).points(x_t)
+
+    def log_probs(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        r"""The :math:`\log \hat p(x_0 = v_k | x_t)`, with shape (*x_t.shape, levels); arguments as of a call."""
+        signal, noise = (scale[..., None] for scale in self.forward_process.scales(x_t, t))
+        off = (x_t[..., None] - signal * Levels(self.levels).points(x_t)) / noise
+        return (self.output(x_t, t) - off**2 / 2).log_softmax(-1)
+
+    def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
+        return (*x_t.shape, self.levels)

@@ -1,0 +1,372 @@
+"""A convolutional network for pictures."""
+
+from collections import UserDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ..base import checks
+from .embeddings import TimeEmbedding
+
+__all__ = ["UNet"]
+
+
+class UNet(nn.Module):
+    r"""A convolutional network for pictures: residual blocks at each of a few sizes, each half the one before.
+
+    Each block is normed, told the time by a scale and a shift of its channels, and left out at the start of training;
+    where asked for, self-attention over all places follows, left out at first too. At the smallest size a layer of
+    hidden units sees the whole picture. The place of a pixel is known to it, so that it need not be the same
+    everywhere. With labels it is called as ``network(x_t, t, y)``, or, where one is :meth:`given`, as
+    ``network(x_t, t)``.
+
+    Arguments:
+        event_shape: The shape of one picture, (H, W) or (C, H, W).
+        channels: The number of channels at each size, from H x W down; each a positive even int.
+        hidden: The number of hidden units that see the whole picture at the smallest size; 0 for none.
+        num_blocks: The number of residual blocks at each size, on the way down and on the way up.
+        dropout: The probability that a channel's number, or a hidden unit, is dropped while training.
+        outputs: How many numbers are returned for each of the input's, in a last dimension; just one, without that
+            dimension, if not given.
+        attention: The heights, of H, H / 2, ..., at which attention follows each block.
+        heads: The number of heads of each attention; it divides the channels there.
+        groups: The number of groups of channels that are normed apart; it divides all channels.
+        time: What embeds the time: a module called as ``time(t)``, with t of shape (B,), that returns features, with
+            shape (B, ``time.features``). ``TimeEmbedding(64)`` if not given.
+        classes: The number of labels, 0..classes - 1; none if not given. A label's embedding is added to the time's,
+            and 0 at the start of training.
+
+    Raises:
+        ValueError: If ``event_shape`` does not have two or three dimensions or is not divisible by 2 so often,
+            ``channels`` is empty, a number is not a positive int, ``dropout`` lies outside [0, 1), ``attention`` names
+            a height that there is not, ``heads`` or ``groups`` do not divide the channels, or ``time`` is not a module
+            with a number of features. On a call, if ``y`` is no label, or none is expected.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), Appendix B, https://arxiv.org/abs/2006.11239
+
+        Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021), section 3: attention at several
+        sizes, with several heads, and labels added to the time, https://arxiv.org/abs/2105.05233
+
+        FiLM: Visual Reasoning with a General Conditioning Layer (Perez et al., 2018): the scale and shift,
+        https://arxiv.org/abs/1709.07871
+
+    Example:
+        >>> network = pyrodiff.networks.UNet(event_shape=(8, 8), channels=(16, 32), outputs=17)
+        >>> network(torch.zeros(5, 8, 8), t=3).shape
+        torch.Size([5, 8, 8, 17])
+        >>> network = pyrodiff.networks.UNet((3, 32, 32), (16, 32), attention=(16,), heads=4, groups=8, classes=10)
+        >>> network(torch.zeros(5, 3, 32, 32), t=3, y=torch.tensor([0, 9, 3, 3, 1])).shape
+        torch.Size([5, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        num_blocks: int = 1,
+        dropout: float = 0.1,
+        outputs: int | None = None,
+        *,
+        attention: Sequence[int] = (),
+        heads: int = 1,
+        groups: int = 1,
+        time: nn.Module | None = None,
+        classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.event_shape, self.outputs = checks.event_shape(event_shape), outputs
+        _check_unet(self.event_shape, channels, hidden, num_blocks, dropout, outputs)
+        planes, (height, width) = self.event_shape[:-2].numel(), self.event_shape[-2:]
+        sizes = {height >> depth: size for depth, size in enumerate(channels)}
+        _check_parts(sizes, attention, heads, groups, time, classes)
+        time = TimeEmbedding(64) if time is None else time
+
+        def blocks() -> nn.ModuleList:
+            """Some at each size, with heads where there is attention."""
+            kinds = [
+                (size, time.features, dropout, groups, heads * (high in attention)) for high, size in sizes.items()
+            ]
+            return nn.ModuleList(nn.ModuleList(_Residual(*kind) for _ in range(num_blocks)) for kind in kinds)
+
+        self.embedding = nn.Sequential(time, nn.SiLU())
+        self.inlet = nn.Conv2d(planes + 2, channels[0], 3, padding=1)
+        self.before = blocks()
+        self.down = nn.ModuleList(nn.Conv2d(here, below, 2, stride=2) for here, below in pairwise(channels))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(below, here, 2, stride=2) for here, below in pairwise(channels))
+        self.after = blocks()
+        area = (height * width) >> (2 * len(self.down))
+        self.whole = _Whole(channels[-1] * area, hidden, time.features, dropout) if hidden else None
+        self.norm = _GroupNorm(groups, channels[0])
+        self.outlet = _zero(nn.Conv2d(channels[0], planes * (outputs or 1), 3, padding=1))
+        self.labels = _Labels(classes, time.features) if classes else None
+
+    def forward(self, x_t: Tensor, t: int | Tensor, y: int | Tensor | None = None) -> Tensor:
+        """The output, with the shape of ``x_t``, and a last dimension of ``outputs`` if that is given.
+
+        The label ``y`` is an int, or an integer tensor that broadcasts to the batch, (B,); -1 is no label. If it is
+        None, it is the one that is :meth:`given`, or none.
+        """
+        batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
+        x = x_t.reshape((-1, self.event_shape[:-2].numel(), *self.event_shape[-2:]))
+        embedding = self._embedded(torch.as_tensor(t, device=x.device), y, batch_shape)
+        lines = (torch.linspace(-1, 1, size, dtype=x.dtype, device=x.device) for size in x.shape[2:])
+        place = torch.stack(torch.meshgrid(*lines, indexing="ij"))  # of each pixel
+        h = self.inlet(torch.cat([x, place.expand(len(x), *place.shape)], 1))
+        skips = []
+        for depth, blocks in enumerate(self.before):
+            for block in blocks:
+                h = block(h, embedding)
+            if depth < len(self.down):
+                skips.append(h)
+                h = self.down[depth](h)
+        if self.whole is not None:
+            h = self.whole(h, embedding)
+        for depth in reversed(range(len(self.after))):
+            for block in self.after[depth]:
+                h = block(h, embedding)
+            if depth > 0:
+                h = skips.pop() + self.up[depth - 1](h)
+        output = self.outlet(nn.functional.silu(self.norm(h)))
+        if self.outputs is None:
+            return output.reshape(x_t.shape)
+        return output.unflatten(1, (-1, self.outputs)).movedim(2, -1).reshape((*x_t.shape, self.outputs))
+
+    @contextmanager
+    def given(self, y: int | Tensor | None) -> Iterator[None]:
+        """Within, calls without a label of their own have this one; a copy of the network has none.
+
+        It may stand in a program, also one that is compiled, and around a step of one, a bound or a sampler. A tensor
+        is of one batch: a bound, which takes its batch apart, needs an int, class by class.
+
+        Arguments:
+            y: An int, the label of all; an integer tensor that broadcasts to the batch; or None, for no label.
+
+        Raises:
+            ValueError: If the network has no labels, or this is none of them.
+
+        Example:
+            >>> network = pyrodiff.networks.UNet(event_shape=(8, 8), classes=10)
+            >>> with network.given(3):
+            ...     network(torch.zeros(5, 8, 8), t=1).shape
+            torch.Size([5, 8, 8])
+        """
+        self._refuse_labels_without_classes()
+        with self.labels.holding(-1 if y is None else y):
+            yield
+
+    def _embedded(self, t: Tensor, y: int | Tensor | None, batch_shape: torch.Size) -> Tensor:
+        """The time and the label, with shape (B, features)."""
+        time, activation = self.embedding
+        embedding = time(t.expand(batch_shape).reshape(-1))
+        if y is not None:
+            self._refuse_labels_without_classes()
+        return activation(embedding if self.labels is None else embedding + self.labels(y, batch_shape))
+
+    def _refuse_labels_without_classes(self) -> None:
+        if self.labels is None:
+            raise ValueError("classes must be given to UNet for it to have labels, but it is None")
+
+
+def _check_unet(
+    event_shape: torch.Size, channels: Sequence[int], hidden: int, num_blocks: int, dropout: float, outputs: int | None
+) -> None:
+    if isinstance(channels, int) or len(channels) == 0:
+        raise ValueError(f"channels must be a sequence of at least one int, but it is {channels!r}")
+    for size in channels:
+        checks.positive_int("channels", size, even=True)
+    halvings = len(channels) - 1
+    if len(event_shape) not in (2, 3) or any(size % 2**halvings for size in event_shape[-2:]):
+        raise ValueError(
+            f"event_shape must be (H, W) or (C, H, W) with H and W divisible by {2**halvings} for {halvings} halvings, "
+            f"but it is {tuple(event_shape)}"
+        )
+    if hidden != 0:
+        checks.positive_int("hidden", hidden)
+    checks.positive_int("num_blocks", num_blocks)
+    checks.probability("dropout", dropout)
+    if outputs is not None:
+        checks.positive_int("outputs", outputs)
+
+
+def _check_parts(
+    sizes: dict[int, int],
+    attention: Sequence[int],
+    heads: int,
+    groups: int,
+    time: nn.Module | None,
+    classes: int | None,
+) -> None:
+    """The sizes are given by their heights, with the channels of each."""
+    if not isinstance(attention, Sequence) or any(high not in tuple(sizes) for high in attention):
+        there = ", ".join(map(str, sizes))
+        raise ValueError(f"attention must be a sequence of heights of the network, of {there}, but it is {attention!r}")
+    attending = [sizes[high] for high in attention]
+    for name, number, channels in (("heads", heads, attending), ("groups", groups, sizes.values())):
+        checks.positive_int(name, number)
+        if any(size % number for size in channels):
+            raise ValueError(f"{name} must divide the channels {tuple(channels)}, but it is {number}")
+    if time is not None:
+        checks.instance("time", time, nn.Module)
+        checks.positive_int("time.features", getattr(time, "features", None))
+    if classes is not None:
+        checks.positive_int("classes", classes)
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class _GroupNorm(nn.GroupNorm):
+    """In float32 where a network computes in less, as autocast has it on a GPU, and not on a CPU."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if torch.finfo(h.dtype).bits < 32:
+            return super().forward(h.float()).to(h.dtype)
+        return super().forward(h)
+
+
+class _Labels(nn.Module):
+    """The embedding of labels from 0 on, and of -1, which is none.
+
+    A compiled graph reads a label that is held where it lies in memory. So labels of one shape lie in one place, and
+    that place is a submodule, by which a graph knows it from that of another shape. It is no buffer: those are averaged
+    with the weights, and made the same in all processes.
+    """
+
+    def __init__(self, classes: int, features: int) -> None:
+        super().__init__()
+        self.classes, self._places = classes, UserDict()
+        self.embedding = _zero(nn.Embedding(classes + 1, features))
+        self.register_module("held", None)
+
+    def forward(self, y: int | Tensor | None, batch_shape: torch.Size) -> Tensor:
+        """The features of the label, or else of the one that is held, with shape (B, features)."""
+        if y is not None:
+            self._check(y)
+        else:
+            y = -1 if self.held is None else self.held.y
+        index = torch.as_tensor(y, device=self.embedding.weight.device).long() + 1
+        try:
+            index = index.expand(batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"y must be an int, or broadcast to the batch shape {tuple(batch_shape)}, but its shape is "
+                f"{tuple(index.shape)}"
+            ) from None
+        return self.embedding(index.reshape(-1))
+
+    @contextmanager
+    def holding(self, y: int | Tensor) -> Iterator[None]:
+        """Within, this is the label of calls without one."""
+        self._check(y)
+        before = self.held
+        try:
+            self.held = self._held(y, 0 if before is None else before.depth + 1)
+            yield
+        finally:
+            self.held = before
+
+    def _held(self, y: int | Tensor, depth: int) -> "_Held":
+        if get_proxy_mode() is not None:  # as an argument of the graph that is being made
+            return _Held(y, depth)
+        y = torch.as_tensor(y, device=self.embedding.weight.device)
+        key = depth, y.shape, y.device
+        if key not in self._places:
+            with torch.inference_mode(False):
+                self._places[key] = _Held(torch.empty_like(y, dtype=torch.long), depth)
+        self._places[key].y.copy_(y)
+        return self._places[key].train(self.training)
+
+    def _check(self, y: object) -> None:
+        integers = (
+            checks.is_int(y) if not isinstance(y, Tensor) else not (y.is_floating_point() or y.dtype == torch.bool)
+        )
+        if not integers:
+            raise ValueError(
+                f"y must be an int or an integer tensor in -1..{self.classes - 1}, but it is {checks.described(y)}"
+            )
+        if isinstance(y, Tensor) and not checks.validating():
+            return
+        value = y.long() if isinstance(y, Tensor) else y
+        inside = (value >= -1) & (value < self.classes)
+        if not (checks.holds(inside) if isinstance(inside, Tensor) else inside):
+            raise ValueError(f"y must lie in 0..{self.classes - 1}, or be -1 for no label, but it is {y}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_places": UserDict(), "_modules": {**self._modules, "held": None}}
+
+
+class _Held(nn.Module):
+    """A label, held within so many others."""
+
+    def __init__(self, y: int | Tensor, depth: int) -> None:
+        super().__init__()
+        self.y, self.depth = y, depth
+
+
+class _Modulation(nn.Module):
+    """A scale and a shift of each channel by the time."""
+
+    def __init__(self, channels: int, features: int) -> None:
+        super().__init__()
+        self.layer = _zero(nn.Linear(features, 2 * channels))
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.layer(embedding).reshape(len(h), -1, *(1,) * (h.dim() - 2)).chunk(2, 1)
+        return (1 + scale) * h + shift
+
+
+class _Residual(nn.Module):
+    """Two convolutions around a residual path, and self-attention if there are heads."""
+
+    def __init__(self, channels: int, features: int, dropout: float, groups: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.time = _GroupNorm(groups, channels), _Modulation(channels, features)
+        self.dropout = nn.Dropout(dropout)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = _zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.attention = _Attention(channels, groups, heads) if heads else None
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        inner = self.first(nn.functional.silu(self.time(self.norm(h), embedding)))
+        h = h + self.second(self.dropout(nn.functional.silu(inner)))
+        return h if self.attention is None else self.attention(h)
+
+
+class _Attention(nn.Module):
+    """Every place asks all others, with several heads."""
+
+    def __init__(self, channels: int, groups: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, _GroupNorm(groups, channels)
+        self.inlet, self.outlet = nn.Linear(channels, 3 * channels), _zero(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        places = self.norm(h).flatten(2).mT  # (B, places, channels)
+        parts = self.inlet(places).unflatten(-1, (3, self.heads, -1))
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)  # each (B, heads, places, channels of a head)
+        found = nn.functional.scaled_dot_product_attention(queries, keys, values)
+        return h + self.outlet(found.transpose(1, 2).flatten(2)).mT.reshape(h.shape)
+
+
+class _Whole(nn.Module):
+    """A hidden layer that sees all channels everywhere."""
+
+    def __init__(self, size: int, hidden: int, features: int, dropout: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(size, hidden), _zero(nn.Linear(hidden, size))
+        self.time, self.dropout = _Modulation(hidden, features), nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        inner = self.first(self.dropout(nn.functional.silu(h.flatten(1))))
+        inner = self.dropout(nn.functional.silu(self.time(inner, embedding)))
+        return h + self.second(inner).reshape(h.shape)

@@ -1,0 +1,217 @@
+r"""The pair: a diffusion model is two Pyro programs.
+
+The *model* is the generative chain and the *guide* the fixed forward posterior, in the model's order,
+
+.. math::
+    p_\theta(x_{0:T}) &= p(x_T) \prod_{t=2}^{T} p_\theta(x_{t-1} | x_t) \; p_\theta(x_0 | x_1) \\
+    q(x_{1:T} | x_0) &= q(x_T | x_0) \prod_{t=2}^{T} q(x_{t-1} | x_t, x_0),
+
+so that Pyro's ``TraceMeanField_ELBO``, which takes the analytic KL at each site, is
+:math:`L_T + \sum_{t=2}^T L_{t-1} + L_0` (Luo 2022, Eq. 58):
+
+.. math::
+    L_T = KL(q(x_T | x_0) \| p(x_T)), \quad
+    L_{t-1} = \mathbb{E}_q KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t)), \quad
+    L_0 = -\mathbb{E}_q \log p_\theta(x_0 | x_1).
+
+A guide that ran forward, :math:`q(x_t | x_{t-1})`, is another matter: given :math:`x_{t-1}` and :math:`x_{t+1}`,
+:math:`x_t` does not follow :math:`q(x_t | x_{t-1})`, so the KLs at its sites are not the terms of any bound.
+:class:`DiffusionELBO` then takes log ratios.
+
+The *trajectory pair* has one site per step, ``x_T .. x_1`` and ``x_0``. The *one-step pair* draws one t per datum, then
+:math:`x_t \sim q(x_t | x_0)`, and scores only that step, scaled by 1 / p(t): the same bound in the mean at the price
+of one network call, whatever T.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 34-58, https://arxiv.org/abs/2208.11970
+"""
+
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from ..base import checks
+from ..model.decoders import GaussianDecoder
+from ..process.forward import Forward
+from .programs import OneStepGuide, OneStepModel, Step, TrajectoryGuide, TrajectoryModel, check_law
+from .times import BoundWeighting, Drawing, LowDiscrepancyDrawing
+
+__all__ = ["Diffusion", "OneStep"]
+
+
+class Diffusion(nn.Module):
+    r"""A diffusion model, as a pair of Pyro programs.
+
+    ``diffusion.model(x_0)`` and ``diffusion.guide(x_0)`` are the trajectory pair, for any of Pyro's inference
+    algorithms; ``diffusion.model(num_samples=n)`` generates; :meth:`one_step` is the one-step pair. Both come from the
+    same ``forward``, ``reverse`` and ``decoder``, so a variant that changes a kernel gets everything else for free.
+
+    Arguments:
+        forward: The forward process q.
+        reverse: The reverse process: a module called as ``reverse(x_t, t)``, which returns the distribution
+            :math:`p_\theta(x_{t-1} | x_t)` with batch_shape (B,) and the given event_shape.
+        event_shape: The shape of one datum.
+        decoder: A module called as ``decoder(kernel, x_1)``, which returns :math:`p_\theta(x_0 | x_1)`; the kernel
+            itself (:class:`GaussianDecoder`) if not given.
+        prior: p(x_T): a distribution with the given event_shape, or a module that returns one when called;
+            ``forward.prior(event_shape)`` if not given.
+
+    Raises:
+        ValueError: If an argument is of another kind or made for another forward process, the prior has another
+            event_shape, or denoiser and decoder are of another number of levels. On a call of the programs,
+            before any draw: if ``x_0`` has another shape than (B, *event_shape), another dtype or device than the
+            model, or a value outside the support of ``forward``; also if the reverse process, the decoder or the prior
+            returns no distribution, or one of another event_shape.
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> network = pyrodiff.networks.MLP(event_shape=(2,))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.NoisePrediction(network, forward))
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> diffusion.model(num_samples=5).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        reverse: nn.Module,
+        event_shape: Sequence[int],
+        decoder: nn.Module | None = None,
+        prior: dist.Distribution | nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        decoder = GaussianDecoder() if decoder is None else decoder
+        checks.instance("forward", forward, Forward)
+        checks.instance("reverse", reverse, nn.Module)
+        checks.instance("decoder", decoder, nn.Module)
+        checks.same_process("reverse", reverse, forward)
+        checks.same_process("decoder", decoder, forward)
+        _check_levels(reverse, decoder)
+        event_shape = checks.event_shape(event_shape)
+        if not isinstance(prior, nn.Module | None):
+            check_law(prior, "prior", event_shape)
+        self.model = TrajectoryModel(forward, reverse, event_shape, decoder, prior)
+        self.guide = TrajectoryGuide(forward, event_shape)
+
+    @property
+    def forward_process(self) -> Forward:
+        """The forward process q."""
+        return self.model.forward_process
+
+    @property
+    def reverse(self) -> nn.Module:
+        """The reverse process."""
+        return self.model.reverse
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """The shape of one datum."""
+        return self.model.event_shape
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps T."""
+        return self.model.num_steps
+
+    @property
+    def levels(self) -> int | None:
+        """How many values a number of the data may take, where the decoder gives each a probability; else None."""
+        bits = self.forward_process.support is constraints.boolean
+        return 2 if bits else getattr(self.model.decoder, "levels", None)
+
+    def one_step(
+        self, drawing: Drawing | None = None, weighting: Callable[[Tensor], Tensor] | None = None
+    ) -> "OneStep":
+        """The one-step pair: one network call of the batch, whatever T, and the same bound in the mean.
+
+        Arguments:
+            drawing: How t is drawn: :class:`LowDiscrepancyDrawing` if not given, which mostly varies less than uniform
+                draws.
+            weighting: What the step weighs: called with integers of shape (B,), it returns positive numbers of that
+                shape; the bound's weighting, 1, if not given.
+
+        Returns:
+            The pair, with ``model`` and ``guide``.
+
+        Raises:
+            ValueError: If an argument is of another kind; on a call of the programs, if the weighting returns
+                another shape.
+
+        Example:
+            >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=1000))
+            >>> denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP(event_shape=(20,)), forward)
+            >>> reverse = pyrodiff.BinomialReverse(forward, denoiser)
+            >>> pair = pyrodiff.Diffusion(forward, reverse, event_shape=(20,)).one_step()
+            >>> elbo = pyrodiff.DiffusionELBO()
+            >>> sorted(elbo.terms(pair.model, pair.guide, torch.ones(5, 20)))
+            ['x_0', 'x_T', 'x_s']
+        """
+        drawing = LowDiscrepancyDrawing() if drawing is None else drawing
+        return OneStep(self, drawing, BoundWeighting() if weighting is None else weighting)
+
+    def subchain(self, times: Sequence[int]) -> "Diffusion":
+        r"""The diffusion of fewer steps, :math:`p_\theta(x_0, x_{\tau_1}, \dots, x_{\tau_K})`, with the same networks.
+
+        It is a model of its own: its bound, its samples and its pairs are those of the shorter chain, exactly, by the
+        general posterior :math:`q(x_s | x_t, x_0)`. Fewer steps cost less and bound less tightly.
+
+        Arguments:
+            times: The times :math:`\tau_1 < \dots < \tau_K`, ints in 1..T.
+
+        Returns:
+            A diffusion of K steps, which shares its parameters with this one.
+
+        Raises:
+            ValueError: If ``times`` are not increasing ints in 1..T; if the forward or the reverse process has no
+                ``subchain`` method; if the prior was given, and ``times`` do not end at T.
+
+        References:
+            Denoising Diffusion Implicit Models (Song et al., 2021), section 4.2, https://arxiv.org/abs/2010.02502
+
+        Example:
+            >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=100))
+            >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
+            >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+            >>> pyrodiff.bound(diffusion.subchain(range(10, 101, 10)), torch.ones(5, 2)).denoising.shape
+            torch.Size([9, 5])
+        """
+        forward, model = self.forward_process.subchain(times), self.model
+        if model.prior is not None and int(max(times)) != self.num_steps:
+            raise ValueError(f"times must end at T = {self.num_steps}, the time of the given prior, but are {times!r}")
+        parts = {"reverse": model.reverse, "decoder": model.decoder}
+        for name, part in parts.items():
+            if not hasattr(part, "subchain"):
+                raise ValueError(
+                    f"{name} must have a method subchain(forward), which returns it for a forward process of fewer "
+                    f"steps, but it is a {type(part).__name__}, which has none"
+                )
+            parts[name] = part.subchain(forward)
+        return Diffusion(forward, event_shape=self.event_shape, prior=model.prior, **parts)
+
+
+class OneStep(nn.Module):
+    """The one-step pair of a diffusion: see :meth:`Diffusion.one_step`.
+
+    Both programs draw the auxiliary sites ``u``, which says t, and ``x_t``; they stand under ``mask(False)`` in both,
+    so that they cost nothing. What is scored is ``x_T`` (L_T, in closed form), and, scaled by w(t) / p(t), the site
+    ``x_s``, s = t - 1, where t > 1, or ``x_0`` where t = 1.
+    """
+
+    def __init__(self, diffusion: Diffusion, drawing: Drawing, weighting: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        checks.instance("drawing", drawing, Drawing)
+        if not callable(weighting):
+            raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
+        drawing.to(diffusion.forward_process.schedule.device)
+        step = Step(diffusion.forward_process, diffusion.event_shape, drawing, weighting)
+        self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)
+
+
+def _check_levels(reverse: nn.Module, decoder: nn.Module) -> None:
+    ours, theirs = (getattr(part, "levels", None) for part in (getattr(reverse, "denoiser", None), decoder))
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ValueError(f"decoder must have the {ours} levels that the denoiser predicts, but it has {theirs}")

@@ -1,0 +1,275 @@
+r"""The terms of the bound as arithmetic, and the one way in which programs are evaluated without Pyro's messages.
+
+.. math::
+    L_T = KL(q(x_T | x_0) \| p(x_T)), \quad
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t)), \quad
+    L_0 = -\log p_\theta(x_0 | x_1), \qquad x_t \sim q(x_t | x_0).
+
+What the two pairs of a :class:`Diffusion` mean is said by their programs. What they cost is computed here, from the
+same public kernels: each term depends on one :math:`x_t`, whose law is known, so terms can be had one by one
+(:func:`step_costs`), and the networks of all steps can run as one batch. Bounds are sums of these, and so is the loss
+of either pair (:func:`pair_costs`), which Pyro's handlers would give with the same mean and the same mean gradient.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 58, https://arxiv.org/abs/2208.11970
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from pyro.distributions import Delta, Distribution, MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+from torch.distributions import Independent, kl_divergence
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from ..base.precision import precisely
+from ..model.decoders import DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
+from ..model.reverse import GaussianReverse
+from .programs import Generative, OneStepGuide, OneStepModel, TrajectoryGuide, TrajectoryModel
+
+__all__ = [
+    "Recorder",
+    "innermost",
+    "is_listened_to",
+    "pair_costs",
+    "prior_cost",
+    "relative_entropy",
+    "runs",
+    "step_costs",
+]
+
+
+def relative_entropy(q: Distribution, p: Distribution, x: Tensor | None = None, analytic: bool = True) -> Tensor:
+    """KL(q || p) where it is registered; else its estimate log q(x) - log p(x) at the draw ``x`` of q.
+
+    Arguments:
+        q, p: Distributions of one event_shape, whose batch_shapes broadcast.
+        x: A draw of q; a fresh one if it is needed and not given.
+        analytic: Whether the KL may be taken.
+
+    Returns:
+        A tensor of the batch_shape, in nats.
+    """
+    if isinstance(q, MaskedDistribution) != isinstance(p, MaskedDistribution):
+        q, p = _bare(q), _bare(p)
+    if analytic and not isinstance(innermost(q), Delta):  # whose log density Pyro's KL leaves out
+        try:
+            return _as_tensor(kl_divergence(q, p), q)
+        except NotImplementedError:
+            pass
+    x = q() if x is None else x
+    return _as_tensor(q.log_prob(x), q) - _as_tensor(p.log_prob(x), q)
+
+
+def _bare(law: Distribution) -> Distribution:
+    """The law without a mask that masks nothing, for which Pyro would know no KL."""
+    while isinstance(law, MaskedDistribution) and law._mask is True:
+        law = law.base_dist
+    return law
+
+
+def _as_tensor(value: Tensor | float, law: Distribution) -> Tensor:
+    """A tensor: of laws that are masked altogether, Pyro returns the number 0."""
+    return value if isinstance(value, Tensor) else torch.full(law.batch_shape, float(value))
+
+
+def innermost(law: Distribution) -> Distribution:
+    """The law without what makes dimensions its event's, and without masks.
+
+    Arguments:
+        law: The law.
+    """
+    while isinstance(law, Independent | MaskedDistribution):
+        law = law.base_dist
+    return law
+
+
+def prior_cost(model: Generative, x_0: Tensor, x_T: Tensor | None = None) -> Tensor:
+    """L_T, with shape (B,).
+
+    Arguments:
+        model: The model.
+        x_0: The data, with shape (B, *event_shape).
+        x_T: Draws of q(x_T | x_0), where no KL is registered; fresh ones if not given.
+    """
+    with precisely():
+        q = model.forward_process.marginal(x_0, model.num_steps)
+        return relative_entropy(q, model.top(x_0.dtype, x_0.device), x_T)
+
+
+def step_costs(
+    model: Generative,
+    x_0: Tensor,
+    t: Tensor,
+    x_t: Tensor,
+    x_s: Tensor | None = None,
+    first: bool = True,
+    later: bool = True,
+) -> Tensor:
+    """L_{t-1} where t > 1 and L_0 where t = 1; it can be differentiated.
+
+    Arguments:
+        model: The model; ``model.evaluated()`` holds around the call.
+        x_0: The data, with shape (B, *event_shape).
+        t: The times, with shape (B,).
+        x_t: The states, draws of q(x_t | x_0), with the shape of ``x_0``.
+        x_s: Draws of the posterior q(x_{t-1} | x_t, x_0): L_{t-1} is then the log ratio at these. If not given, it is
+            the KL, or, where none is registered, the log ratio at fresh draws.
+        first, later: Whether t is 1 for some data, and whether it is above for some.
+
+    Returns:
+        Costs in nats, with shape (B,).
+    """
+    kernel = model.kernel(x_t, t)
+    with precisely():
+        if later:
+            posterior = model.forward_process.posterior(x_t, x_0, t.clamp(min=2) if first else t)
+            cost = relative_entropy(posterior, kernel, x_s, analytic=x_s is None)
+            if not first:
+                return cost
+        reconstruction = -model.decoded(kernel, x_t).log_prob(x_0)
+        return torch.where(t == 1, reconstruction, cost) if later else reconstruction
+
+
+# The seam: the pairs of a Diffusion without a message
+
+
+class Recorder(Messenger):
+    """Hears of parameters and sites, and changes nothing.
+
+    Attributes:
+        parameters: The unconstrained parameters that a message came of, by name.
+        sites: The names of the sites, in their order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: dict[str, Tensor] = {}
+        self.sites: list[str] = []
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        value = msg["value"]
+        self.parameters[msg["name"]] = value.unconstrained() if hasattr(value, "unconstrained") else value
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        self.sites.append(msg["name"])
+
+
+def is_listened_to() -> bool:
+    """Whether Pyro's handlers would hear the messages of a program, other than a recorder."""
+    return any(not isinstance(frame, Recorder) for frame in _PYRO_STACK)
+
+
+def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor | None:
+    """What each datum costs a pair of a diffusion, in nats with shape (B,); None of any other pair.
+
+    None also where the handlers could make a difference: random weights, sites inside of a part (``pyro.factor``, say),
+    programs with hooks or another ``forward``, and, where the networks of all steps would run as one batch, statistics
+    of the batch.
+
+    Arguments:
+        model, guide: The programs.
+        args, kwargs: What both are called with: the data, with shape (B, *event_shape).
+    """
+    if kwargs or len(args) != 1 or not isinstance(model, Generative):
+        return None
+    of_pyro = model.of_pyro()
+    if any(part._pyro_samples for part in of_pyro):
+        return None
+    step = getattr(model, "step", None)
+    if (
+        runs(model, OneStepModel)
+        and runs(guide, OneStepGuide)
+        and guide.step is step
+        and step.forward_process is model.forward_process
+        and step.event_shape == model.event_shape
+    ):
+        costs = _one_step_costs
+    elif (
+        runs(model, TrajectoryModel)
+        and runs(guide, TrajectoryGuide)
+        and guide.forward_process is model.forward_process
+        and guide.event_shape == model.event_shape
+        and not any(part.training and isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+    ):
+        costs = _trajectory_costs
+    else:
+        return None
+    try:
+        with model.running() if of_pyro else nullcontext(), _Listener():
+            return costs(model, *args)
+    except _HasSites:
+        return None
+
+
+def runs(program: Callable, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module runs the ``forward`` of this class as it is written, and no other and no hook.
+
+    Arguments:
+        program: The module.
+        kind: The class: a program's, :class:`GaussianReverse`, or a decoder's of this package.
+    """
+    return (
+        isinstance(program, kind)
+        and type(program).forward is _AS_WRITTEN[kind]
+        and "forward" not in vars(program)
+        and not program._forward_hooks
+        and not program._forward_pre_hooks
+        and not any(map(_is_foreign, (*_global_forward_hooks.values(), *_global_forward_pre_hooks.values())))
+    )
+
+
+def _is_foreign(hook: Callable) -> bool:
+    """Whether a hook on all modules is none of this package's, which only notes what is called."""
+    return not getattr(hook, "__module__", "").startswith("pyrodiff.")
+
+
+_DECODERS = (GaussianDecoder, DiscretizedDecoder, SoftmaxDecoder, TransitionDecoder)
+_PROGRAMS = (TrajectoryModel, TrajectoryGuide, OneStepModel, OneStepGuide)
+_AS_WRITTEN = {kind: kind.forward for kind in (*_PROGRAMS, *_DECODERS, GaussianReverse)}
+
+
+class _HasSites(Exception):
+    """A part of a diffusion has a site of its own."""
+
+
+class _Listener(Messenger):
+    """Ends the evaluation at the first site."""
+
+    def _pyro_sample(self, msg: dict) -> None:
+        raise _HasSites
+
+
+def _one_step_costs(model: OneStepModel, x_0: Tensor) -> Tensor:
+    """L_T + w(t) / p(t) L_{t-1} at one t per datum."""
+    step = model.step
+    with precisely():
+        prior = prior_cost(model, x_0)
+        t, x_t, scale = step.draw(x_0, lambda name, law: law())
+    # what no datum needs is left out where that is cheap to know, not on an accelerator, nor in a graph being traced,
+    # and where nothing else is lost: a decoder of one's own may have sites, or parameters, whose gradient is then 0
+    known = t.device.type == "cpu" and get_proxy_mode() is None and any(runs(model.decoder, k) for k in _DECODERS)
+    first = not known or bool((t == 1).any())
+    costs = step_costs(model, x_0, t, x_t, first=first, later=model.num_steps > 1)
+    if torch.is_grad_enabled():
+        step.drawing.tell(t, costs.detach(), torch.ones_like(t, dtype=torch.bool))
+    return torch.addcmul(prior, scale, costs)
+
+
+def _trajectory_costs(model: TrajectoryModel, x_0: Tensor) -> Tensor:
+    """L_T + the sum of all L_{t-1}, with a draw of each x_t by itself: the mean is that of a trajectory."""
+    B, T = len(x_0), model.num_steps
+    t = torch.arange(1, T + 1, device=x_0.device).repeat_interleave(B)
+    repeated = x_0.expand((T, *x_0.shape)).flatten(0, 1)
+    with precisely():
+        x_t = model.forward_process.marginal(repeated, t)()
+        prior = prior_cost(model, x_0)
+    costs = prior + step_costs(model, x_0, t[:B], x_t[:B], later=False)
+    if T == 1:
+        return costs
+    later = step_costs(model, repeated[B:], t[B:], x_t[B:], first=False)
+    return costs + later.reshape(T - 1, B).sum(0)

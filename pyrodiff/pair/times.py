@@ -1,0 +1,367 @@
+r"""The steps of the one-step pair: how t is drawn, and what the step weighs.
+
+The bound is a sum over t. Drawing one t per datum with probability p(t) and scaling its term by 1 / p(t) leaves the
+mean as it is. A *drawing* says what p is and how the draws of a batch hang together: it turns auxiliary uniform
+variables u into times. A *weighting* is a function w(t) > 0 that multiplies the term: 1 for the bound.
+
+References:
+    Variational Diffusion Models (Kingma et al., 2021), appendix I.1: the low-discrepancy drawing,
+    https://arxiv.org/abs/2107.00630
+
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eq. 14: the simple loss,
+    https://arxiv.org/abs/2006.11239
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor, nn
+
+from ..base import checks
+from ..base.precision import Float64Module, default_home
+from ..model.reverse import GaussianReverse
+
+__all__ = [
+    "BoundWeighting",
+    "Drawing",
+    "ImportanceDrawing",
+    "LossSecondMoment",
+    "LowDiscrepancyDrawing",
+    "SimpleWeighting",
+    "UniformDrawing",
+]
+
+
+class Drawing(Float64Module, ABC):
+    """How one t per datum is drawn: a law of u in [0, 1), and a map from u to t and its probability.
+
+    Attributes:
+        share: Of several processes with a batch each, which this is; None if it is the only one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share: _Share | None = None
+
+    def spread(self, number: int, count: int, key: int, device: torch.device | None = None) -> None:
+        """Draw for one of several processes, whose batches are one large batch: its draws are spread over that.
+
+        Arguments:
+            number: Which process this is, in 0..count-1.
+            count: How many there are.
+            key: What the draws that they have in common are made from, the same number for all.
+            device: Where the times are drawn.
+        """
+        self.share = _Share(number, count, key, device)
+
+    @abstractmethod
+    def uniforms(self, like: Tensor) -> dist.Distribution:
+        """The law of the auxiliary u, each uniform on [0, 1) by itself, with the batch_shape (B,) of ``like``."""
+
+    @abstractmethod
+    def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        """The times and their probabilities p(t).
+
+        Arguments:
+            u: The auxiliary variables, of any shape (*).
+            num_steps: The number of steps T.
+
+        Returns:
+            Integers in 1..T and probabilities, both with shape (*).
+        """
+
+    def tell(self, t: Tensor, cost: Tensor, scored: Tensor) -> None:
+        """Told what the steps cost, by each evaluation of the one-step pair with gradients: it may learn from that.
+
+        By :class:`DiffusionELBO`, that is; Pyro's own ELBOs tell nothing.
+
+        Arguments:
+            t: The times, of any shape (*).
+            cost: The costs of the steps in nats, unweighted, with shape (*).
+            scored: Which of the costs count, with shape (*).
+        """
+
+
+def _equal_parts(u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    t = (u * num_steps).long().clamp(max=num_steps - 1) + 1
+    return t, torch.full((), 1 / num_steps, dtype=u.dtype, device=u.device).expand(t.shape)
+
+
+class UniformDrawing(Drawing):
+    """Every t with probability 1 / T, each datum by itself.
+
+    Example:
+        >>> pyrodiff.UniformDrawing()(torch.tensor([0.0, 0.3, 0.99]), num_steps=10)
+        (tensor([ 1,  4, 10]), tensor([0.1000, 0.1000, 0.1000]))
+    """
+
+    def uniforms(self, like: Tensor) -> dist.Distribution:
+        return dist.Uniform(like.new_zeros(()), like.new_ones(())).expand(like.shape)
+
+    def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        return _equal_parts(u, num_steps)
+
+
+class LowDiscrepancyDrawing(Drawing):
+    """Every t with probability 1 / T, spread evenly over the batch: one draw for all data, shifted by 1 / B.
+
+    A batch of at least T data then sees every t. Where the terms change slowly with t, the estimate of the bound varies
+    less than with uniform draws.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), appendix I.1.
+
+    Example:
+        >>> drawing = pyrodiff.LowDiscrepancyDrawing()
+        >>> u = drawing.uniforms(torch.zeros(10)).sample()
+        >>> drawing(u, num_steps=10)[0].sort().values
+        tensor([ 1,  2,  3,  4,  5,  6,  7,  8,  9, 10])
+    """
+
+    def uniforms(self, like: Tensor) -> dist.Distribution:
+        return _SpreadUniform(like, self.share)
+
+    def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        return _equal_parts(u, num_steps)
+
+
+class ImportanceDrawing(Drawing):
+    r"""Given probabilities of the times, spread evenly over the batch.
+
+    With p(t) in proportion to the root of :math:`\mathbb{E}[L_{t-1}^2]` independent draws estimate the bound with the
+    least variance (:meth:`of`, but for its uniform part). To spread them helps where the costs change slowly with t.
+
+    Arguments:
+        probabilities: T positive numbers that add up to 1.
+
+    Raises:
+        ValueError: If they are not; on a call, if there are not T of them.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), Eq. 18,
+        https://arxiv.org/abs/2102.09672
+
+    Example:
+        >>> drawing = pyrodiff.ImportanceDrawing([0.5, 0.2, 0.3])
+        >>> drawing(torch.tensor([0.1, 0.6, 0.99]), num_steps=3)
+        (tensor([1, 2, 3]), tensor([0.5000, 0.2000, 0.3000]))
+    """
+
+    def __init__(self, probabilities: Sequence[float] | Tensor) -> None:
+        super().__init__()
+        p = checks.numbers("probabilities", probabilities)
+        if p.dim() != 1 or len(p) == 0 or not checks.holds((p > 0) & p.isfinite() & ((p.sum() - 1).abs() <= 1e-6)):
+            raise ValueError(f"probabilities must be positive numbers that add up to 1, but they are {p.tolist()}")
+        self.register_buffer("probabilities", p / p.sum())
+
+    @classmethod
+    def of(cls, second_moments: Tensor, uniform: float = 0.1) -> "ImportanceDrawing":
+        r"""The drawing of least variance, given :math:`\mathbb{E}[L_{t-1}^2]` of each time.
+
+        Arguments:
+            second_moments: T numbers, not negative and not all 0, of the costs for the least variance of the value, or
+                of the norms of their gradients for the least variance of the gradient
+                (:func:`variance_account` measures both).
+            uniform: The part of the probability that all times share alike, in (0, 1), so that none is left out.
+
+        Raises:
+            ValueError: If an argument is none of that.
+        """
+        moments = checks.numbers("second_moments", second_moments)
+        checks.number("uniform", uniform, 0, 1)
+        if moments.dim() != 1 or not ((moments >= 0) & moments.isfinite()).all() or not (moments > 0).any():
+            raise ValueError(
+                f"second_moments must be numbers of at least 0, not all 0, but they are {moments.tolist()}"
+            )
+        return cls(_least_variance(moments, uniform))
+
+    def uniforms(self, like: Tensor) -> dist.Distribution:
+        return _SpreadUniform(like, self.share)
+
+    def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        return _by_probability(u, self.probabilities, num_steps)
+
+
+class LossSecondMoment(Drawing):
+    r"""p(t) in proportion to the root of the mean square of the last costs at t, learned as the training goes on.
+
+    Uniform until every t has been drawn ``history`` times; then it follows the costs as they fall. Its state, the last
+    costs of each t, is in its ``state_dict``. Draws are spread evenly over the batch. It learns under
+    :class:`DiffusionELBO` only.
+
+    Ten costs are few where most are nearly 0 and some are large: what they miss is then drawn too seldom and weighs too
+    much. The part that is uniform bounds that weight, and where :func:`variance_account` shows a variance above that of
+    uniform draws, a longer history or a larger part helps.
+
+    Arguments:
+        num_steps: The number of steps T.
+        history: The number of costs that are kept of each t.
+        uniform: The part of the probability that all times share alike, in (0, 1): a t weighs at most 1 / uniform times
+            what it does under uniform draws. The paper has 0.001.
+
+    Raises:
+        ValueError: If an argument is out of range; on a call, if T is another.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), Eq. 18, with 10 costs,
+        https://arxiv.org/abs/2102.09672
+
+    Example:
+        >>> drawing = pyrodiff.LossSecondMoment(num_steps=2, history=1)
+        >>> drawing.tell(torch.tensor([1, 2]), torch.tensor([3.0, 1.0]), torch.tensor([True, True]))
+        >>> drawing(torch.tensor([0.5, 0.9]), num_steps=2)
+        (tensor([1, 2]), tensor([0.7250, 0.2750]))
+    """
+
+    def __init__(self, num_steps: int, history: int = 10, uniform: float = 0.1) -> None:
+        super().__init__()
+        num_steps, history = checks.positive_int("num_steps", num_steps), checks.positive_int("history", history)
+        self.uniform, device = checks.number("uniform", uniform, 0, 1), default_home()
+        self.register_buffer("costs", torch.zeros(num_steps, history, dtype=torch.float64, device=device))
+        self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.long, device=device))
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p(t) for t = 1..T, in float64 with shape (T,)."""
+        known = (self.counts >= self.costs.shape[1]).all() & (self.costs != 0).any()
+        largest = self.costs.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # so that no square overflows
+        moments = torch.where(known, ((self.costs / largest) ** 2).mean(1), 1.0)
+        return _least_variance(moments, self.uniform)
+
+    def uniforms(self, like: Tensor) -> dist.Distribution:
+        return _SpreadUniform(like, self.share)
+
+    def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        return _by_probability(u, self.probabilities, num_steps)
+
+    @torch.no_grad()
+    def tell(self, t: Tensor, cost: Tensor, scored: Tensor) -> None:
+        """Keep the costs of each t, the newest in place of the oldest."""
+        history = self.costs.shape[1]
+        device = self.costs.device
+        index, cost = (t - 1).flatten().to(device), cost.detach().flatten().to(device).double()
+        keep = scored.flatten().to(device) & cost.isfinite()
+        index = torch.where(keep, index, len(self.counts))  # what does not count goes to a row that is thrown away
+        order = index.argsort(stable=True)
+        index, cost = index[order], cost[order]
+        place = torch.arange(len(index), device=index.device)
+        rank = place - torch.searchsorted(index, index)  # among the same t in this batch
+        number = torch.zeros(len(self.counts) + 1, dtype=torch.long, device=index.device)
+        number.index_add_(0, index, torch.ones_like(index))
+        stale = rank < number[index] - history  # more of one t in a batch than are kept: the last ones are
+        index = torch.where(stale, len(self.counts), index)
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
+        table = torch.cat([self.costs, self.costs.new_zeros(1, history)])
+        table[index, (counts[index] + rank) % history] = cost
+        self.costs.copy_(table[:-1])
+        self.counts.add_(number[:-1])
+
+
+def _least_variance(moments: Tensor, uniform: float) -> Tensor:
+    weights = moments.sqrt()
+    return (1 - uniform) * weights / weights.sum() + uniform / len(moments)
+
+
+def _by_probability(u: Tensor, probabilities: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """The inverse of the cumulative probability at u."""
+    if len(probabilities) != num_steps:
+        raise ValueError(f"drawing must be one of T = {num_steps} times, but it is one of {len(probabilities)}")
+    ends = probabilities.cumsum(0)
+    index = torch.searchsorted(ends, u.double().contiguous(), right=True).clamp(max=num_steps - 1)
+    return index + 1, probabilities[index].to(u.dtype)
+
+
+class _Share:
+    """Uniform numbers that all processes have in common, without a message: the hash of a key and a counter."""
+
+    def __init__(self, number: int, count: int, key: int, device: torch.device | None = None) -> None:
+        self.number, self.count, self.key = number, count, key
+        self.drawn = torch.zeros((), dtype=torch.long, device=device)
+
+    def uniform(self) -> Tensor:
+        """The next one, in float64: a multiple of 2^-32."""
+        x = (self.drawn * 0x9E3779B9 + self.key) & 0xFFFFFFFF
+        for _ in range(2):
+            x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        self.drawn += 1
+        return (x ^ (x >> 16)).double() / 2**32
+
+
+class _SpreadUniform(TorchDistribution):
+    """u_i = (u + i / B) mod 1 with one uniform u: each u_i is uniform, and together they cover [0, 1) evenly.
+
+    Of P processes, the k-th has the part u_i = (u + (k + i / B) / P) mod 1.
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+    support = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, like: Tensor, share: _Share | None = None) -> None:
+        self.like, self.share = like, share
+        super().__init__(like.shape, validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "_SpreadUniform":
+        return type(self)(self.like.expand(batch_shape), self.share)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        shape = self._extended_shape(sample_shape)
+        size = shape.numel()
+        places = torch.linspace(0, 1 - 1 / size, size, device=self.like.device, dtype=self.like.dtype).reshape(shape)
+        if self.share is None:
+            return (torch.rand((), device=self.like.device, dtype=self.like.dtype) + places) % 1
+        u = self.share.uniform().to(self.like.device, self.like.dtype)
+        return (u + (self.share.number + places) / self.share.count) % 1
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """0, the log density of each u_i by itself; the draws of a batch hang together and have no joint density."""
+        return torch.zeros_like(value)
+
+
+class BoundWeighting(nn.Module):
+    """w(t) = 1: the one-step pair is unbiased for the bound."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.get_default_dtype())
+
+
+class SimpleWeighting(nn.Module):
+    r"""The weighting that makes the step's cost the squared error of the noise: :math:`L_\mathrm{simple}`.
+
+    .. math:: w(t) = \frac{1}{T} \frac{2 \sigma_t^2}{w_0(t)^2} \frac{a_t^2}{b_t^2}, \qquad
+        \mathbb{E}_t \left[ \frac{w(t)}{p(t)} L_{t-1} \right]
+        = \mathbb{E}_{t \sim U\{1..T\}} \left\| \epsilon - \hat\epsilon \right\|^2 + \text{const}
+
+    where :math:`w_0(t)` is the weight of :math:`x_0` in the posterior's mean; the constant does not depend on the
+    denoiser. For VP schedules the inverse of the second factor is
+    :math:`\beta_t^2 / (2 \sigma_t^2 \alpha_t (1 - \bar\alpha_t))`, the weight of Ho's Eq. 12. The step at t = 1 is
+    scored by the decoder, which for this has to be the Gaussian kernel.
+
+    Arguments:
+        reverse: The reverse process, whose variance :math:`\sigma_t^2` the weighting undoes.
+
+    Raises:
+        ValueError: If ``reverse`` is not a :class:`GaussianReverse`, or its schedule ends without signal.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eqs. 12 and 14.
+    """
+
+    def __init__(self, reverse: GaussianReverse) -> None:
+        super().__init__()
+        checks.instance("reverse", reverse, GaussianReverse)
+        process = reverse.forward_process
+        if not checks.holds(process.schedule.signal(process.num_steps) != 0):
+            raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")
+        self._reverse = (reverse,)  # read, but no part of this module: in a tuple, torch does not register it
+
+    def forward(self, t: Tensor) -> Tensor:
+        (reverse,) = self._reverse
+        schedule = reverse.forward_process.schedule
+        _, weight_0, _ = schedule.posterior(t)
+        variance = reverse.variance(reverse.forward_process, t).detach()
+        return 2 * variance / weight_0**2 * schedule.log_snr(t).exp() / schedule.num_steps

@@ -1,0 +1,1 @@
+"""How programs are run: compiled into graphs, and evaluated outside of Pyro on data of any size."""

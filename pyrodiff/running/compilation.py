@@ -1,0 +1,540 @@
+r"""A function of tensors as one compiled graph: whatever Python it runs through, only what it does to tensors is kept.
+
+A function is run once with its tensors tracked, which sees through Pyro's handlers as through any other Python: what
+is left is a graph of tensor operations, forward and backward. Random draws stay draws: with the same seed a graph
+draws the normal and the uniform numbers that the function would, except that draws which nothing depends on are left
+out, and that inductor makes Bernoulli draws in its own way. The graph is compiled by inductor, one graph for each shape
+of the arguments.
+"""
+
+import functools
+import re
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import is_dataclass
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, fx, nn
+from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..pair.terms import Recorder
+
+__all__ = ["Compiled", "Composition", "Replayed", "captured", "kind_of"]
+
+
+def kind_of(args: Any) -> Hashable:
+    """What a graph is made for: the shapes of tensors, and all else as it is. Not hashable where that is not.
+
+    Arguments:
+        args: Tensors and other things, in any nesting.
+    """
+    leaves, structure = (args, None) if _is_flat(args) else tree_flatten(args)
+    kinds = tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        for leaf in leaves
+    )
+    places = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    same = () if len(set(places)) == len(places) else tuple(places.index(place) for place in places)
+    return structure, kinds, same
+
+
+class Compiled:
+    """A function that runs as a compiled graph of what it does to tensors, or as it is where that cannot be.
+
+    The first call with tensors of some shapes runs the function and keeps its graph, the following ones run the graph.
+    A module has a graph for training and one for evaluation, and a new one where anything that it holds is replaced: a
+    parameter, a buffer, a submodule, a hook, a tensor or a number in a plain attribute. Only so many graphs are made,
+    so that ever new shapes do not mean ever new compilations. What Python itself does while the function runs (a draw
+    of ``random``, the value of a variable that it closes over) happens once per graph; a tensor that it closes over is
+    named in a warning, since another one put in its place is not seen.
+
+    Arguments:
+        function: Called with tensors, and other things that can be hashed, in any nesting; it returns a tuple of
+            tensors or None.
+        modules: The modules whose state it reads and changes.
+        tensors: Further tensors that it reads and changes.
+        limit: How many graphs are made at most.
+        name: What is compiled, for warnings.
+
+    Attributes:
+        made: How many graphs were made.
+        failure: Why no more are made: the limit is reached, or one could not be traced or compiled; empty until then.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        modules: Iterable[nn.Module] = (),
+        tensors: Iterable[Tensor] = (),
+        limit: int = 8,
+        name: str = "the program",
+    ) -> None:
+        self.function, self.limit, self.name = function, limit, name
+        self.roots = list(modules)
+        self.modules = _below(self.roots)  # those whose modes choose a graph
+        self.tensors, self.made, self.failure = list(tensors), 0, ""
+        self._graphs: dict[Hashable, _Graph] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        key = self._key(args)
+        graph = self._graphs.get(key)
+        if graph is not None and graph.parts.holds():
+            return graph(*args)
+        if not self.failure and self.made >= self.limit:
+            self._give_up(f"{self.limit} graphs were made for it, and this would be one more")
+        return self.function(*args) if self.failure else self._make(args)
+
+    def graph_for(self, *args: Any) -> Callable | None:
+        """The graph for arguments of this kind, if there is one that holds now: for a loop in which nothing changes."""
+        graph = self._graphs.get(self._key(args))
+        return graph if graph is not None and graph.parts.holds() else None
+
+    def _key(self, args: tuple) -> Hashable:
+        modes = tuple(module.training for module in self.modules)
+        autocast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        return kind_of(args), modes, torch.is_grad_enabled(), torch.get_default_dtype(), *autocast
+
+    def _make(self, args: tuple) -> Any:
+        """The graph of these arguments; what the function returns as it is traced is the result."""
+        modules, untraced = _below(self.roots), None
+        restore = _snapshot(modules)
+        with Recorder() as heard:
+            try:
+                graph = _Graph(self.function, args, modules, self.tensors, self.modules)
+                changed = graph.parts.changed()
+            except Exception as error:  # whatever a program does that a graph cannot
+                untraced = error
+        if untraced is not None:
+            restore()
+            self._give_up(_reason(untraced, heard.sites))
+            return self.function(*args)
+        if changed:  # as it would at every call
+            self._give_up(f"it puts something else in the place of {changed}")
+            return graph.take_results()
+        self._warn_of(graph.unknown)
+        try:
+            graph.compile()
+            self.made, self._graphs[self._key(args)] = self.made + 1, graph
+        except Exception as error:  # no compiler on this machine, or an operation that inductor does not know
+            self._give_up(f"inductor does not compile its graph: {_first_line(error)}")
+        return graph.take_results()
+
+    def _warn_of(self, tensors: list[Tensor]) -> None:
+        """Name the tensors that a graph reads and that no module of the programs holds."""
+        if not tensors:
+            return
+        known = {id(tensor): name for name, tensor in _closed_over([self.function, *_below(self.roots)])}
+        names = [known.get(id(tensor), f"one of shape {tuple(tensor.shape)} and {tensor.dtype}") for tensor in tensors]
+        warnings.warn(
+            f"{self.name} reads tensors that no module of it holds: {', '.join(sorted(set(names)))}. The graph reads "
+            "these very tensors: what is written into them in place is seen, another tensor put in their place is not. "
+            "Let one be a buffer or an attribute of a module, or an argument",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _give_up(self, reason: str) -> None:
+        """Make no more graphs, and say why, once. Those that were made before are still run."""
+        self.failure = reason
+        warnings.warn(f"{self.name} runs without being compiled: {reason}", RuntimeWarning, stacklevel=2)
+
+
+class Composition:
+    """What modules are made of: parameters, buffers and submodules by identity; of what kind tensors are.
+
+    Of the ``whole`` of modules hooks and plain attributes count too: tensors and other objects by identity, numbers and
+    strings by value, and what lists, tuples, dicts, sets, dataclasses, namespaces, distributions and modules in any of
+    these hold likewise, and their classes. What an object of another class holds is not looked into.
+
+    Arguments:
+        modules: The modules.
+        tensors: The tensors.
+        whole: Whether buffers, hooks and plain attributes count.
+        keyed: Modules whose mode, training or evaluation, is known otherwise.
+
+    Attributes:
+        held: The tensors that were found.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        tensors: Iterable[Tensor],
+        whole: bool = True,
+        keyed: Iterable[nn.Module] = (),
+    ) -> None:
+        self._entries: list[tuple[dict, str, Any]] = []
+        self._keys: list[tuple[dict, tuple]] = []
+        self._classes: list[tuple[nn.Module, type]] = []
+        self._values: list[tuple[Any, Any]] = []  # lists, sets and arrays, and copies of them
+        self._seen: set[int] = set()
+        self.held: list[Tensor] = []
+        self._whole, self._keyed = whole, {id(module) for module in keyed}
+        for module in modules:
+            self._look_into(module) if whole else self._watch_parts(module, ("_parameters", "_modules"))
+        if whole:
+            for hooks in (_global_forward_hooks, _global_forward_pre_hooks):
+                self._watch(hooks)
+        self._empty = [mapping for mapping, keys in self._keys if not keys]
+        self._keys = [(mapping, keys) for mapping, keys in self._keys if keys]
+        self._kinds = [(x, x.requires_grad, x.dtype, x.device, x.stride()) for x in tensors]
+
+    def _watch_parts(self, module: nn.Module, parts: Iterable[str]) -> None:
+        for part in parts:
+            self._watch(vars(module)[part])
+
+    def _watch(self, mapping: dict, ignored: Iterable[str] = (), grows: bool = False) -> None:
+        if not grows:
+            self._keys.append((mapping, tuple(mapping)))
+        for name, value in mapping.items():
+            if name not in ignored:
+                self._entries.append((mapping, name, value))
+                if self._whole:
+                    self._look_into(value)
+
+    def _look_into(self, value: Any) -> None:
+        """Watch what a value holds, if it is of a kind that is looked into."""
+        if isinstance(value, (*_PLAIN, type, FunctionType)) or value is None or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            self.held.append(value)
+        elif isinstance(value, nn.Module):
+            self._watch_class(value)
+            self._watch_parts(value, _PARTS)
+            self._watch(vars(value), _IGNORED if id(value) in self._keyed else _IGNORED - {"training"})
+        elif isinstance(value, list | tuple | set | deque | np.ndarray):
+            self._look_through(value)
+        elif isinstance(value, functools.partial):
+            self._look_through((value.func, value.args, value.keywords))
+        elif isinstance(value, dict):
+            self._watch(value)
+        elif isinstance(value, SimpleNamespace | Distribution) or is_dataclass(value) or _is_ours(value):
+            self._watch(vars(value), grows=isinstance(value, Distribution))  # which keep what they computed
+
+    def _watch_class(self, module: nn.Module) -> None:
+        """Its class, and what that holds where it is none of a library's; of those, what a call runs."""
+        self._classes.append((module, type(module)))
+        for kind in type(module).__mro__:
+            if id(kind) not in self._seen:
+                self._seen.add(id(kind))
+                names = ("forward",) if kind.__module__.split(".")[0] in _LIBRARIES else vars(kind)
+                self._entries += [(vars(kind), name, vars(kind)[name]) for name in names if name in vars(kind)]
+
+    def _look_through(self, values: Any) -> None:
+        if isinstance(values, np.ndarray):
+            self._values.append((values, values.copy()))
+            return
+        if not isinstance(values, tuple):
+            self._values.append((values, tuple(values)))
+        for one in values:
+            self._look_into(one)
+
+    def holds(self) -> bool:
+        """Whether they still are."""
+        return not self.changed() and all(
+            x.requires_grad is flag and x.dtype is dtype and x.device == device and x.stride() == stride
+            for x, flag, dtype, device, stride in self._kinds
+        )
+
+    def changed(self) -> str:
+        """The name of the first part that is another; empty if none is."""
+        for mapping, name, value in self._entries:
+            found = mapping.get(name, _GONE)
+            if found is not value and not _is_equal(found, value):
+                return repr(name)
+        if any(type(module) is not kind for module, kind in self._classes):
+            return "a module's class"
+        if any(self._empty):
+            return "what was empty"
+        for mapping, keys in self._keys:
+            if len(mapping) != len(keys) or tuple(mapping) != keys:
+                return next((repr(name) for name in mapping if name not in keys), "what a dict holds")
+        for value, copy in self._values:
+            if isinstance(value, np.ndarray):
+                same = value.shape == copy.shape and value.dtype == copy.dtype and value.tobytes() == copy.tobytes()
+            else:
+                same = len(value) == len(copy) and all(a is b or _is_equal(a, b) for a, b in zip(value, copy))  # noqa: B905
+            if not same:
+                return f"what a {type(value).__name__} holds"
+        return ""
+
+
+_GONE = object()
+_PARTS = ("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_PARTS += ("_backward_hooks", "_backward_pre_hooks")
+_IGNORED = {*vars(nn.Module()), "_pyro_context", "_pyro_name"}
+_LIBRARIES = {"torch", "pyro", "pyrodiff", "abc", "typing", "builtins"}
+_PLAIN = (int, float, complex, str, bytes, bool)
+
+
+def _is_equal(ours: Any, theirs: Any) -> bool:
+    return type(ours) is type(theirs) and isinstance(ours, _PLAIN) and ours == theirs and repr(ours) == repr(theirs)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether an object is one of this package, and no function or class."""
+    return type(value).__module__.startswith("pyrodiff.") and hasattr(value, "__dict__")
+
+
+def _below(roots: list[nn.Module]) -> list[nn.Module]:
+    """The modules and all below."""
+    return list({id(part): part for module in roots for part in module.modules()}.values())
+
+
+def _closed_over(programs: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the tensors among the variables that functions, and functions that these close over, read."""
+    seen, waiting = set(), list(programs)
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            waiting += [type(one).forward, *(value for value in vars(one).values() if callable(value))]
+            continue
+        if isinstance(one, MethodType):
+            waiting.append(one.__func__)
+            waiting += [value for value in vars(one.__self__).values() if callable(value)]
+            continue
+        if not isinstance(one, FunctionType):
+            continue
+        cells = zip(one.__code__.co_freevars, one.__closure__ or (), strict=True)
+        read = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+        read |= {name: one.__globals__[name] for name in one.__code__.co_names if name in one.__globals__}
+        for name, value in read.items():
+            if isinstance(value, Tensor):
+                yield repr(name), value
+            elif isinstance(value, FunctionType | MethodType):
+                waiting.append(value)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - it raises where there is none
+    except ValueError:
+        return False
+    return True
+
+
+class Replayed:
+    """A function of tensors as one CUDA graph, in which nothing is launched from Python.
+
+    What the function does to tensors that it holds on to, it does at each call. It must not wait for the device, and
+    work on the same memory each time; it has run before, so that all it needs is there.
+
+    Arguments:
+        function: Called with tensors, it returns one.
+        args: Tensors of the shapes that it will be called with.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> None:
+        self.held = [arg.clone() for arg in args]
+        self._run = captured(lambda: function(*self.held))
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        for held, arg in zip(self.held, args, strict=True):
+            held.copy_(arg)
+        return self._run().clone()
+
+
+def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function that replays, on the device, what another did there; the result stands in the same memory each time.
+
+    Arguments:
+        function: The function, which is run once without effect on the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+class _Graph:
+    """The graph of what a function does to tensors, called with arguments of the same kind.
+
+    Everything that it reads is an input of the graph, by reference: the arguments, the state of the modules, and
+    whatever other tensors it comes upon.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        args: tuple,
+        modules: list[nn.Module],
+        tensors: list[Tensor],
+        keyed: list[nn.Module],
+    ) -> None:
+        state = [*_of(modules, "_parameters"), *_of(modules, "_buffers")]
+        known = list({id(tensor): tensor for tensor in (*state, *tensors)}.values())
+        args = _copied(args, {id(tensor) for tensor in known})
+        given = _tensors(args)
+        self.parts = Composition(modules, known, keyed=keyed)
+
+        def run(*tracked: Tensor) -> tuple:
+            with pyro.validation_enabled(False):  # which reads values
+                self.results = function(*args)
+            return self.results
+
+        self.module = make_fx(run)(*given, *known)
+        self.inputs, constants = _lifted(self.module, len(given), known)
+        held = {id(tensor) for tensor in self.parts.held}
+        self.unknown = [tensor for tensor in constants if id(tensor) not in held]
+        self.given = given
+        self._alike: list[int] | None = None
+
+    def compile(self) -> None:
+        """Compile it, for tensors like those that it was made with."""
+        options = {  # with fallback_random a seed draws what it does in the function
+            "fallback_random": True,
+            "post_grad_custom_pre_pass": _pass(),
+        }
+        if all(tensor.device.type == "cpu" for tensor in (*self.given, *self.inputs)):
+            options["layout_optimization"] = False  # measured: slower by 5 % for convolutions forward and backward
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch has to say of itself
+            self.code = torch._inductor.compile(self.module, [*self.given, *self.inputs], options=options)
+        self.module, self.given = None, None
+
+    def take_results(self) -> tuple:
+        """What the function returned when it was traced."""
+        results, self.results = self.results, None
+        return results
+
+    def __call__(self, *args: Any) -> list[Tensor | None]:
+        with torch.no_grad():
+            results = list(self.code(*_tensors(args), *self.inputs))
+        if self._alike is None:
+            self._alike = _alike(results)
+        for i in self._alike:
+            results[i] = results[i].clone()
+        return results
+
+
+def _alike(results: list[Tensor | None]) -> list[int]:
+    """Which results share the memory of an earlier one, as equal gradients do in a compiled graph."""
+    places = [None if result is None else result.untyped_storage().data_ptr() for result in results]
+    return [i for i, place in enumerate(places) if place is not None and place in places[:i]]
+
+
+def _merge_alike(graph: fx.Graph) -> None:
+    """Compute once what is computed twice: gradients often are, and inductor 2.13 fails on a bfloat16 sum so stored."""
+    found: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.is_impure():
+            continue
+        first = found.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _pass() -> object:
+    """:func:`_merge_alike` as inductor takes it; made late, since inductor takes seconds to import."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            _merge_alike(graph)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return Pass()
+
+
+def _is_flat(args: Any) -> bool:
+    return all(isinstance(arg, Tensor) or arg is None for arg in args)
+
+
+def _tensors(args: tuple) -> list[Tensor]:
+    if _is_flat(args):
+        return [arg for arg in args if arg is not None]
+    return [leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor)]
+
+
+def _copied(args: tuple, taken: set[int]) -> tuple:
+    """The arguments, with copies of those that are also state: the next ones may not be."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in taken else leaf, args)
+
+
+def _of(modules: list[nn.Module], kind: str) -> list[Tensor]:
+    """The ``_parameters`` or ``_buffers`` of the modules themselves."""
+    return [tensor for module in modules for tensor in getattr(module, kind).values() if tensor is not None]
+
+
+def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Make constants of a graph its inputs, and drop those inputs, but for the given, that it does not use.
+
+    Returns:
+        The inputs, and those of them that were constants and no literals of the function.
+    """
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs, constants = [], []
+    for node, tensor in zip(placeholders[num_given:], known, strict=True):
+        if node.users:
+            inputs.append(tensor)
+        else:
+            module.graph.erase_node(node)
+    last = next(node for node in reversed(module.graph.nodes) if node.op == "placeholder") if placeholders else None
+    found: dict[int, fx.Node] = {}
+    for node in [node for node in module.graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(module, node.target)
+        if not isinstance(tensor, Tensor):
+            continue
+        if id(tensor) not in found:
+            with module.graph.inserting_after(last) if last is not None else module.graph.inserting_before():
+                last = found[id(tensor)] = module.graph.placeholder(f"constant_{len(found)}")
+            inputs.append(tensor)
+            if not all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users):
+                constants.append(tensor)
+        node.replace_all_uses_with(found[id(tensor)])
+        module.graph.erase_node(node)
+    module.recompile()
+    return inputs, constants
+
+
+def _snapshot(modules: list[nn.Module]) -> Callable[[], None]:
+    """Keeps the random sources and the buffers; called, it puts them back."""
+    buffers = [(buffer, buffer.clone()) for buffer in _of(modules, "_buffers")]
+    random, on_cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+        torch.set_rng_state(random)
+        torch.cuda.set_rng_state_all(on_cuda)
+
+    return restore
+
+
+def _reason(error: Exception, sites: list[str]) -> str:
+    """Why a program cannot be traced: the operation, the line of the program, and the site that it came after."""
+    operation = re.search(r"aten\.\w+", str(error))
+    what = f"{operation[0]} reads the value of a tensor" if operation else _first_line(error)
+    outside = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not re.search(r"[/\\](torch|pyro|pyrodiff|contextlib\.py)([/\\]|$)", frame.filename)
+    ]
+    where = f", in {outside[-1].name}, line {outside[-1].lineno}: {outside[-1].line}" if outside else ""
+    return f"{what}{where}{f' (after site {sites[-1]!r})' if sites else ''}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,0 +1,1 @@
+"""Samplers: draws from a trained diffusion."""

@@ -1,0 +1,1 @@
+"""Stochastic variational inference over one torch optimizer, compiled and over several processes."""

@@ -1,0 +1,611 @@
+"""Stochastic variational inference: what a step of training needs, over one torch optimizer for all parameters."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+
+from ..base import checks, ranks
+from ..pair.diffusion import Diffusion, OneStep
+from ..pair.elbo import DiffusionELBO
+from ..process.schedules import Schedule
+from ..running.compilation import Replayed
+from .gradients import Gradient
+
+__all__ = ["SVI", "exponential_average"]
+
+
+class SVI:
+    """Pyro's SVI interface over one torch optimizer, which sees all parameters together.
+
+    ``pyro.optim`` keeps an optimizer a tensor and clips every tensor's gradient by itself; here one optimizer has them
+    all, and the gradient is clipped by its global norm. The parameters are those of the model and of the guide, where
+    they are modules, and of every ``pyro.param`` and ``pyro.module`` that they come upon, whenever they first do.
+
+    The first step with data of some shape is validated, by Pyro and by the checks of the pair and of the data, whatever
+    ``pyro.enable_validation`` says; the following ones are not, and do not wait for the device. Under
+    ``torch.distributed`` every process takes its own step on its own batch, and what is learned, and returned, is that
+    of all batches joined (see :doc:`training`).
+
+    Arguments:
+        model, guide: The programs.
+        optim: Called once with the parameters, it returns a ``torch.optim.Optimizer``.
+        loss: The ELBO.
+        clip_norm: The norm that the gradient of the loss (of the whole batch, summed) is clipped to; not if None.
+        scheduler: Called once with the optimizer, it returns a torch scheduler of the learning rate, which is stepped
+            after each step of the optimizer (``ReduceLROnPlateau`` with the loss of the last batch).
+        accumulate: The number of calls of :meth:`step` whose gradients are summed for one step of the optimizer.
+        autocast: The dtype that networks compute in where that does no harm, ``torch.bfloat16`` or ``torch.float16``
+            (whose gradients are then scaled); parameters, and all that is summed to a bound, stay as they are.
+        average: Called once with the model, it returns a ``torch.optim.swa_utils.AveragedModel`` of it, which is
+            updated after each step of the optimizer; see :meth:`averaged` and :meth:`adopt_average`.
+        nonfinite: What to do where the loss, or the gradient, is infinite or NaN: "stop" raises, "skip" warns and takes
+            no step with it (of accumulated batches, that one does not count). Either waits for the device at every
+            step. If None, it is not looked at. A gradient that overflows float16 is the scaler's to skip.
+        compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape;
+            for :class:`DiffusionELBO` only.
+        validate: Whether to validate at every step (True, which cannot be compiled) or at none (False), and not at the
+            first of each shape.
+
+    Attributes:
+        optimizer, scheduler, average: What ``optim``, ``scheduler`` and ``average`` returned; None before the first
+            step.
+        num_steps: How many steps the optimizer has taken.
+
+    Raises:
+        ValueError: If an argument is of another kind or out of range. On a step, if there is nothing to learn.
+        FloatingPointError: On a step, where ``nonfinite`` is "stop" and the loss or the gradient is not finite: no step
+            is taken.
+
+    References:
+        Averaging weights: Denoising Diffusion Probabilistic Models (Ho et al., 2020), Appendix B, with 0.9999.
+
+    Example:
+        >>> def model(x):
+        ...     rate = pyro.param("rate", torch.tensor(1.0), constraint=constraints.positive)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", pyro.distributions.Exponential(rate), obs=x)
+        >>> def guide(x):
+        ...     pass
+        >>> optim = lambda parameters: torch.optim.Adam(parameters, lr=0.1)
+        >>> svi = pyrodiff.SVI(model, guide, optim, pyrodiff.DiffusionELBO())
+        >>> losses = [svi.step(torch.full((10,), 0.5)) for _ in range(200)]
+        >>> pyro.param("rate")  # the best is 1 / 0.5
+        tensor(2.0000, grad_fn=<AddBackward0>)
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        loss: ELBO,
+        clip_norm: float | None = None,
+        *,
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        accumulate: int = 1,
+        autocast: torch.dtype | None = None,
+        average: Callable[[nn.Module], AveragedModel] | None = None,
+        nonfinite: Literal["stop", "skip"] | None = None,
+        compile: bool = False,
+        validate: bool | None = None,
+    ) -> None:
+        _check_callables(model, guide, optim, scheduler, average)
+        checks.instance("loss", loss, ELBO)
+        if not hasattr(loss, "differentiable_loss"):
+            raise ValueError(f"loss must have a differentiable_loss, but it is {loss!r}")
+        if clip_norm is not None:
+            clip_norm = checks.number("clip_norm", clip_norm, 0, math.inf)
+        accumulate = checks.positive_int("accumulate", accumulate)
+        checks.one_of("autocast", autocast, (None, torch.bfloat16, torch.float16))
+        checks.one_of("nonfinite", nonfinite, (None, "stop", "skip"))
+        checks.one_of("compile", compile, (False, True))
+        checks.one_of("validate", validate, (None, False, True))
+        if compile and validate:
+            raise ValueError("validate must not be True where compile is: a graph checks nothing")
+        if compile and not isinstance(loss, DiffusionELBO):
+            raise ValueError(
+                f"loss must be a DiffusionELBO to be compiled, but it is {loss!r}: Pyro's own read numbers as they go"
+            )
+        if average is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module to be averaged, but it is {model!r}")
+        self.model, self.guide, self.optim, self.loss, self.clip_norm = model, guide, optim, loss, clip_norm
+        self.accumulate, self.autocast, self.nonfinite = accumulate, autocast, nonfinite
+        self.validate = validate
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scheduler: LRScheduler | None = None
+        self.average: AveragedModel | None = None
+        self.num_steps = 0
+        self._make_scheduler, self._make_average = scheduler, average
+        self._gradient = Gradient(model, guide, loss, self._learn, autocast, compile, validate)
+        self._replays: dict[Callable, tuple[int, Replayed | None, list[dict]]] = {}
+        self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
+        self._is_averaged = False
+        self._state: dict[str, Any] | None = (
+            None  # one that waits for the programs to run, which shows their parameters
+        )
+
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a gradient step; ``args`` and ``kwargs`` go to the model and the guide.
+
+        Returns:
+            The loss before the step, in nats summed over the batch, as a detached tensor with shape (), still on its
+            device. Of several processes, the sum over their batches.
+        """
+        self._refuse_averages()
+        if not torch.is_grad_enabled():
+            raise ValueError("gradients must be enabled for a step, but it is taken under torch.no_grad()")
+        self._catch_up(args, kwargs)
+        self._calls += 1
+        replayed = self._replayed(args) if self._is_capturable(args, kwargs) else None
+        if replayed is not None:
+            loss = replayed(*args)
+            self._after_step(loss)
+            return loss
+        if self._batches == 0:
+            self._gradient.forget()
+        last = self._batches == self.accumulate - 1
+        try:
+            loss = self._gradient.add(args, kwargs, last, self._accepts)
+        except BaseException:
+            self._batches = 0  # a gradient that may be half there is not gone on with
+            raise
+        self._batches = (self._batches + 1) % self.accumulate
+        if last:
+            self._update(loss)
+        if self._skipped:
+            warnings.warn(self._skipped, RuntimeWarning, stacklevel=2)
+            self._skipped = ""
+        return loss
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss without a step, as :meth:`step` returns it."""
+        self._catch_up(args, kwargs)
+        return self._gradient.value(args, kwargs)
+
+    @property
+    def compile(self) -> bool:
+        """Whether the loss and its gradient are to run as a graph; no longer where parameters prove to be sharded."""
+        return self._gradient.compile
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss where ``autocast`` is ``torch.float16``; None otherwise, and before the first step."""
+        return self._gradient.scaler
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model has the averaged weights (and buffers, where ``AveragedModel`` was told to use them).
+
+        The guide keeps its own, but for what it shares with the model. No step may be taken meanwhile.
+
+        Raises:
+            ValueError: If there is no average, no step was taken yet, or the model has its averages already.
+        """
+        ours, means = self._averages_of_weights()
+        kept = {name: tensor.detach().clone() for name, tensor in ours.items()}
+        try:
+            self._is_averaged = True
+            _put(ours, means)
+            yield
+        finally:
+            self._is_averaged = False
+            _put(ours, kept)
+
+    def adopt_average(self) -> None:
+        """Let the model have the averaged weights for good; errors as of :meth:`averaged`."""
+        _put(*self._averages_of_weights())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run is: weights and buffers, the average, the optimizer, the scheduler, the scaler, the counts.
+
+        Not the sources of random numbers; :mod:`pyrodiff.checkpoints` saves those too.
+
+        Returns:
+            Tensors, numbers and strings, in dicts and lists. The tensors are those in use, not copies.
+
+        Raises:
+            ValueError: If no step was taken yet, gradients are accumulated that no step was taken with, or parameters
+                are sharded, for which torch has ``torch.distributed.checkpoint``.
+        """
+        self._refuse_averages()
+        if self._state is not None:
+            return self._state
+        if self.optimizer is None:
+            raise ValueError("svi must have taken a step to have a state, but there was none yet")
+        if self._batches:
+            raise ValueError(
+                f"svi must have taken a step with all gradients, but {self._batches} of {self.accumulate} are "
+                "accumulated"
+            )
+        self._refuse_shards()
+        names = self._gradient.names()
+        if "" in names:
+            raise ValueError(
+                "parameters must stay in the programs to be saved, but one that is learned is gone from there"
+            )
+        return {
+            "modules": {name: module.state_dict() for name, module in self._gradient.roots().items()},
+            "stored": {name: tensor.detach() for name, tensor in self._gradient.stored().items()},
+            "names": names,
+            "groups": self._groups(),
+            "schedules": _schedules(self._gradient.roots()),
+            "checked": self._gradient.checked(),
+            "shares": self._gradient.shares(),
+            "counts": {"num_steps": self.num_steps, "calls": self._calls},
+            **{name: [type(kept).__name__, kept.state_dict()] for name, kept in self._keepers().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, as the run that it is of would have: on a CPU bit for bit, unless compiled.
+
+        The programs, and what ``optim``, ``scheduler`` and ``average`` make, have to be of the same kinds as there.
+        Where a program shows parameters only when it runs, the state waits for the next step, or loss. What a program
+        keeps in attributes that are no tensors is not in it: let it be a buffer.
+
+        Arguments:
+            state: What :meth:`state_dict` returned; it is copied.
+
+        Raises:
+            ValueError: If the state is one of other programs, another schedule, or another optimizer, or parameters are
+                sharded; nothing is loaded. On a step, if the programs prove to be others only then.
+        """
+        self._refuse_averages()
+        missing = _PARTS - state.keys() if isinstance(state, dict) else _PARTS
+        if missing:
+            raise ValueError(
+                f"state must be what state_dict() returned, but it is a {type(state).__name__} without {min(missing)!r}"
+            )
+        self._refuse_shards()
+        roots = self._gradient.roots()
+        is_lazy = any(_is_lazy(module) for module in roots.values())
+        if not is_lazy:
+            _refuse_other_modules({name: roots[name] for name in ("model", "guide") if name in roots}, state)
+        state = copy.deepcopy(state)
+        if is_lazy or roots.keys() != state["modules"].keys() or not self._gradient.look(state["names"]):
+            self._state = state
+        else:
+            self._go_on(state)
+
+    def _keepers(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        keepers = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "average": self.average,
+            "scaler": self.scaler,
+        }
+        return {name: keeper for name, keeper in keepers.items() if keeper is not None}
+
+    def _groups(self) -> list[list[str]]:
+        """The names of the parameters in each group of the optimizer."""
+        names = dict(zip(self._gradient.parameters, self._gradient.names(), strict=True))
+        return [[names.get(id(tensor), "") for tensor in group["params"]] for group in self.optimizer.param_groups]
+
+    def _catch_up(self, args: tuple, kwargs: dict) -> None:
+        """Take over a state that waits."""
+        if self._state is not None:
+            self._gradient.rehearse(args, kwargs)
+            self._go_on(self._state)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Take over a state, now that all parameters are known."""
+        self._refuse_other_state(state)
+        self._state = None
+        for name, module in self._gradient.roots().items():
+            module.load_state_dict(state["modules"][name])
+        with torch.no_grad():
+            for name, tensor in self._gradient.stored().items():
+                tensor.copy_(state["stored"][name])
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        for name, keeper in self._keepers().items():
+            keeper.load_state_dict(state[name][1])
+        for group, before in zip(self.optimizer.param_groups, settings, strict=True):
+            for key, value in before.items():  # a learning rate may be a tensor on the device
+                if isinstance(value, Tensor) and isinstance(group[key], Tensor):
+                    group[key] = group[key].to(value.device)
+        self.num_steps, self._calls = state["counts"]["num_steps"], state["counts"]["calls"]
+        self._batches = 0
+        self._replays.clear()
+        self._gradient.go_on(state["checked"], state["shares"])
+
+    def _refuse_other_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state that is not one of these programs, before any of it is loaded."""
+        _refuse_other_names("parameters", self._gradient.names(), state["names"])
+        _refuse_other_modules(self._gradient.roots(), state)
+        _refuse_other_tensors("pyro.param", self._gradient.stored(), state["stored"])
+        for name in ("optimizer", "scheduler", "average", "scaler"):
+            ours = self._keepers().get(name)
+            here, there = type(ours).__name__ if ours is not None else None, state.get(name, [None])[0]
+            if here != there:
+                raise ValueError(f"state must be one with the {name} {here}, but it is with {there}")
+        if self.average is not None:
+            _refuse_other_tensors("average", self.average.state_dict(), state["average"][1])
+        groups = self._groups()
+        if len(groups) != len(state["groups"]):
+            raise ValueError(
+                f"state must be one of the optimizer's {len(groups)} groups of parameters, but it has "
+                f"{len(state['groups'])}"
+            )
+        for ours, theirs in zip(groups, state["groups"], strict=True):
+            _refuse_other_names("parameters in a group of the optimizer", ours, theirs)
+        if len(self._gradient.shares()) != len(state["shares"]):
+            raise ValueError("state must be one of as many drawings, but it is not")
+
+    def _refuse_shards(self) -> None:
+        parameters = [p for module in self._gradient.roots().values() for p in module.parameters()]
+        if any(ranks.is_sharded(parameter) for parameter in (*parameters, *self._gradient.parameters.values())):
+            raise ValueError("parameters must not be sharded: torch.distributed.checkpoint saves and loads those")
+
+    def _refuse_averages(self) -> None:
+        if self._is_averaged:
+            raise ValueError(
+                "averaged() must be left first: within, the model's weights are not those that are learned"
+            )
+
+    def _averages_of_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model's tensors and their averages, by name."""
+        self._refuse_averages()
+        if self._make_average is None:
+            raise ValueError("average must be given to SVI for the weights to be averaged, but it is None")
+        if self.num_steps == 0:
+            raise ValueError("the weights must have taken a step to be averaged, but there was none yet")
+        ours, means = (dict(program.named_parameters()) for program in (self.model, self.average.module))
+        if self.average.use_buffers:
+            ours.update(self.model.named_buffers())
+            means.update(self.average.module.named_buffers())
+        return ours, means
+
+    def _replayed(self, args: tuple[Tensor, ...]) -> Replayed | None:
+        """On a GPU the whole step as one CUDA graph, from the fourth compiled one on; None where there is none yet."""
+        graph = self._gradient.graph_for(args)
+        if graph is None:
+            return None
+        settings = [
+            {key: value for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
+            for group in self.optimizer.param_groups
+        ]
+        runs, replayed, captured = self._replays.get(graph, (0, None, settings))
+        if captured != settings:
+            self._captures = False
+            message = (
+                "the step runs as a compiled graph, not as a CUDA graph: the optimizer's settings change; give lr as a "
+                "tensor on the device, torch.tensor(1e-3, device=...), for a schedule to change it there"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return None
+        replayed = Replayed(self._whole_step, args) if replayed is None and runs >= 3 else replayed
+        self._replays[graph] = runs + 1, replayed, settings
+        return replayed
+
+    def _whole_step(self, *args: Tensor) -> Tensor:
+        """A step in which nothing is decided, as it is captured."""
+        self._gradient.forget()
+        loss = self._gradient.add(args, {})
+        self._clip()
+        self.optimizer.step()
+        return loss
+
+    def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
+        """Whether a step is the same for the device each time, and nobody waits for what comes of it."""
+        return (
+            self._captures
+            and self.optimizer is not None
+            and self.accumulate == 1
+            and self.scaler is None
+            and self.nonfinite is None
+            and ranks.count() == 1
+            and not kwargs
+            and all(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+            and all(group.get("capturable", False) for group in self.optimizer.param_groups)
+        )
+
+    def _update(self, loss: Tensor) -> None:
+        """A step of the optimizer, with the gradient of all batches since the last."""
+        if all(parameter.grad is None for parameter in self._gradient.parameters.values()):
+            return
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        if self.scaler is not None:
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() < before:  # the gradient was not finite, and no step taken
+                return
+        elif self.nonfinite is None or self._is_finite(norm, "norm of the gradient"):
+            self.optimizer.step()
+        else:
+            return
+        self._after_step(loss)
+
+    def _clip(self) -> Tensor | None:
+        """The norm of the gradient, which is clipped to what it may be; None if nobody wants to know."""
+        if self.clip_norm is None and (self.nonfinite is None or self.scaler is not None):
+            return None
+        parameters = [parameter for parameter in self._gradient.parameters.values() if parameter.grad is not None]
+        norm = ranks.total_norm([parameter.grad for parameter in parameters])
+        if self.clip_norm is not None:
+            ranks.clip(parameters, self.clip_norm, norm)
+        return norm
+
+    def _after_step(self, loss: Tensor) -> None:
+        self.num_steps += 1
+        if self.scheduler is not None:
+            self.scheduler.step(*((float(loss),) if isinstance(self.scheduler, ReduceLROnPlateau) else ()))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def _accepts(self, loss: Tensor) -> bool:
+        return self._is_finite(loss, "loss")
+
+    def _is_finite(self, value: Tensor, name: str) -> bool:
+        """Whether a number is finite, as far as anybody wants to know."""
+        if self.nonfinite is None or math.isfinite(float(value)):
+            return True
+        message = f"{name} is {float(value)} at step {self._calls}{' (calls of step)' * (self.accumulate > 1)}"
+        if self.nonfinite == "stop":
+            raise FloatingPointError(f"{message}: no step was taken")
+        self._skipped = f"{message}: skipped"
+        return False
+
+    def _learn(self, parameters: list[Tensor]) -> None:
+        """Hand parameters that were not there before to the optimizer."""
+        if self.optimizer is not None:
+            self.optimizer.param_groups[-1]["params"].extend(parameters)
+            return
+        self.optimizer = self._made("optim", self.optim, parameters, torch.optim.Optimizer)
+        if self._make_scheduler is not None:
+            self.scheduler = self._made("scheduler", self._make_scheduler, self.optimizer, LRScheduler)
+            if self.scheduler.optimizer is not self.optimizer:
+                raise ValueError("scheduler must return one of the optimizer it is called with, but it is of another")
+        if self._make_average is not None:
+            self.average = self._made("average", self._make_average, self.model, AveragedModel)
+
+    @staticmethod
+    def _made(name: str, make: Callable, given: object, kind: type) -> Any:
+        made = make(given)
+        if not isinstance(made, kind):
+            hint = f"as {_EXAMPLES[name]} does" + ", and no pyro.optim" * (name == "optim")
+            raise ValueError(
+                f"{name} must return a {kind.__module__}.{kind.__name__}, {hint}, but it returned "
+                f"{checks.described(made)}"
+            )
+        if isinstance(made, torch.optim.LBFGS):
+            raise ValueError(
+                "optim must return an optimizer that takes one gradient per step, such as torch.optim.Adam, but it "
+                "returned LBFGS, which evaluates the loss several times: call its step(closure) with "
+                "loss.differentiable_loss(model, guide, x) yourself"
+            )
+        return made
+
+
+_EXAMPLES = {
+    "optim": "lambda parameters: torch.optim.Adam(parameters)",
+    "scheduler": "lambda optimizer: CosineAnnealingLR(optimizer, 1000)",
+    "average": "lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))",
+}
+
+
+def _check_callables(model: object, guide: object, optim: object, scheduler: object, average: object) -> None:
+    for name, program in (("model", model), ("guide", guide)):
+        if isinstance(program, Diffusion | OneStep):
+            raise ValueError(f"{name} must be a program, but it is a {type(program).__name__}: give its .{name}")
+        if not callable(program):
+            raise ValueError(f"{name} must be a callable, but it is {checks.described(program)}")
+    for name, make in (("optim", optim), ("scheduler", scheduler), ("average", average)):
+        missing = make is None and name != "optim"
+        if not missing and (not callable(make) or isinstance(make, nn.Module)):
+            raise ValueError(f"{name} must be a callable, {_EXAMPLES[name]} say, but it is {checks.described(make)}")
+
+
+_PARTS = {"modules", "stored", "names", "groups", "schedules", "checked", "shares", "counts", "optimizer"}
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether it is put together when it first runs: one of Pyro's automatic guides, or of torch's lazy layers."""
+    return any(
+        getattr(part, "prototype_trace", part) is None
+        or (isinstance(part, LazyModuleMixin) and part.has_uninitialized_params())
+        for part in module.modules()
+    )
+
+
+def _schedules(roots: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Signal and noise of each schedule that is not learned, with shape (2, T + 1)."""
+    found = {f"{root}.{path}": part for root, module in roots.items() for path, part in module.named_modules()}
+    return {
+        name: part.scales(torch.arange(part.num_steps + 1, device=part.device))
+        for name, part in found.items()
+        if isinstance(part, Schedule) and not list(part.parameters())
+    }
+
+
+def _refuse_other_modules(modules: dict[str, nn.Module], state: dict[str, Any]) -> None:
+    """Refuse the state of another schedule, or of another architecture."""
+    for name, ours in _schedules(modules).items():
+        theirs = state["schedules"].get(name, ours)
+        if ours.shape != theirs.shape or not torch.allclose(ours.cpu(), theirs.cpu(), rtol=1e-9, atol=0):
+            raise ValueError(f"state must be one of the same noise schedule, but {name} is another there")
+    for name, module in modules.items():
+        _refuse_other_tensors(name, module.state_dict(), state["modules"].get(name, {}))
+
+
+def _refuse_other_tensors(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for key in [*ours, *theirs]:
+        here, there = (_kind(tensors[key]) if key in tensors else "not there" for tensors in (ours, theirs))
+        if here != there:
+            raise ValueError(
+                f"state must be one of the same architecture, but {name}.{key} is {there} in it, and {here} in the "
+                "program"
+            )
+
+
+def _kind(part: object) -> str:
+    return checks.described(part) if isinstance(part, Tensor) else "no tensor"
+
+
+def _refuse_other_names(what: str, ours: list[str], theirs: list[str]) -> None:
+    if ours == theirs:
+        return
+    alone = [
+        f"{name} is {where} alone"
+        for name, where in ((_first(theirs, ours), "there"), (_first(ours, theirs), "here"))
+        if name
+    ]
+    raise ValueError(
+        f"state must be one of the same {what} in the same order, but {' and '.join(alone) or 'the order is another'}"
+    )
+
+
+def _first(names: list[str], others: list[str]) -> str:
+    return next((name for name in names if name not in others), "")
+
+
+def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
+
+
+def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedModel]:
+    r"""An exponential moving average of the weights, that soon forgets the first ones: an ``average`` for :class:`SVI`.
+
+    .. math:: \bar\theta \leftarrow d_n \bar\theta + (1 - d_n) \theta, \qquad
+        d_n = \min\left(d, \frac{1 + n}{10 + n}\right) \text{ after step } n + 1, \qquad
+        \bar\theta = \theta \text{ after the first}
+
+    Arguments:
+        decay: :math:`d`, in [0, 1): the mean is over the last 1 / (1 - d) steps or so.
+
+    Returns:
+        A function that makes such an average of a module.
+
+    Raises:
+        ValueError: If ``decay`` lies outside [0, 1).
+
+    Example:
+        >>> average = pyrodiff.exponential_average(0.9)(torch.nn.Linear(2, 1))
+        >>> int(average.n_averaged)
+        0
+    """
+    decay = checks.probability("decay", decay)
+
+    def update(means: list[Tensor], weights: list[Tensor], number: Tensor) -> None:
+        if number.device.type == "cpu":
+            torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
+        else:  # nobody is to wait for it
+            changes = torch._foreach_sub(weights, means)
+            torch._foreach_mul_(changes, 1 - ((1 + number) / (10 + number)).clamp(max=decay))
+            torch._foreach_add_(means, changes)
+
+    return lambda model: AveragedModel(model, multi_avg_fn=update)

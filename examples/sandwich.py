@@ -31,7 +31,7 @@ PARTICLES = (1, 2, 4, 8, 16, 32, 64)
 
 def row(name: str, diffusion: pyrodiff.Diffusion, x_0: Tensor, log_p: Tensor) -> dict:
     """All estimates for one model, printed as a line."""
-    weighted = pyrodiff.importance_bound(diffusion, x_0, PARTICLES[-1], generator=0, progress=True)
+    weighted = pyrodiff.importance_bound(diffusion, x_0, num_particles=PARTICLES[-1], generator=0, progress=True)
     draws = 16 if diffusion.num_steps > 100 else 400
     estimates = {"ELBO": -pyrodiff.bound(diffusion, x_0, num_particles=draws, generator=0).nats}
     estimates |= {f"IW_{k}": -weighted.at(k) for k in PARTICLES} | {"log p": log_p}

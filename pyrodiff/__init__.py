@@ -6,6 +6,7 @@ from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
 from .likelihood.estimate import Likelihood
 from .likelihood.flows import FlowLikelihood, ode_log_prob
 from .likelihood.verification import Claim, Verification, verify
+from .model.clipping import Clipped, Thresholded
 from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .model.denoisers import (
     DataPrediction,
@@ -26,7 +27,7 @@ from .model.reverse import (
     PosteriorVariance,
     Variance,
 )
-from .pair.diffusion import Diffusion, OneStep
+from .pair.diffusion import Diffusion, OneStep, adopt_stored
 from .pair.elbo import DiffusionELBO
 from .pair.times import (
     BoundWeighting,
@@ -50,6 +51,7 @@ from .process.schedules import (
     SubSchedule,
 )
 from .sampling.ancestral import AncestralSampler
+from .sampling.sampler import Sampler
 from .training.svi import SVI, exponential_average
 
 __version__ = "0.1.0"
@@ -62,6 +64,7 @@ __all__ = [
     "Bound",
     "BoundWeighting",
     "Claim",
+    "Clipped",
     "CosineSchedule",
     "D3PMReverse",
     "DataPrediction",
@@ -97,17 +100,20 @@ __all__ = [
     "PosteriorVariance",
     "ReciprocalSchedule",
     "SVI",
+    "Sampler",
     "Schedule",
     "ScorePrediction",
     "SimpleWeighting",
     "SoftmaxDecoder",
     "SubSchedule",
+    "Thresholded",
     "TransitionDecoder",
     "UniformDrawing",
     "Variance",
     "VarianceAccount",
     "VelocityPrediction",
     "Verification",
+    "adopt_stored",
     "bin_width",
     "bound",
     "checkpoints",

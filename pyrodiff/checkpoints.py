@@ -1,7 +1,7 @@
 """Checkpoints: a run on disk, whole at every instant, and without code that loading it could run.
 
 A checkpoint holds the state of an :class:`~pyrodiff.SVI` (weights, average, optimizer, scheduler, scaler, counts, the
-history of a drawing of t) and of every source of random numbers. A run that goes on from it is, on a CPU and unless
+history of a drawing of t) and of every source of random numbers. A run that is resumed from it is, on a CPU and unless
 compiled, bit for bit the one that was left.
 
 It is written beside its place, brought to the disk, and only then put there: whoever is killed meanwhile, or finds the
@@ -52,7 +52,7 @@ _NESTED = (dict, OrderedDict, Counter, list, tuple, torch.Size)
 
 
 def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
-    """Save a run. Of several processes all call it, and the first writes.
+    """Save a run. Of several ranks all call it, and the first writes.
 
     Arguments:
         path: The file; one that is there is replaced once the new one is whole.
@@ -73,16 +73,16 @@ def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
             data = io.BytesIO()
             torch.save(state, data)
             write(path, data.getbuffer())
-    except Exception as error:  # the other processes are not to wait for this one
+    except Exception as error:  # the other ranks are not to wait for this one
         problem = error
     if not ranks.all_say(problem is None):
-        raise problem or OSError(f"{path} could not be written by another process")
+        raise problem or OSError(f"{path} could not be written by another rank")
 
 
 def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
-    """Go on with a run that was saved. Of several processes all call it.
+    """Resume a run that was saved. Of several ranks all call it.
 
-    Where they are as many as there were, each goes on with its own random numbers; a process that was not there keeps
+    Where they are as many as there were, each resumes with its own random numbers; a rank that was not there keeps
     those it has.
 
     Arguments:
@@ -109,7 +109,7 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU: "svi", "sources", of each process, and "more".
+    """What a checkpoint holds, on the CPU: "svi", "sources", of each rank, and "more".
 
     Arguments:
         path: The file.

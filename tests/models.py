@@ -170,3 +170,13 @@ KINDS = {
     "simple weighting, drawn by importance": _kind(gaussian, "importance", simple=True, variance="fixed"),
     "simple weighting of a sub-chain": _kind(gaussian, "second moment", simple=True, cut=True),
 }
+
+
+def prior_of_weights(diffusion):
+    """The guide that draws the random weights of a diffusion from their prior, said aloud."""
+
+    def guide(*args):
+        with diffusion.model.running():
+            pass
+
+    return guide

@@ -53,7 +53,10 @@ def bit_prior_cost(x_0):
 def test_the_mean_and_spread_of_each_term_of_bits_are_those_of_the_enumeration():
     diffusion, logits = bit_model()
     uniform = {"it": pyrodiff.UniformDrawing()}
-    accounts = [variance_account(diffusion, BITS, uniform, 100, 2, 1) for _ in range(40)]
+    accounts = [
+        variance_account(diffusion, BITS, drawings=uniform, num_particles=100, num_pairs=2, batch_size=1)
+        for _ in range(40)
+    ]
     weight = {0: 2 / 5, 1: 3 / 5}
     for t in range(1, len(BETAS) + 1):
         costs = [(weight[x_0] * p, cost) for x_0, now, _, p, cost, _ in bit_costs(logits) if now == t]
@@ -83,7 +86,7 @@ def test_independent_draws_vary_as_the_enumeration_says_in_value_and_gradient(un
         slopes.setdefault((t, x_t), []).append((chance, slope / p[t - 1]))
     value = sum(c * v**2 for c, v in values) - sum(c * v for c, v in values) ** 2
     gradient = sum(sum(c * g**2 for c, g in one) - sum(c * g for c, g in one) ** 2 for one in slopes.values())
-    account = variance_account(diffusion, BITS, {"it": drawing}, 2, 150, 12)
+    account = variance_account(diffusion, BITS, drawings={"it": drawing}, num_particles=2, num_pairs=150, batch_size=12)
     for (found, error), expected in ((account.value["it"], value), (account.gradient["it"], gradient)):
         assert abs(found - expected) <= 5 * error
         assert error < 0.25 * expected
@@ -133,7 +136,9 @@ def test_where_only_t_is_random_each_way_of_drawing_it_has_its_sum():
     torch.testing.assert_close(account.mean, torch.from_numpy(costs))
     assert float(account.std.max()) < 1e-7
     assert list(account.drawings) == ["uniform", "low discrepancy", "loss second moment", "optimal"]
-    uniform = variance_account(diffusion, x_0, {"it": pyrodiff.UniformDrawing()}, 2, 250, 2 * T)
+    uniform = variance_account(
+        diffusion, x_0, drawings={"it": pyrodiff.UniformDrawing()}, num_particles=2, num_pairs=250, batch_size=2 * T
+    )
     for found, least, terms in (
         (uniform.value["it"], account.value, costs),
         (uniform.gradient["it"], account.gradient, slopes),
@@ -162,7 +167,14 @@ def test_the_data_are_part_of_what_varies():
     """L_1 + L_0 = (a^2 x^2 + (x - w)^2) / 2 + const, and its slope in w is w - x; over data drawn with replacement."""
     diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(pyrodiff.BetaSchedule([0.4])), Blind(), ())
     x = np.array([0.3, 2.0, -1.0, 4.0])
-    account = variance_account(diffusion, torch.from_numpy(x), {"it": pyrodiff.UniformDrawing()}, 2, 250, 5)
+    account = variance_account(
+        diffusion,
+        torch.from_numpy(x),
+        drawings={"it": pyrodiff.UniformDrawing()},
+        num_particles=2,
+        num_pairs=250,
+        batch_size=5,
+    )
     for found, values in ((account.value, (0.6 * x**2 + (x - 0.5) ** 2) / 2), (account.gradient, 0.5 - x)):
         variance, error = found["it"]
         assert abs(variance - values.var()) <= 5 * error
@@ -175,7 +187,7 @@ def test_the_variance_of_spread_draws_is_that_of_the_counts_they_leave():
     costs, slopes = Known.costs()
     B, p = 6, np.array([0.13, 0.31, 0.22, 0.34])
     drawings = {"low discrepancy": pyrodiff.LowDiscrepancyDrawing(), "given": ImportanceDrawing(p.tolist())}
-    account = variance_account(diffusion, x_0, drawings, 2, 80, B)
+    account = variance_account(diffusion, x_0, drawings=drawings, num_particles=2, num_pairs=80, batch_size=B)
     u = (np.arange(20000) + 0.5)[:, None] / 20000 / B + np.arange(B) / B
     for name, chance in (("low discrepancy", np.full(4, 0.25)), ("given", p)):
         t = np.searchsorted(chance.cumsum(), u, side="right").clip(max=3)
@@ -223,7 +235,7 @@ def test_the_optimal_drawing_is_in_proportion_to_root_second_moments_and_lowers_
 def test_it_prints_its_table():
     diffusion, x_0 = known()
     drawings = {"uniform": pyrodiff.UniformDrawing(), "mine": ImportanceDrawing([0.4, 0.3, 0.2, 0.1])}
-    account = variance_account(diffusion, x_0, drawings, 2, 20, 3)
+    account = variance_account(diffusion, x_0, drawings=drawings, num_particles=2, num_pairs=20, batch_size=3)
     lines = str(account).splitlines()
     assert lines[0].startswith("variance of one-step estimates, T = 4, batches of 3 (the terms vary most at t = ")
     assert lines[1].split() == ["drawing", "of", "t", *("value", "±", "s.e.", "relative"), *("gradient", "±", "s.e.", "relative")]  # fmt: skip # noqa: E501
@@ -265,7 +277,16 @@ def test_nothing_of_the_model_is_changed():
     modes = {name: module.training for name, module in diffusion.named_modules()}
     x_0, state = torch.randn(4, 2).double() * 0.5 + 0.7, torch.get_rng_state()
     first, again, other = (
-        variance_account(diffusion, x_0, None, 5, 3, 4, generator=seed, memory_budget=budget)
+        variance_account(
+            diffusion,
+            x_0,
+            drawings=None,
+            num_particles=5,
+            num_pairs=3,
+            batch_size=4,
+            generator=seed,
+            memory_budget=budget,
+        )
         for seed, budget in ((3, 2**28), (3, 2**28), (4, 2**12))
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -282,7 +303,9 @@ def test_each_cost_stays_at_its_time_whatever_the_memory():
     diffusion, x_0 = known()
     row = pyrodiff.running.evaluation.bytes_per_row(diffusion, x_0[:1])
     for rows in (1, 7, 10**5):
-        account = variance_account(diffusion, x_0, None, 11, 2, 2, memory_budget=rows * row)
+        account = variance_account(
+            diffusion, x_0, drawings=None, num_particles=11, num_pairs=2, batch_size=2, memory_budget=rows * row
+        )
         torch.testing.assert_close(account.mean, torch.from_numpy(Known.costs()[0]))
 
 

@@ -207,7 +207,7 @@ RUNS = {
     "bfloat16": partial(of_pair, autocast=torch.bfloat16),
     "checked always": partial(of_pair, validate=True),
     "checked never": partial(of_pair, validate=False, one_step=False),
-    "sgd": partial(of_pair, optim=partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True)),
+    "sgd": partial(of_pair, optim=partial(torch.optim.SGD, lr=0.001, momentum=0.9, nesterov=True)),
     "rate as a tensor": partial(
         of_pair,
         optim=lambda p: torch.optim.Adam(p, lr=torch.tensor(0.1)),
@@ -245,7 +245,7 @@ def kept(svi):
     """All that a run has, by other means than its own, and the next draws of each source."""
     owners = [program for program in (svi.model, svi.guide) if isinstance(program, nn.Module)]
     if not owners:
-        owners = [module for module in svi._gradient._called.values() if module.state_dict()]
+        owners = [module for module in svi._gradient.programs.modules() if module.state_dict()]
     keepers = [svi.optimizer, svi.scheduler, svi.average, svi.scaler]
     with kept_sources():
         draws = [
@@ -918,7 +918,9 @@ def in_processes(rank, folder):
         again = fresh(RUNS[name], 2 + 5 * rank)
         checkpoints.restore(path, again)
         result = [again.step(data(size, 10 * i + rank)) for i, size in enumerate(SIZES[6:])], kept(again)
-        shares = [[(d.share.key, int(d.share.drawn)) for d in run._gradient.drawings()] for run in (svi, again)]
+        shares = [
+            [(d.share.key, int(d.share.drawn)) for d in run._gradient.programs.drawings()] for run in (svi, again)
+        ]
         for run in (svi, again):
             run.scheduler = run.average = None
         found[name] = {"expected": expected, "result": result, "shares": shares, "losses": losses}
@@ -974,7 +976,7 @@ def test_the_processes_may_be_fewer_or_more(two):
 def test_a_failure_to_write_is_one_of_all(two):
     _, ranks = two
     assert "No such file" in ranks[0]["failure"]
-    assert "by another process" in ranks[1]["failure"]
+    assert "by another rank" in ranks[1]["failure"]
 
 
 # Sources of random numbers

@@ -470,7 +470,7 @@ def test_the_bound_of_some_times_of_fewer_steps_and_of_particles(home, tmp_path)
     torch.testing.assert_close(kept.nats, run.form.in_units(found).nats, rtol=0, atol=1e-6)
     done = call(*line, "--particles=3")
     assert done.code == 0
-    tighter = pyrodiff.importance_bound(run.diffusion, data.split("test"), 3, generator=0)
+    tighter = pyrodiff.importance_bound(run.diffusion, data.split("test"), num_particles=3, generator=0)
     assert str(run.form.in_units(tighter)) in done.out
 
 

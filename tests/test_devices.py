@@ -103,7 +103,7 @@ def test_bounds_and_samples_are_taken_on_any_device(kind, has_float64):
         is_there(bound.nats, 3)
         is_there(bound.denoising, T - 1, 3)
         is_there(pyrodiff.bound(diffusion, x_0, num_particles=2, num_times=2).nats, 3)
-        is_there(pyrodiff.importance_bound(diffusion, x_0, 3).log_weights, 3, 3)
+        is_there(pyrodiff.importance_bound(diffusion, x_0, num_particles=3).log_weights, 3, 3)
         sampler = pyrodiff.AncestralSampler(diffusion)
         is_there(sampler(3), 3, SIZE)
         is_there(sampler.trajectory(3), T + 1, 3, SIZE)
@@ -234,10 +234,14 @@ def verified(diffusion, pair, x_0):
 ENTRIES = {
     "bound": lambda diffusion, pair, x_0: [pyrodiff.bound(diffusion, x_0, generator=1).nats],
     "bound of some times": lambda diffusion, pair, x_0: [
-        pyrodiff.bound(diffusion, x_0, 2, num_times=2, generator=1).nats
+        pyrodiff.bound(diffusion, x_0, num_particles=2, num_times=2, generator=1).nats
     ],
-    "importance_bound": lambda diffusion, pair, x_0: [pyrodiff.importance_bound(diffusion, x_0, 3, generator=1).nats],
-    "ode_log_prob": lambda diffusion, pair, x_0: [pyrodiff.ode_log_prob(diffusion, x_0, 1, generator=1).nats],
+    "importance_bound": lambda diffusion, pair, x_0: [
+        pyrodiff.importance_bound(diffusion, x_0, num_particles=3, generator=1).nats
+    ],
+    "ode_log_prob": lambda diffusion, pair, x_0: [
+        pyrodiff.ode_log_prob(diffusion, x_0, num_probes=1, generator=1).nats
+    ],
     "variance_account": accounted,
     "verify": verified,
     "AncestralSampler": lambda diffusion, pair, x_0: [pyrodiff.AncestralSampler(diffusion)(4, generator=1)],
@@ -386,7 +390,16 @@ UNIFORMS = torch.linspace(0, 0.99, 7, dtype=torch.float64)
 
 
 def account_of(i):
-    account = pyrodiff.variance_account(gaussian(), X_0, None, i(3), i(2), i(4), i(2**28), generator=i(5))
+    account = pyrodiff.variance_account(
+        gaussian(),
+        X_0,
+        drawings=None,
+        num_particles=i(3),
+        num_pairs=i(2),
+        batch_size=i(4),
+        memory_budget=i(2**28),
+        generator=i(5),
+    )
     return torch.cat([account.mean, account.std])
 
 
@@ -402,7 +415,9 @@ def steps_of(i, f):
 
 
 def verification_of(i):
-    found = pyrodiff.verify(gaussian("bits"), KINDS["bits"].data(), i(10), i(2), generator=i(3))
+    found = pyrodiff.verify(
+        gaussian("bits"), KINDS["bits"].data(), num_repeats=i(10), num_particles=i(2), generator=i(3)
+    )
     return torch.tensor([[ord(letter) for letter in str(found)]])
 
 
@@ -488,17 +503,32 @@ NUMBERS = {  # what is made of ints and floats, of any kind
     ),
     "subchain": lambda i, f: pyrodiff.bound(gaussian().subchain((i(1), i(4))), X_0, generator=2).nats,
     "model": lambda i, f: seeded(lambda: gaussian().model(num_samples=i(3))).detach(),
-    "bound": lambda i, f: pyrodiff.bound(gaussian(), X_0, i(2), i(2**28), i(2), i(7)).nats,
-    "importance_bound": lambda i, f: pyrodiff.importance_bound(gaussian(), X_0, i(4), i(2**28), i(7)).at(i(2)),
+    "bound": lambda i, f: (
+        pyrodiff.bound(gaussian(), X_0, num_particles=i(2), memory_budget=i(2**28), num_times=i(2), generator=i(7)).nats
+    ),
+    "importance_bound": lambda i, f: pyrodiff.importance_bound(
+        gaussian(), X_0, num_particles=i(4), memory_budget=i(2**28), generator=i(7)
+    ).at(i(2)),
     "ode_log_prob": lambda i, f: (
-        pyrodiff.ode_log_prob(gaussian(), X_0, i(1), None, f(0.125), i(500), i(2**28), i(2)).nats
+        pyrodiff.ode_log_prob(
+            gaussian(),
+            X_0,
+            num_probes=i(1),
+            num_particles=None,
+            tolerance=f(0.125),
+            max_steps=i(500),
+            memory_budget=i(2**28),
+            generator=i(2),
+        ).nats
     ),
     "rescaled": lambda i, f: pyrodiff.bound(gaussian(), X_0, generator=1).rescaled(f(0.25)).nats,
     "bits_per_dim_in_bins": lambda i, f: pyrodiff.bound(gaussian(), X_0, generator=1).bits_per_dim_in_bins(
         width=f(0.5)
     ),
-    "AncestralSampler": lambda i, f: pyrodiff.AncestralSampler(gaussian())(i(3), i(2)),
-    "trajectory": lambda i, f: pyrodiff.AncestralSampler(gaussian()).trajectory(i(3), (i(4), i(0)), i(2)),
+    "AncestralSampler": lambda i, f: pyrodiff.AncestralSampler(gaussian())(i(3), generator=i(2)),
+    "trajectory": lambda i, f: pyrodiff.AncestralSampler(gaussian()).trajectory(
+        i(3), times=(i(4), i(0)), generator=i(2)
+    ),
     "verify": lambda i, f: verification_of(i),
     "variance_account": lambda i, f: account_of(i),
     "SVI": steps_of,
@@ -520,7 +550,7 @@ REFUSING = {
     "generation": lambda diffusion, x_0: diffusion.model(num_samples=2),
     "one-step model": lambda diffusion, x_0: diffusion.one_step().model(x_0),
     "bound": pyrodiff.bound,
-    "importance_bound": lambda diffusion, x_0: pyrodiff.importance_bound(diffusion, x_0, 2),
+    "importance_bound": lambda diffusion, x_0: pyrodiff.importance_bound(diffusion, x_0, num_particles=2),
     "ode_log_prob": pyrodiff.ode_log_prob,
     "verify": pyrodiff.verify,
     "variance_account": pyrodiff.variance_account,

@@ -307,5 +307,5 @@ def test_a_bound_leaves_no_parameter_in_the_store():
 def test_particles_of_a_prior_without_a_kl_have_draws_of_their_own():
     """The first of two particles is the one that stands alone, so that the mean of both is another number."""
     whole = diffusion(prior=pyro.distributions.StudentT(5.0, torch.zeros(2), 1.0).to_event(1))
-    one, two = (pyrodiff.bound(whole, torch.ones(5, 2), number, generator=0).prior for number in (1, 2))
+    one, two = (pyrodiff.bound(whole, torch.ones(5, 2), num_particles=number, generator=0).prior for number in (1, 2))
     assert float((one - two).abs().min()) > 1e-5

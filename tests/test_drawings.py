@@ -525,7 +525,9 @@ def test_the_costs_that_are_kept_are_draws_of_the_terms_costs(kind):
     pair = diffusion.one_step(drawing)
     while int(drawing.counts.min()) < 500:
         DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0.repeat(10, 1))
-    expected = torch.cat([(terms := pyrodiff.bound(diffusion, x_0, 50)).reconstruction[None], terms.denoising]).mean(1)
+    expected = torch.cat(
+        [(terms := pyrodiff.bound(diffusion, x_0, num_particles=50)).reconstruction[None], terms.denoising]
+    ).mean(1)
     assert not far(drawing.costs.T, expected.double(), 6)  # some of the error is the expected ones'
 
 

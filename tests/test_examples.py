@@ -54,7 +54,7 @@ def check(bound, out, capsys, *pictures):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_script_is_short_and_says_how_it_is_run(script):
     source = script.read_text()
-    assert len(source.splitlines()) < 120
+    assert len(source.splitlines()) < (200 if script.stem == "minipyrodiff" else 120)  # which is a whole library
     docstring = ast.get_docstring(ast.parse(source))
     if 'if __name__ == "__main__":' in source:
         assert re.search(rf"^ *(python|torchrun .*) examples/{script.name}", docstring, re.MULTILINE)

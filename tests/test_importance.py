@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import models
 import numpy as np
 import pyro.distributions as dist
 import pytest
@@ -95,7 +96,7 @@ def test_the_bound_of_K_particles_is_the_sum_over_all_tuples_of_paths(T, bits, r
     for x_0 in states(bits)[: 2 * bits - 1 : 2] if bits == 2 else states(bits):
         q, w = enumerated(diffusion.reverse, T, rate, x_0)
         for K in (1, 2, 3):
-            result = importance_bound(diffusion, tensor(x_0, 20000), K)
+            result = importance_bound(diffusion, tensor(x_0, 20000), num_particles=K)
             assert result.log_weights.shape == (K, 20000)
             assert (result.num_particles, result.num_steps, result.levels) == (K, T, 2)
             for k in range(1, K + 1):
@@ -108,7 +109,7 @@ def test_every_weight_is_one_of_a_path_as_often_as_the_path(T, bits, rate):
     diffusion = bit_diffusion(BETAS[T], rate, bits)
     x_0 = (1, 0)[:bits]
     q, w = enumerated(diffusion.reverse, T, rate, x_0)
-    result = importance_bound(diffusion, tensor(x_0, 5000), 4).log_weights.flatten().exp()
+    result = importance_bound(diffusion, tensor(x_0, 5000), num_particles=4).log_weights.flatten().exp()
     is_of = ((result[:, None] - w) / w).abs() < 1e-9
     assert (is_of.sum(1) == 1).all()
     errors = (q * (1 - q) / 20000).sqrt()  # known, unlike those of paths that are rarely seen
@@ -121,7 +122,7 @@ def test_the_weights_are_unbiased_for_the_likelihood_and_one_another_apart(T, bi
     diffusion = bit_diffusion(BETAS[T], rate, bits)
     x_0 = (0, 1)[:bits]
     p = likelihood(diffusion.reverse, T, rate, x_0)
-    result = importance_bound(diffusion, tensor(x_0, 20000), 3).log_weights.exp()
+    result = importance_bound(diffusion, tensor(x_0, 20000), num_particles=3).log_weights.exp()
     assert not far(result.T, p)
     q, w = enumerated(diffusion.reverse, T, rate, x_0)
     second = float((q * w**2).sum())  # known, as large weights are rarely seen; neighbours' products share a weight
@@ -142,7 +143,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_every_weight_of_exact_kernels_is_the_density(schedule):
     diffusion = gaussian_diffusion(schedule, M, V)
-    result = importance_bound(diffusion, X_0, 5)
+    result = importance_bound(diffusion, X_0, num_particles=5)
     m, v, x_0 = M.numpy(), V.numpy(), X_0.numpy()
     exact = torch.from_numpy(-0.5 * (np.log(2 * np.pi * v) + (x_0 - m) ** 2 / v).sum(-1))
     torch.testing.assert_close(result.log_weights, exact.expand(5, 3), rtol=0, atol=1e-10)
@@ -160,7 +161,7 @@ def test_the_memory_budget_does_not_mix_the_data(rows, K):
     x_0 = torch.arange(7).double()[:, None] * torch.tensor([0.5, -0.3]).double()
     sizes = []
     hook = diffusion.reverse.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    result = importance_bound(diffusion, x_0, K, memory_budget=rows * bytes_per_row(diffusion, x_0[:1]))
+    result = importance_bound(diffusion, x_0, num_particles=K, memory_budget=rows * bytes_per_row(diffusion, x_0[:1]))
     hook.remove()
     exact = dist.Normal(M, V.sqrt()).log_prob(x_0).sum(-1)
     torch.testing.assert_close(result.log_weights, exact.expand(K, 7), rtol=0, atol=1e-10)
@@ -173,8 +174,8 @@ def test_a_loader_has_the_weights_of_its_data_in_their_order(batches):
     diffusion = gaussian_diffusion(SCHEDULE, M, V)
     x_0 = torch.arange(7).double()[:, None] * torch.tensor([0.5, -0.3]).double()
     exact = dist.Normal(M, V.sqrt()).log_prob(x_0).sum(-1)
-    for loader in (x_0.split(batches), [(batch, None) for batch in x_0.split(batches)], iter(x_0.split(batches))):
-        result = importance_bound(diffusion, loader, 3)
+    for loader in (x_0.split(batches), [(batch,) for batch in x_0.split(batches)], iter(x_0.split(batches))):
+        result = importance_bound(diffusion, loader, num_particles=3)
         torch.testing.assert_close(result.log_weights, exact.expand(3, 7), rtol=0, atol=1e-10)
 
 
@@ -201,7 +202,7 @@ def test_perturbed_kernels_are_bounded_between_the_evidence_bound_and_the_likeli
     x_0 = dist.Normal(M, V.sqrt()).sample((1000,))
     true, model = dist.Normal(M, V.sqrt()).log_prob(x_0).sum(-1), perturbed_likelihood(x_0, shift, widen)
     assert torch.allclose(perturbed_likelihood(x_0, 0.0, 1.0), true)
-    result = importance_bound(diffusion, x_0, 64)
+    result = importance_bound(diffusion, x_0, num_particles=64)
     assert not far(result.at(1) + true, 2 * 4 * kl)
     gaps = torch.stack([result.at(k) + model for k in (1, 2, 8, 64)])
     errors = gaps.std(1) / 1000**0.5
@@ -213,7 +214,7 @@ def test_perturbed_kernels_are_bounded_between_the_evidence_bound_and_the_likeli
 
 def test_the_weights_of_perturbed_kernels_are_unbiased_for_their_likelihood():
     """Widened by c, with c^2 < 4/3: the weights' square then has a variance."""
-    weights = importance_bound(gaussian_diffusion(SCHEDULE, M, V, 0.3, 1.1), X_0, 20000).log_weights.exp()
+    weights = importance_bound(gaussian_diffusion(SCHEDULE, M, V, 0.3, 1.1), X_0, num_particles=20000).log_weights.exp()
     assert not far(weights, perturbed_likelihood(X_0, 0.3, 1.1).exp())
     assert (5 * weights.std(0) / 20000**0.5 < 0.1 * weights.mean(0)).all()
 
@@ -232,7 +233,7 @@ def test_the_bound_is_pyros_own_on_one_datum(kind, K):
         diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, network), (2,))
     renyi = RenyiELBO(alpha=0, num_particles=K, max_plate_nesting=1, vectorize_particles=K > 1)
     theirs = repeat(150, lambda: renyi.loss(diffusion.model, diffusion.guide, X_0[:1]))
-    ours = importance_bound(diffusion, X_0[:1].expand(20000, 2), K).nats
+    ours = importance_bound(diffusion, X_0[:1].expand(20000, 2), num_particles=K).nats
     error = math.sqrt(float(theirs.var()) / 150 + float(ours.var()) / 20000)
     assert abs(float(theirs.mean() - ours.mean())) <= 5 * error
     assert 5 * error < 0.5 * float(ours.std()) + 1e-10
@@ -251,7 +252,9 @@ def test_the_density_of_any_kernel_integrates_to_one():
     forward = pyrodiff.GaussianForward(pyrodiff.BetaSchedule([0.6, 0.6]))
     diffusion = pyrodiff.Diffusion(forward, Mixture(), ())
     x_0 = torch.linspace(-6, 6, 241).double()
-    integrals = repeat(40, lambda: importance_bound(diffusion, x_0, 100).log_weights.exp().mean(0).sum() * 0.05)
+    integrals = repeat(
+        40, lambda: importance_bound(diffusion, x_0, num_particles=100).log_weights.exp().mean(0).sum() * 0.05
+    )
     assert not far(integrals, 1.0)
     assert 5 * float(integrals.std()) / 40**0.5 < 0.03
 
@@ -262,7 +265,7 @@ def test_the_probabilities_of_all_levels_add_up_to_one():
     reverse = pyrodiff.GaussianReverse(forward, network, pyrodiff.PosteriorVariance())
     diffusion = pyrodiff.Diffusion(forward, reverse, (1,), decoder=pyrodiff.DiscretizedDecoder(5))
     x_0 = pyrodiff.dequantize(torch.arange(5)[:, None], 5, dtype=torch.float64)
-    result = importance_bound(diffusion, x_0, 20000)
+    result = importance_bound(diffusion, x_0, num_particles=20000)
     total = result.log_weights.exp().sum(1)
     assert result.levels == 5
     assert not far(total, 1.0)
@@ -319,7 +322,9 @@ def test_a_random_weight_is_drawn_once_for_all_particles_batches_and_steps():
     seen = []
     for _ in range(3):
         diffusion.reverse.seen.clear()
-        importance_bound(diffusion, x_0, 2, memory_budget=budget)
+        importance_bound(
+            diffusion, x_0, num_particles=2, memory_budget=budget, guide=models.prior_of_weights(diffusion)
+        )
         assert len(diffusion.reverse.seen) >= 4 * 2 * 5
         assert len(set(diffusion.reverse.seen)) == 1
         seen += set(diffusion.reverse.seen)
@@ -344,7 +349,7 @@ def test_modules_are_in_evaluation_mode_and_no_gradients_are_taken():
     diffusion.reverse.dropout.eval()
     diffusion.decoder_of_old = nn.Dropout(0.5)
     before = {name: module.training for name, module in diffusion.named_modules()}
-    result = importance_bound(diffusion, X_0, 3)
+    result = importance_bound(diffusion, X_0, num_particles=3)
     torch.testing.assert_close(result.nats, -dist.Normal(M, V.sqrt()).log_prob(X_0).sum(-1), rtol=0, atol=1e-10)
     assert set(diffusion.reverse.modes) == {(False, False)}
     assert {name: module.training for name, module in diffusion.named_modules()} == before
@@ -355,15 +360,16 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_global_source_alone():
     diffusion, before = gaussian_diffusion(SCHEDULE, M, V, 0.3, 1.4), torch.get_rng_state()
     generator = torch.Generator().manual_seed(5)
     one, again, other, *drawn = (
-        importance_bound(diffusion, X_0, 3, generator=source).log_weights for source in (1, 1, 2, generator, generator)
+        importance_bound(diffusion, X_0, num_particles=3, generator=source).log_weights
+        for source in (1, 1, 2, generator, generator)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert not torch.equal(*drawn)
     generator.manual_seed(5)
-    assert torch.equal(importance_bound(diffusion, X_0, 3, generator=generator).log_weights, drawn[0])
-    importance_bound(diffusion, X_0, 3)
+    assert torch.equal(importance_bound(diffusion, X_0, num_particles=3, generator=generator).log_weights, drawn[0])
+    importance_bound(diffusion, X_0, num_particles=3)
     assert not torch.equal(torch.get_rng_state(), before)
 
 
@@ -371,17 +377,17 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_global_source_alone():
 def test_a_number_of_particles_that_cannot_be_is_refused(K):
     diffusion, before = gaussian_diffusion(SCHEDULE, M, V), torch.get_rng_state()
     with pytest.raises(ValueError, match=f"num_particles must be an int of at least 1, but it is {K!r}"):
-        importance_bound(diffusion, X_0, K)
+        importance_bound(diffusion, X_0, num_particles=K)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_no_diffusion_is_refused():
     with pytest.raises(ValueError, match="diffusion must be"):
-        importance_bound(gaussian_diffusion(SCHEDULE, M, V).model, X_0, 2)
+        importance_bound(gaussian_diffusion(SCHEDULE, M, V).model, X_0, num_particles=2)
 
 
 def test_a_budget_below_one_datum_is_refused():
     diffusion = gaussian_diffusion(SCHEDULE, M, V)
     row = bytes_per_row(diffusion, X_0[:1])
     with pytest.raises(ValueError, match=f"memory_budget must hold one datum, which takes {row} bytes"):
-        importance_bound(diffusion, X_0, 2, memory_budget=row - 1)
+        importance_bound(diffusion, X_0, num_particles=2, memory_budget=row - 1)

@@ -149,7 +149,7 @@ def test_the_density_of_dequantised_bytes_bounds_their_probability(scale):
     gaps = []
     for datum in k:
         x_0 = (datum + u) / 128 - 1
-        costs = pyrodiff.importance_bound(diffusion, x_0, 1)  # exact kernels: the very density
+        costs = pyrodiff.importance_bound(diffusion, x_0, num_particles=1)  # exact kernels: the very density
         assert costs.levels is None
         bins = [(float(number) / 128 - 1, (float(number) + 1) / 128 - 1) for number in datum]
         exact = -sum(log_erf_bin(*ends, float(m), scale) for ends, m in zip(bins, mean, strict=True)) / 2 / LOG2
@@ -185,7 +185,7 @@ def test_a_result_knows_whether_p_is_a_probability(kind):
     exact = (torch.tensor([0.7, -1.3]).double(), torch.tensor([0.3, 1.7]).double())
     diffusion = gaussian_diffusion(SCHEDULE, *exact) if kind == "gaussian" else bit_diffusion([0.1, 0.4], 0.2, 2)
     x_0 = torch.ones(2, 2).double()
-    for result in (pyrodiff.bound(diffusion, x_0), pyrodiff.importance_bound(diffusion, x_0, 2)):
+    for result in (pyrodiff.bound(diffusion, x_0), pyrodiff.importance_bound(diffusion, x_0, num_particles=2)):
         assert result.levels == (None if kind == "gaussian" else 2)
         assert result.event_shape == (2,)
 
@@ -329,7 +329,7 @@ def test_a_bound_that_was_computed_comes_back_and_adds_up(tmp_path):
     loaded = Bound.load(tmp_path / "it")
     assert same(loaded, it)
     assert (loaded + it).nats.tolist() == 2 * it.nats.tolist()
-    weights = pyrodiff.importance_bound(diffusion, x_0, 3)
+    weights = pyrodiff.importance_bound(diffusion, x_0, num_particles=3)
     weights.save(tmp_path / "weights")
     assert same(ImportanceBound.load(tmp_path / "weights"), weights)
 

@@ -1,20 +1,14 @@
-"""The networks: shapes, the start, that the time and the label matter, and each part against arithmetic by hand."""
+"""The networks: shapes, the start, that the time matters, and each part against arithmetic by hand."""
 
 import copy
 import math
-import pickle
-from contextlib import nullcontext
 
-import pyro
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 import pyrodiff
-from pyrodiff import AncestralSampler, DiffusionELBO
 from pyrodiff.networks import MLP, LogSNREmbedding, Offset, TimeEmbedding, UNet
-from pyrodiff.running.compilation import Compiled
 
 
 @pytest.mark.parametrize("event_shape", [(), (3,), (2, 4)])
@@ -348,16 +342,11 @@ def test_the_gradient_passes_through_the_log_snr_embedding():
     torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6)
 
 
-def with_labels(dtype=torch.float64, T=10, **kwargs):
-    """A network of labels told the log SNR, and a diffusion of it."""
-    forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(T))
-    network = unet((4, 4), (2, 4), classes=3, time=LogSNREmbedding(forward.schedule, 8), **kwargs).to(dtype)
-    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.VelocityPrediction(network, forward))
-    return network, pyrodiff.Diffusion(forward, reverse, (4, 4))
-
-
 def test_a_shorter_chain_keeps_the_log_snr_of_its_times():
-    network, diffusion = with_labels()
+    forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(10))
+    network = unet((4, 4), (2, 4), time=LogSNREmbedding(forward.schedule, 8))
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.VelocityPrediction(network, forward))
+    diffusion = pyrodiff.Diffusion(forward, reverse, (4, 4))
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     seen = []
     network.embedding[0].embedding.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
@@ -387,259 +376,23 @@ def test_a_time_without_a_log_snr_is_refused():
         LogSNREmbedding(pyrodiff.LogSNRSchedule(4), 7)
 
 
-# Labels
-
-
-def test_a_label_is_added_to_the_embedded_time():
-    network = unet((4, 4), (2,), classes=3)
-    seen = []
-    network.before[0][0].time.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
-    time, table = network.embedding[0], network.labels.embedding.weight
-    x = torch.randn(3, 4, 4, dtype=torch.float64)
-    for y, rows in ((None, [0, 0, 0]), (2, [3, 3, 3]), (torch.tensor([1, -1, 0], dtype=torch.int32), [2, 0, 1])):
-        network(x, 5, y)
-        torch.testing.assert_close(seen[-1], nn.functional.silu(time(torch.tensor([5, 5, 5])) + table[rows]))
-
-
-def test_a_given_label_is_that_of_calls_without_one_for_as_long_as_it_is_given():
-    network = unet((4, 4), (2,), classes=3)
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    y, other, column = torch.tensor([0, 1, 2]), torch.tensor([2, 2, -1]), torch.tensor([[1], [2]], dtype=torch.uint8)
-    none, one, many, others, columns = (network(x, 5, each) for each in (None, 1, y, other, column))
-    assert not torch.allclose(none, one)
-    kept = y.clone()
-    with network.given(kept):
-        kept.fill_(0)  # the caller's own
-        assert torch.equal(network(x, 5), many)
-        assert torch.equal(network(x, 5, 1), one)
-        with network.given(1):
-            assert torch.equal(network(x, 5), one)
-            with network.given(other), network.given(column):
-                assert torch.equal(network(x, 5), columns)
-            assert torch.equal(network(x, 5), one)
-        with network.given(other):
-            assert torch.equal(network(x, 5), others)
-        with network.given(None):
-            assert torch.equal(network(x, 5), none)
-        with pytest.raises(RuntimeError, match="inside"), network.given(other):
-            raise RuntimeError("inside")
-        assert torch.equal(network(x, 5), many)
-    assert torch.equal(network(x, 5), none)
-    with pytest.raises(RuntimeError, match="inside"), network.given(2):
-        raise RuntimeError("inside")
-    assert torch.equal(network(x, 5), none)
-
-
-def test_the_gradient_is_that_of_the_label_at_the_call():
-    """Also where another of the same shape was given before the backward pass."""
-    network = unet((4, 4), (2,), classes=3)
-    x = torch.randn(2, 4, 4, dtype=torch.float64)
-    with network.given(torch.tensor([0, 0])):
-        output = network(x, 5)
-    with network.given(torch.tensor([2, 1])):
-        network(x, 5)
-        output.square().sum().backward()
-    assert (network.labels.embedding.weight.grad.abs().sum(1) > 0).tolist() == [False, True, False, False]
-
-
-def test_a_label_is_not_part_of_what_is_kept_copied_or_averaged():
-    network = unet((4, 4), (2,), classes=3)
-    names, x = set(network.state_dict()), torch.randn(2, 4, 4, dtype=torch.float64)
-    none = network(x, 5)
-    with network.given(torch.tensor([1, 2])):
-        assert set(network.state_dict()) == names
-        average = AveragedModel(network, use_buffers=True)
-        average.update_parameters(network)
-        copies = [copy.deepcopy(network), pickle.loads(pickle.dumps(network)), average.module]
-        for other in copies:
-            torch.testing.assert_close(other(x, 5), none)
-    with network.given(2), copies[0].given(1):
-        torch.testing.assert_close(network(x, 5), copies[1](x, 5, 2))
-
-
-def test_a_label_given_where_nothing_is_differentiated_can_be_given_elsewhere():
-    network = unet((4, 4), (2,), classes=3)
-    x = torch.randn(2, 4, 4, dtype=torch.float64)
-    for y in (0, 1):
-        with torch.inference_mode(), network.given(y):
-            inside = network(x, 5)
-        with network.given(y):
-            torch.testing.assert_close(network(x, 5), inside.clone())
-
-
-@pytest.mark.parametrize(
-    ("y", "words"),
-    [
-        (3, "y must lie in 0..2, or be -1 for no label, but it is 3"),
-        (-2, "y must lie in 0..2"),
-        (torch.tensor([0, 3]), "y must lie in 0..2"),
-        (1.0, "y must be an int or an integer tensor"),
-        (True, "y must be an int or an integer tensor"),
-        (torch.tensor([0.0, 1.0]), "y must be an int or an integer tensor in -1..2, but it is a tensor of dtype"),
-        (torch.zeros(2, 3, dtype=torch.bool), "y must be an int or an integer tensor"),
-    ],
-)
-def test_what_is_no_label_is_refused(y, words):
-    network = UNet((4, 4), (2,), classes=3)
-    with pytest.raises(ValueError, match=words):
-        network(torch.zeros(2, 4, 4), 1, y)
-    with pytest.raises(ValueError, match=words), network.given(y):
-        pass
-    assert network.labels.held is None
-
-
-def test_labels_of_another_batch_are_refused():
-    network, x = UNet((4, 4), (2,), classes=3), torch.zeros(2, 4, 4)
-    words = r"y must be an int, or broadcast to the batch shape \(2,\), but its shape is"
-    for y in (torch.tensor([0, 1, 2]), torch.tensor([[0, 1]])):
-        with pytest.raises(ValueError, match=words):
-            network(x, 1, y)
-        with network.given(y), pytest.raises(ValueError, match=words):
-            network(x, 1)
-
-
-def test_a_network_without_classes_has_no_labels():
-    network = UNet((4, 4), (2,))
-    with pytest.raises(ValueError, match="classes must be given to UNet"):
-        network(torch.zeros(2, 4, 4), 1, 0)
-    with pytest.raises(ValueError, match="classes must be given to UNet"), network.given(None):
-        pass
-
-
-X_0 = torch.linspace(-1, 2, 48, dtype=torch.float64).reshape(3, 4, 4)
-LABELS = [torch.tensor(y) for y in ([0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 2, 1], [-1, 0, 0])]
-
-
-class Labelled(nn.Module):
-    """A program given labels."""
-
-    def __init__(self, program, network):
-        super().__init__()
-        self.program, self.network = program, network
-
-    def forward(self, x_0, y):
-        with self.network.given(y):
-            return self.program(x_0)
-
-
-def training(steps, inside, compiled):
-    """The losses and the gradients of steps (x_0, y) with the same draws, the labels given in the program or around."""
-    torch.manual_seed(0)
-    network, diffusion = with_labels(attention=(4,), hidden=0)
-    pair = diffusion.one_step()
-    programs = [Labelled(program, network) if inside else program for program in (pair.model, pair.guide)]
-    still = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
-    svi, found = pyrodiff.SVI(*programs, still, DiffusionELBO(), compile=compiled), []
-    for x_0, y in steps:
-        pyro.set_rng_seed(1)
-        if inside:
-            loss = svi.step(x_0, y)
-        else:
-            with network.given(y):
-                loss = svi.step(x_0)
-        found.append((loss, [parameter.grad.clone() for parameter in network.parameters()]))
-    return found
-
-
-def test_a_graph_has_the_labels_that_are_arguments_of_the_step(interpreted):
-    steps = [(X_0, y) for y in LABELS]
-    found = training(steps, inside=True, compiled=True)
-    assert len(interpreted) == 1
-    torch.testing.assert_close(found, training(steps, inside=True, compiled=False))
-    assert len({float(loss) for loss, _ in found[2:]}) == 3
-
-
-def test_a_graph_has_the_labels_that_are_given_around_the_step(interpreted):
-    """One graph for labels of one shape, whatever they are, and another where one label is that of all, or there is
-    none; each as without a graph. Here the second step differs from the first, which Pyro's handlers run."""
-    labels = [*LABELS, 0, 0, 2, None, *LABELS[2:], None, None, 1]
-    steps = [(X_0, y) for y in labels]
-    found = training(steps, inside=False, compiled=True)
-    assert len(interpreted) >= 2
-    torch.testing.assert_close(found, training(steps, inside=False, compiled=False))
-    losses = [float(loss) for loss, _ in found]
-    assert losses[3] == pytest.approx(losses[10])
-    assert losses[8] == pytest.approx(losses[13])
-    assert len({round(loss, 9) for loss in (*losses[2:5], *losses[6:9], losses[14])}) == 7
-
-
-def test_what_inductor_makes_of_a_label_is_not_stale(recwarn):
-    """The embedding alone, compiled: of a label that is held around the call, and of one that is an argument."""
-    network = unet((4, 4), (2,), classes=3)
-    table = network.labels.embedding.weight
-
-    def embedded(y):
-        with nullcontext() if y is None else network.given(y):
-            return (network.labels(None, (3,)),)
-
-    compiled = Compiled(embedded, [network])
-    for y in LABELS:
-        assert torch.equal(compiled(y)[0], table[y + 1])
-        with network.given(y):
-            assert torch.equal(compiled(None)[0], table[y + 1])
-    assert compiled.made == 2
-    assert not recwarn.list
-
-
-def test_a_compiled_sampler_draws_of_the_label_that_is_given(interpreted):
-    network, diffusion = with_labels(hidden=0, T=4)
-    eager, compiled = AncestralSampler(diffusion), AncestralSampler(diffusion, compile=True)
-    found = []
-    for y in (0, 2, 1):
-        with network.given(y):
-            found.append(compiled(3, generator=0))
-            torch.testing.assert_close(found[-1], eager(3, generator=0))
-    assert len(interpreted) == 1
-    assert not torch.allclose(found[0], found[1])
-
-
-def test_the_trajectory_pair_takes_one_label_around_it_and_many_in_the_program():
-    """All its steps run as one batch, to which the labels of the data do not broadcast: they are not guessed."""
-    network, diffusion = with_labels(T=3)
-    still = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
-    svi = pyrodiff.SVI(diffusion.model, diffusion.guide, still, DiffusionELBO())
-    for _ in range(3):
-        with network.given(1):
-            svi.step(X_0)
-    with network.given(LABELS[0]):
-        svi.step(X_0)  # the first with a label of this shape, which Pyro's handlers run
-        with pytest.raises(ValueError, match=r"broadcast to the batch shape \(6,\)"):
-            svi.step(X_0)
-    programs = (Labelled(program, network) for program in (diffusion.model, diffusion.guide))
-    svi = pyrodiff.SVI(*programs, still, DiffusionELBO())
-    for _ in range(3):
-        svi.step(X_0, LABELS[0])
-
-
-def test_the_bound_of_a_class_is_that_of_its_label():
-    network, diffusion = with_labels(T=4)
-    fixed = copy.deepcopy(diffusion)
-    fixed.reverse.denoiser.network.labels.embedding.weight.data[:] = network.labels.embedding.weight.data[3]
-    with network.given(2):
-        bound = pyrodiff.bound(diffusion, X_0, generator=0).nats
-    torch.testing.assert_close(bound, pyrodiff.bound(fixed, X_0, generator=0).nats)
-    assert not torch.allclose(bound, pyrodiff.bound(diffusion, X_0, generator=0).nats)
-    with network.given(LABELS[0]), pytest.raises(ValueError, match="broadcast to the batch shape"):
-        pyrodiff.bound(diffusion, X_0)
-
-
 # The offset
 
 
 def test_an_offset_is_added_and_learned():
-    network, offset = unet((4, 4), (2,), outputs=3, classes=2), torch.randn(4, 3, dtype=torch.float64)
+    network, offset = unet((4, 4), (2,), outputs=3, classes=2, vector=5), torch.randn(4, 3, dtype=torch.float64)
     module = Offset(network, offset)
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
-    torch.testing.assert_close(module(x, 3), network(x, 3) + offset)
-    torch.testing.assert_close(module(x, 3, 1), network(x, 3, 1) + offset)
+    context = torch.tensor([1, -1, 0, 0, 1]), torch.randn(5, 5, dtype=torch.float64)
+    torch.testing.assert_close(module(x, 3, *context), network(x, 3, *context) + offset)
     with torch.no_grad():
         module.offset.add_(1)
-    torch.testing.assert_close(module(x, 3), network(x, 3) + offset + 1)  # a copy of what it was given
-    module(x, 3).sum().backward()
+    torch.testing.assert_close(module(x, 3, *context), network(x, 3, *context) + offset + 1)  # its own copy
+    module(x, 3, *context).sum().backward()
     torch.testing.assert_close(module.offset.grad, torch.full((4, 3), 40.0, dtype=torch.float64))
 
 
-def test_an_offset_serves_networks_without_labels():
+def test_an_offset_serves_networks_without_context():
     network, x, offset = MLP((2,), hidden=8), torch.randn(3, 2), torch.tensor([1.0, -2.0])
     torch.testing.assert_close(Offset(network, offset)(x, 3), network(x, 3) + offset)
 

@@ -374,7 +374,7 @@ def test_the_first_particles_of_bits_are_the_same_however_many_follow(kind):
 def test_the_mean_over_particles_has_the_first_ones_in_it(name):
     """Of P particles the terms are means, so the differences of P times these are the terms of one particle."""
     diffusion, x_0 = KINDS[name](), data_for(name, 200)
-    sums = [P * terms(bound(diffusion, x_0, P, generator=20)).sum(0) for P in (1, 2, 3)]
+    sums = [P * terms(bound(diffusion, x_0, num_particles=P, generator=20)).sum(0) for P in (1, 2, 3)]
     one_by_one = [sums[0], sums[1] - sums[0], sums[2] - sums[1]]
     for k in range(3):
         for n in range(k):
@@ -389,12 +389,12 @@ def test_one_step_in_all():
     diffusion = gaussian_diffusion(pyrodiff.BetaSchedule([0.4]), m, v)
     x_0 = torch.tensor([[1.0, 2.0]]).double().expand(3000, D)
     density = -float(dist.Normal(m, v.sqrt()).to_event(1).log_prob(x_0[0]))
-    whole = bound(diffusion, x_0, 2, generator=21)
+    whole = bound(diffusion, x_0, num_particles=2, generator=21)
     assert whole.denoising.shape == (0, 3000)
     assert whole.reconstruction.unique().numel() == 3000
     assert not far(whole.nats, density)  # exact kernels leave no gap
-    close(terms(bound(diffusion, list(x_0.split(999)), 2, generator=21)), terms(whole))
-    weights = importance_bound(diffusion, x_0, 2, generator=21).log_weights
+    close(terms(bound(diffusion, list(x_0.split(999)), num_particles=2, generator=21)), terms(whole))
+    weights = importance_bound(diffusion, x_0, num_particles=2, generator=21).log_weights
     close(weights, torch.full((2, 3000), -density, dtype=torch.float64))  # and each single weight is the likelihood
     with_one = bound(diffusion, x_0, generator=21).reconstruction
     other = 2 * whole.reconstruction - with_one
@@ -409,7 +409,10 @@ def test_the_difference_of_two_models_varies_far_less_than_either():
     m, v = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.3, 1.7]).double()
     x_0 = torch.tensor([[1.0, 2.0]]).double().expand(4000, D)
     models = [gaussian_diffusion(SCHEDULE, m, v, shift, widen) for shift, widen in ((0.3, 1.4), (0.32, 1.38))]
-    for evaluate in (lambda *a: bound(*a).nats, lambda *a: importance_bound(*a[:2], 2, generator=a[-1]).log_weights[0]):
+    for evaluate in (
+        lambda *a: bound(*a).nats,
+        lambda *a: importance_bound(*a[:2], num_particles=2, generator=a[-1]).log_weights[0],
+    ):
         one, paired = (evaluate(model, x_0, 1, 2**28, None, 22) for model in models)
         apart_ = evaluate(models[1], x_0, 1, 2**28, None, 23)
         total = float(one.var() + paired.var())
@@ -511,7 +514,9 @@ def test_no_number_is_drawn_twice():
     assert np.diff(numbers).min() > 1e-13  # rounding is a thousandth of that
 
 
-@pytest.mark.parametrize("evaluate", [bound, lambda *args, **kwargs: importance_bound(*args, 1, **kwargs)])
+@pytest.mark.parametrize(
+    "evaluate", [bound, lambda *args, **kwargs: importance_bound(*args, num_particles=1, **kwargs)]
+)
 def test_no_number_is_drawn_twice_in_blocks_of_the_size_that_they_have(evaluate, small_blocks, monkeypatch):
     monkeypatch.setattr(bounds, "_ROWS", small_blocks)
     diffusion, network = recorded(schedule=pyrodiff.BetaSchedule([0.2, 0.5]))
@@ -544,7 +549,7 @@ def test_trajectories_are_independent_and_their_steps_are_the_chains():
     diffusion, network = recorded()
     B, K = 1500, 3
     network.rows.clear()
-    importance_bound(diffusion, apart(B), K, generator=29)
+    importance_bound(diffusion, apart(B), num_particles=K, generator=29)
     rows = np.concatenate([np.concatenate([t[:, None].numpy(), x.numpy()], 1) for t, x in network.rows[1:]])
     eps = torch.zeros(T, B, K, D).double()
     for t in range(1, T + 1):  # rows of one t are in one order, particle by particle, whatever t is
@@ -602,7 +607,7 @@ def job(name, sharded):
 
 
 def of_kind(name, sharded):
-    return terms(bound(KINDS[name](), data_for(name, 50), 2, generator=32, sharded=sharded))
+    return terms(bound(KINDS[name](), data_for(name, 50), num_particles=2, generator=32, sharded=sharded))
 
 
 def work(rank, folder):

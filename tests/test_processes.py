@@ -135,7 +135,7 @@ def buffers(module):
 
 
 def gradients(svi):
-    found = [parameter.grad for parameter in svi._gradient.parameters.values()]
+    found = [parameter.grad for parameter in svi._gradient.parameters]
     return [(grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone() for grad in found]
 
 
@@ -155,7 +155,6 @@ def training(rank, compile=False):
         "average": {**tensors(svi.average.module), **buffers(svi.average.module)},
         "losses": losses,
         "drawn": int(pair.model.step.drawing.share.drawn),
-        "by torch": svi._gradient.is_replicated(),
         "failure": svi._gradient.compiled.failure if compile else None,
     }
 
@@ -194,8 +193,7 @@ def same_draws(rank, steps=1, shard=False, **options):
         "gradients": gradients(svi),
         "end": tensors(model),
         "evaluated": evaluated,
-        "by torch": svi._gradient.is_replicated(),
-        "registered": [type(parameter).__name__ for parameter in svi._gradient.parameters.values()],
+        "registered": [type(parameter).__name__ for parameter in svi._gradient.parameters],
         "compile": svi.compile,
         "warnings": [str(warning.message) for warning in caught],
     }
@@ -316,7 +314,6 @@ def late(rank):
         svi.step(batch(rank, step), step > 1)
     return {
         "end": {**tensors(program), "late": pyro.param("late").detach().clone()},
-        "by torch": svi._gradient.is_replicated(),
     }
 
 
@@ -471,7 +468,6 @@ def test_a_diffusion_is_trained_from_the_parameters_of_the_first(both, name):
     assert any(not torch.equal(first["start"][key], second["start"][key]) for key in first["start"])
     for key, start in first["start"].items():
         assert 0 < (first["end"][key] - start).abs().max() < 20 * 1.1e-2  # what Adam can do in twenty steps
-    assert first["by torch"] == (name == "training")
     assert not first["failure"]
     assert first["drawn"] == second["drawn"] == 20
     counts = [value for key, value in first["buffers"].items() if key.endswith("counts")]
@@ -538,7 +534,6 @@ def test_what_is_learned_is_what_one_process_would_of_both_batches(both, name):
     together, alone = both[0][name], same_draws(None, **OPTIONS[name])
     for key in ("losses", "evaluated", "gradients", "end"):
         close(together[key], alone[key])
-    assert together["by torch"] == (name in STILL and "compiled" not in name)
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -617,7 +612,6 @@ def test_parameters_of_functions_are_shared(both, name):
 
 def test_a_parameter_that_is_come_upon_later_is_that_of_the_first(both):
     found = both[0]["late"]
-    assert found["by torch"]
     assert float(found["end"]["late"]) != 1.0
 
 
@@ -651,8 +645,6 @@ def test_a_process_alone_has_nothing_of_it():
     svi.step(batch(None))
     assert (ranks.count(), ranks.number()) == (1, 0)
     assert pair.model.step.drawing.share is None
-    assert not svi._gradient.is_replicated()
-    assert svi._gradient.factor() is None
     tensor = torch.tensor([1.0, 2.0])
     assert ranks.together([tensor])[0] is tensor
     assert ranks.all_say(True)

@@ -96,7 +96,7 @@ def test_an_optimizer_that_evaluates_the_loss_several_times_is_refused(pair):
 def test_what_is_said_of_lbfgs_works():
     diffusion, loss = gaussian(), DiffusionELBO()
     optimizer = torch.optim.LBFGS(diffusion.parameters(), lr=0.1, max_iter=5)
-    before = bound(diffusion, X, 20, generator=1).mean
+    before = bound(diffusion, X, num_particles=20, generator=1).mean
 
     def closure():
         optimizer.zero_grad()
@@ -107,7 +107,7 @@ def test_what_is_said_of_lbfgs_works():
 
     for _ in range(5):
         optimizer.step(closure)
-    assert bound(diffusion, X, 20, generator=1).mean < before
+    assert bound(diffusion, X, num_particles=20, generator=1).mean < before
 
 
 @every_pair
@@ -134,7 +134,9 @@ def test_a_step_without_gradients_is_refused_and_one_with_them_is_not(pair, with
 # data
 
 
-@pytest.mark.parametrize("evaluate", [bound, lambda *args: importance_bound(*args, 2), pyrodiff.ode_log_prob])
+@pytest.mark.parametrize(
+    "evaluate", [bound, lambda *args: importance_bound(*args, num_particles=2), pyrodiff.ode_log_prob]
+)
 def test_arrays_are_refused_and_what_to_do_is_said(evaluate):
     refused(lambda: evaluate(gaussian(), X.numpy()), "x_0", "ndarray", "torch.from_numpy")
     evaluate(gaussian(), torch.from_numpy(X.numpy()))
@@ -188,7 +190,7 @@ def test_a_network_that_returns_something_else_is_named(change, model):
     diffusion = make(Network(change, outputs))
     for use in (
         lambda: bound(diffusion, x_0),
-        lambda: importance_bound(diffusion, x_0, 2),
+        lambda: importance_bound(diffusion, x_0, num_particles=2),
         lambda: svi_of(diffusion).step(x_0),
         lambda: svi_of(diffusion.one_step()).step(x_0),
         lambda: AncestralSampler(diffusion)(3),
@@ -224,7 +226,7 @@ def test_noise_that_float32_cannot_tell_is_refused_there_and_not_in_float64(sche
             refused(lambda program=program: program(X), "forward", "float32", "float64", "9e-08")
     for use in (
         lambda: bound(diffusion, X),
-        lambda: importance_bound(diffusion, X, 2),
+        lambda: importance_bound(diffusion, X, num_particles=2),
         lambda: svi_of(diffusion).step(X),
         lambda: svi_of(pair).step(X),
     ):
@@ -455,7 +457,7 @@ def test_a_learned_schedule_is_learned_in_silence():
             svi.step(X.double())
         assert all(not torch.equal(*both) for both in zip(before, values(diffusion), strict=True))
     bound(diffusion, X.double())
-    importance_bound(diffusion, X.double(), 2)
+    importance_bound(diffusion, X.double(), num_particles=2)
     assert AncestralSampler(diffusion)(3).dtype == torch.float64
     repr(diffusion)
 
@@ -494,7 +496,7 @@ BAD = {
     "infinite": (gaussian, torch.tensor([[math.inf, 0.0]])),
     "no level": (levels, torch.tensor([[0.3, 0.5]])),
 }
-EVALUATIONS = {"bound": bound, "importance": lambda *args: importance_bound(*args, 2)}
+EVALUATIONS = {"bound": bound, "importance": lambda *args: importance_bound(*args, num_particles=2)}
 
 
 @pytest.mark.parametrize("enabled", [False, True])

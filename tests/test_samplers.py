@@ -1,5 +1,6 @@
 """The sampler draws what the Pyro model draws."""
 
+import models
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -63,9 +64,10 @@ def test_the_draws_are_those_of_the_pyro_model(name):
     assert diffusion.training
 
 
-def test_the_draws_of_a_random_weight_are_one_a_call():
+def test_the_draws_of_a_random_weight_are_one_per_call():
     """x_0 = w^4 x_4 + noise, with the same w for all samples: their spread differs from call to call."""
-    sampler = AncestralSampler(weighted())
+    diffusion = weighted()
+    sampler = AncestralSampler(diffusion, guide=models.prior_of_weights(diffusion))
     spreads = torch.stack([sampler(2000, generator=seed).std(0) for seed in range(4)])
     weights = []
     for seed in range(4):

@@ -100,7 +100,7 @@ def test_a_factor_inside_of_a_part_is_scored_at_every_step(one_step):
     assert direct(pair) is None
 
 
-@pytest.mark.parametrize("evaluate", [bound, lambda *args: importance_bound(*args, 2), ode_log_prob])
+@pytest.mark.parametrize("evaluate", [bound, lambda *args: importance_bound(*args, num_particles=2), ode_log_prob])
 def test_sites_inside_of_parts_are_refused_where_they_would_not_be_scored(evaluate):
     with pytest.raises(ValueError, match=r"no Pyro sites of its own .*'weight'"):
         evaluate(gaussian(decoder=Weighed()), X_0)

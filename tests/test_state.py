@@ -57,7 +57,7 @@ class Subject:
 
     def flows(self) -> dict:
         """What the flow gives."""
-        flow = pyrodiff.ode_log_prob(self.diffusion, self.x_0, 1, generator=6, tolerance=1e-2)
+        flow = pyrodiff.ode_log_prob(self.diffusion, self.x_0, num_probes=1, generator=6, tolerance=1e-2)
         return {"flow": flow.estimates}
 
     def anew(self, change: Callable | None = None) -> "Subject":
@@ -504,8 +504,9 @@ def test_a_chain_of_a_chain_follows_as_well():
 
 FOLDER = Path(pyrodiff.__file__).parent
 SIMPLE = [
-    *("process/schedules", "process/quantization", "process/forward", "model/denoisers", "model/reverse"),
-    *("model/decoders", "pair/times"),
+    *("process/schedules", "process/quantization", "process/forward", "model/denoisers", "model/clipping"),
+    *("model/reverse", "model/decoders", "pair/times"),
+    *("networks/embeddings", "networks/mlp", "networks/unet", "networks/offset"),
 ]
 WORDS = ("trust", "blind", "tabulat", "proxy", "make_fx", "tracing", "traced", "_version", "lru_cache", "cached")
 NAMES = {"cache", "trace", "tracer", "_version"}

@@ -29,8 +29,16 @@ ORDER = [
     for name in line[line[0].endswith("/") :]
 ]
 INSIDE = {  # what modules share, and the package does not offer
+    "Batch",
     "Generative",
+    "check_law",
+    "costs_dtype",
+    "drawn",
+    "evenly_spaced",
+    "guided",
+    "name_in_store",
     "OneStepGuide",
+    "Programs",
     "OneStepModel",
     "Step",
     "TrajectoryGuide",

@@ -55,7 +55,8 @@ def test_a_step_returns_the_loss_before_it_as_a_detached_tensor(one_step):
     pair = pair_of(make(), one_step)
     svi = SVI(pair.model, pair.guide, adam, DiffusionELBO())
     pyro.set_rng_seed(3)
-    expected = DiffusionELBO().loss(pair.model, pair.guide, X_0)
+    with pyro.validation_enabled(False):  # as steps are
+        expected = DiffusionELBO().loss(pair.model, pair.guide, X_0)
     pyro.set_rng_seed(3)
     evaluated = svi.evaluate_loss(X_0)
     pyro.set_rng_seed(3)
@@ -336,8 +337,10 @@ class Scaled(PyroModule):
 def test_parameters_of_one_name_are_not_shared(svi):
     """Of a reverse process and its decoder, and of two diffusions in one process, under either SVI."""
     forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3, 0.1, 0.3))
+    names = ("", "") if svi is SVI else ("", "second")  # Pyro's own leaves the first one's parameters in the store
     first, second = (
-        pyrodiff.Diffusion(forward, Scaled(scale), (2,), decoder=Scaled(scale / 2)) for scale in (1.0, 4.0)
+        pyrodiff.Diffusion(forward, Scaled(scale), (2,), decoder=Scaled(scale / 2), name=name)
+        for scale, name in zip((1.0, 4.0), names, strict=True)
     )
     for diffusion in (first, second):
         optim = adam if svi is SVI else pyro.optim.Adam({"lr": 1e-2})
@@ -356,3 +359,69 @@ def test_parameters_of_one_name_are_not_shared(svi):
             assert before == [float(part.scale.detach()) for part in (first.reverse, first.model.decoder)]
     if svi is SVI:
         assert sum(len(group["params"]) for group in steps.optimizer.param_groups) == 2
+
+
+# What a step leaves in Pyro's store
+
+
+def pyro_reverse():
+    """Parameters that Pyro hears of one by one, one of them constrained."""
+    reverse = PyroReverse()
+    reverse.scale = PyroParam(torch.tensor(0.7), constraint=constraints.positive)
+    reverse.forward = lambda x, t: dist.Normal(PyroReverse.forward(reverse, x, t).mean, reverse.scale).to_event(1)
+    return reverse
+
+
+def in_functions():
+    """Functions that tell Pyro of a module under two names, and have parameters of their own."""
+    net = nn.Linear(2, 2)
+
+    def model(x):
+        pyro.module("net", net)
+        pyro.module("again", net)
+        scale = pyro.param("scale", lambda: torch.tensor(0.5), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), scale).to_event(1), obs=x)
+
+    def guide(x):
+        mean = pyro.param("mean", lambda: torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
+
+    return model, guide, net
+
+
+def of_diffusion(reverse, one_step):
+    pair = pair_of(make(reverse), one_step)
+    return pair.model, pair.guide, pair.model
+
+
+LEFT = {
+    "modules": (partial(of_diffusion, None, True), set()),
+    "modules, trajectory": (partial(of_diffusion, None, False), set()),
+    "pyro modules": (lambda: of_diffusion(pyro_reverse(), True), set()),
+    "functions": (in_functions, {"scale", "mean"}),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"validate": True}, {"validate": False}])
+@pytest.mark.parametrize("kind", LEFT)
+def test_the_store_is_left_as_it_was_found_but_for_parameters_of_no_module(kind, options):
+    make_programs, left = LEFT[kind]
+    pyro.param("before", torch.tensor(3.0))
+    pyro.module("other", nn.Linear(1, 1))
+    store = pyro.get_param_store()
+    before = {name: (value, value.detach().clone()) for name, value in store.named_parameters()}
+    model, guide, module = make_programs()
+    svi = SVI(model, guide, adam, DiffusionELBO(), **options)
+    trained = values(module)
+    for act in (svi.evaluate_loss, svi.step, svi.step, svi.evaluate_loss):
+        act(X_0)
+        assert set(store.keys()) == before.keys() | left
+        for name, (tensor, value) in before.items():
+            assert dict(store.named_parameters())[name] is tensor
+            assert torch.equal(tensor, value)
+            assert store.param_name(tensor) == name
+    assert not any(torch.equal(a, b) for a, b in zip(trained, values(module), strict=True))
+    assert not any(hasattr(parameter, "unconstrained") for parameter in module.parameters())  # it cannot be pickled

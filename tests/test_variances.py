@@ -377,12 +377,12 @@ def test_the_bound_of_a_sub_chain_has_the_variances_of_its_steps(name, times):
     """It is, draw by draw, that of a chain which is given the variances of the longer steps."""
     steps = steps_of(name)
     sub = gaussian(name, optimal(steps, range(1, T + 1), 0.7)).subchain(times)
-    ours = pyrodiff.bound(sub, X_0, 3, generator=1)
+    ours = pyrodiff.bound(sub, X_0, num_particles=3, generator=1)
     assert bool(ours.nats.isfinite().all())
     variance = FixedVariance(optimal(steps, times, 0.7))
     denoiser = sub.reverse.denoiser
     reverse = pyrodiff.GaussianReverse(sub.forward_process, denoiser, _Called(variance))
-    theirs = pyrodiff.bound(pyrodiff.Diffusion(sub.forward_process, reverse, (2,)), X_0, 3, generator=1)
+    theirs = pyrodiff.bound(pyrodiff.Diffusion(sub.forward_process, reverse, (2,)), X_0, num_particles=3, generator=1)
     torch.testing.assert_close(ours.denoising, theirs.denoising, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(ours.reconstruction, theirs.reconstruction, rtol=1e-7, atol=1e-8)
     draws = pyrodiff.AncestralSampler(sub)(5, generator=1)
@@ -440,7 +440,7 @@ def test_a_cut_chain_with_the_best_variances_and_means_is_exact(name, v):
     expected = -torch.from_numpy(oracles.log_normal(X_0.numpy(), m, v).sum(-1))
     if name == "reciprocal":  # no signal is left, so that nothing is known of the data at t = T
         assert gain == 0
-    log_weights = pyrodiff.importance_bound(sub, X_0, 20, generator=3).log_weights
+    log_weights = pyrodiff.importance_bound(sub, X_0, num_particles=20, generator=3).log_weights
     torch.testing.assert_close(-log_weights, expected.expand(20, 3), rtol=0, atol=1e-7)  # every weight is p(x_0)
 
 
@@ -646,7 +646,7 @@ def test_bounds_of_bits_are_the_sums_over_all_paths(kind, expected, bits, times)
         truth = all_paths(diffusion, expected, rate, x_0, times)
         data = torch.tensor(x_0, dtype=torch.float64).expand(4000, bits)
         assert not far(pyrodiff.bound(diffusion, data, generator=5).nats, truth)
-        assert not far(-pyrodiff.importance_bound(diffusion, data, 1, generator=6).log_weights[0], truth)
+        assert not far(-pyrodiff.importance_bound(diffusion, data, num_particles=1, generator=6).log_weights[0], truth)
         torch.manual_seed(7)
         elbo = pyrodiff.DiffusionELBO()
         for pair in (diffusion, diffusion.one_step()):
@@ -677,8 +677,8 @@ def test_a_sub_chain_of_a_d3pm_chain_learns_its_parameters(times):
     x_0 = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).double().repeat(50, 1)
     pair = sub.one_step()
     svi = pyrodiff.SVI(pair.model, pair.guide, lambda p: torch.optim.Adam(p, lr=0.1), pyrodiff.DiffusionELBO())
-    before = pyrodiff.bound(sub, x_0, 4, generator=8).mean
+    before = pyrodiff.bound(sub, x_0, num_particles=4, generator=8).mean
     torch.manual_seed(9)
     for _ in range(60):
         svi.step(x_0)
-    assert pyrodiff.bound(sub, x_0, 4, generator=8).mean < before - 0.1
+    assert pyrodiff.bound(sub, x_0, num_particles=4, generator=8).mean < before - 0.1

@@ -2,6 +2,7 @@
 
 import math
 
+import models
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -108,7 +109,8 @@ RIGHT = ["VP", "VE", "exact", "bits", "learned prior", "levels", "random weight"
 @pytest.mark.parametrize("kind", RIGHT)
 def test_what_is_right_passes(kind):
     diffusion, x_0 = right(kind)
-    result = verify(diffusion, x_0, num_repeats=20, generator=1)
+    guide = models.prior_of_weights(diffusion) if kind == "random weight" else None
+    result = verify(diffusion, x_0, num_repeats=20, generator=1, guide=guide)
     assert not failed(result), result
     assert result.passed
     assert [claim.name for claim in result.claims] == CLAIMS
@@ -309,10 +311,10 @@ def test_a_guide_that_does_not_fit_the_model_fails_that_claim_and_no_means_are_t
 
 def test_a_model_with_a_site_too_few_fails():
     class Short(TrajectoryModel):
-        def _chain(self, x_0, size, dtype):
+        def _chain(self, x_0, size, top, context):
             data = pyro.plate("data", size, dim=-1)
             with data:
-                x = pyro.sample("x_4", self.top(dtype))
+                x = pyro.sample("x_4", top)
             for t in (4, 3):
                 kernel = self.kernel(x, t)
                 with data:
@@ -467,9 +469,9 @@ def test_log_weights_of_another_mean_fail(monkeypatch):
 def test_a_bound_that_rises_with_k_fails(monkeypatch):
     true, calls = verification.importance_bound, []
 
-    def worse(diffusion, x_0, num_particles):
+    def worse(diffusion, x_0, num_particles, guide):
         calls.append(num_particles)
-        result = true(diffusion, x_0, num_particles)
+        result = true(diffusion, x_0, num_particles=num_particles, guide=guide)
         return pyrodiff.ImportanceBound(result.log_weights - 20.0 * (num_particles == 40), result.event_shape)
 
     monkeypatch.setattr(verification, "importance_bound", worse)

@@ -2,8 +2,8 @@ r"""
 Coming from DDPM code
 =====================
 
-If you know ``diffusers``, or any code after Ho et al. (2020): what corresponds to what, checked in plain torch, and the
-bound of a network that was trained elsewhere.
+If you know ``diffusers``, or any code after Ho et al. (2020): what corresponds to what, checked in plain torch, the
+bound of a network that was trained elsewhere, and what clipping does to it.
 
 ``diffusers`` is not needed for this page. What it would compute is written out.
 """
@@ -20,22 +20,16 @@ bound of a network that was trained elsewhere.
 #      - here
 #    * - timesteps 0..T-1, 0 the least noisy
 #      - t = 1..T; t = 0 is the data. Theirs is ours less one
-#    * - ``betas``, ``beta_schedule="linear"``
-#      - ``LinearSchedule(1000, 1e-4, 0.02)``; any betas: ``BetaSchedule(betas)``
-#    * - ``beta_schedule="squaredcos_cap_v2"``
-#      - ``CosineSchedule(1000)``
+#    * - ``betas``
+#      - ``BetaSchedule(betas)``; those of a name are below
 #    * - ``alphas_cumprod[t]``
 #      - ``schedule.alpha_bar(t + 1)``
 #    * - ``scheduler.add_noise(x_0, noise, t)``
 #      - a draw of ``forward.marginal(x_0, t + 1)``
-#    * - ``prediction_type="epsilon"``, ``"sample"``, ``"v_prediction"``
-#      - ``NoisePrediction``, ``DataPrediction``, ``VelocityPrediction``
-#    * - ``variance_type="fixed_small"``, ``"fixed_large"``
-#      - ``PosteriorVariance()``, ``ForwardVariance()`` (the default); in OpenAI's code ``FixedLargeVariance()``
 #    * - ``scheduler.step(output, t, x_t).prev_sample``
 #      - a draw of ``reverse(x_t, t + 1)``
-#    * - ``clip_sample=True``
-#      - nothing is clipped: a clipped chain is another model than the one that was trained
+#    * - ``clip_sample=True``, the default there
+#      - ``Clipped(denoiser, -1.0, 1.0)``; nothing is clipped unless you say so
 #    * - ``UNet2DModel(...)``
 #      - any network called as ``network(x_t, t)``; a wrapper of two lines, below
 #    * - ``F.mse_loss(output, noise)``
@@ -47,18 +41,22 @@ bound of a network that was trained elsewhere.
 #    * - no likelihood
 #      - ``bound(diffusion, x_0)``
 #
+# All options of a scheduler stand in a table of their own, :ref:`below <scheduler_options>`.
+#
 # The formulas
 # ------------
 #
 # First the tables of a DDPM, in plain torch and in float64.
 
+import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import mse_loss
 
 import pyrodiff
-from pyrodiff import datasets, networks
+from pyrodiff import datasets, networks, plots
 
 pyro.set_rng_seed(0)
 T = 1000
@@ -171,7 +169,7 @@ class StandIn(torch.nn.Module):
 # The loop that everybody has written, on the Swiss roll:
 
 data, test_set = datasets.swiss_roll(20000, seed=1), datasets.swiss_roll(200, seed=2)
-steps = 600
+steps = 400
 network = FromTheirs(StandIn())
 optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 table = alphas_cumprod.float()
@@ -250,7 +248,7 @@ axes.legend(frameon=False)
 # over a large batch: up to the noise of the draws, SVI's is that of the sum of squares.
 
 parameters = list(by_hand.reverse.parameters())
-batch = data.repeat(2, 1)
+batch = data.repeat(4, 1)
 noise, timesteps = torch.randn_like(batch), torch.randint(T, (len(batch),))
 a = table[timesteps][:, None]
 squares = mse_loss(
@@ -287,6 +285,241 @@ error = float(bound.standard_error(bound.nats))
 print(f"T = 100: {float(bound.nats.mean()):.3f} ± {error:.3f} nats")
 
 # %%
+# Pictures: clip what the network says of the data
+# -------------------------------------------------
+#
+# Now a script as most people have it: pictures of 8 bits on [-1, 1], the cosine schedule, the noise predicted,
+# :math:`L_\mathrm{simple}`. Here they are 8 x 8 digits, and the training takes seconds.
+
+k = datasets.digits("train").long() * 255 // 16  # 0..255
+pictures = pyrodiff.dequantize(k, levels=256)
+test_pictures = pyrodiff.dequantize(
+    datasets.digits("test")[:10].long() * 255 // 16, levels=256
+)
+
+
+class DigitsUNet(torch.nn.Module):
+    """Called as ``UNet2DModel``, as the stand-in above."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = networks.UNet((8, 8), channels=(16, 32), hidden=64)
+
+    def forward(self, sample, timestep):
+        return type("Output", (), {"sample": self.network(sample, timestep + 1)})
+
+
+cosine_forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=1000))
+noise_of_pictures = pyrodiff.NoisePrediction(FromTheirs(DigitsUNet()), cosine_forward)
+
+
+def diffusion_of_pictures(denoiser):
+    reverse = pyrodiff.GaussianReverse(
+        cosine_forward, denoiser, pyrodiff.PosteriorVariance()
+    )
+    decoder = pyrodiff.DiscretizedDecoder(levels=256)
+    return pyrodiff.Diffusion(
+        cosine_forward, reverse, event_shape=(8, 8), decoder=decoder
+    )
+
+
+plain = diffusion_of_pictures(noise_of_pictures)
+pair = plain.one_step(weighting=pyrodiff.SimpleWeighting(plain.reverse))
+svi = pyrodiff.SVI(
+    pair.model,
+    pair.guide,
+    lambda parameters: torch.optim.Adam(parameters, lr=4e-3),
+    pyrodiff.DiffusionELBO(),
+    average=pyrodiff.exponential_average(0.99),
+)
+for _ in range(150):
+    svi.step(pictures[torch.randint(len(pictures), (64,))])
+svi.adopt_average()
+
+# %%
+# At t = T a cosine schedule leaves a signal of :math:`a_T = 5 \cdot 10^{-5}`, by which the error of the noise is
+# divided in :math:`\hat x_0 = (x_t - b_t \hat\epsilon) / a_t`. :math:`L_\mathrm{simple}` does not mind. The bound
+# does, and so do samples, whose first step leads far away. Codes of DDPMs clip :math:`\hat x_0`, in the sampler and in
+# the bound, often without a word. Here that is a denoiser around the denoiser, with the same weights. Train without it:
+# where it clips, the gradient is 0.
+
+clipped = diffusion_of_pictures(pyrodiff.Clipped(noise_of_pictures, low=-1.0, high=1.0))
+for name, diffusion in (("plain", plain), ("clipped", clipped)):
+    bound = pyrodiff.bound(diffusion, test_pictures, generator=0)
+    bits = bound.bits_per_dim
+    first = bound.denoising[-1].mean() / bound.nats.mean()
+    print(
+        f"{name:8}{float(bits.mean()):6.2f} ± {float(bound.standard_error(bits)):.2f} bits/dim,"
+        f" the step from x_T is {float(first):.1%} of them"
+    )
+
+# %%
+# The samples say the same: without clipping nearly every pixel is as black or as white as it can be. Fifty steps do, at
+# the times of ``timestep_spacing="trailing"``.
+
+spaced = list(range(20, 1001, 20))
+figure = Figure(figsize=(6, 2.4), layout="constrained")
+print(f"{'data':8} standard deviation of a pixel {float(pictures.std()):.2f}")
+for axes, (name, diffusion) in zip(
+    figure.subplots(1, 2), (("plain", plain), ("clipped", clipped)), strict=True
+):
+    samples = pyrodiff.AncestralSampler(diffusion.subchain(spaced))(24, generator=0)
+    extreme = float((samples.abs() == 1).float().mean())
+    print(
+        f"{name:8} standard deviation of a pixel {float(samples.std()):.2f},"
+        f" black or white {extreme:.0%}"
+    )
+    plots.pictures((samples + 1) / 2, axes, columns=8).set_title(name)
+
+# %%
+# .. _scheduler_options:
+#
+# The options of a scheduler
+# --------------------------
+#
+# ``T`` is the number of steps, ``n`` that of a shorter chain, ``a`` and ``b`` are ``beta_start`` and ``beta_end``. What
+# is no name of the package is written below. Tables of betas are best made in float64.
+#
+# .. list-table::
+#    :header-rows: 1
+#    :widths: 40 60
+#
+#    * - diffusers
+#      - here
+#    * - ``beta_schedule="linear"``
+#      - ``LinearSchedule(T, a, b)``
+#    * - ``beta_schedule="scaled_linear"``
+#      - ``BetaSchedule(torch.linspace(a**0.5, b**0.5, T, dtype=torch.float64) ** 2)``
+#    * - ``beta_schedule="squaredcos_cap_v2"``
+#      - ``CosineSchedule(T)``
+#    * - ``trained_betas=betas``
+#      - ``BetaSchedule(betas)``
+#    * - ``rescale_betas_zero_snr=True``
+#      - ``BetaSchedule(rescaled(betas))``. Nothing is left of the data at t = T, so :math:`L_T = 0`.
+#        ``VelocityPrediction``, ``DataPrediction`` and ``LevelPrediction`` go with it; ``NoisePrediction`` and
+#        ``ScorePrediction``, which divide by the signal, are refused, as are ``SimpleWeighting`` and ``ode_log_prob``
+#    * - ``prediction_type="epsilon"``
+#      - ``NoisePrediction(network, forward)``
+#    * - ``prediction_type="sample"``
+#      - ``DataPrediction(network, forward)``
+#    * - ``prediction_type="v_prediction"``
+#      - ``VelocityPrediction(network, forward)``
+#    * - ``clip_sample=True, clip_sample_range=r``
+#      - ``Clipped(denoiser, -r, r)``
+#    * - ``thresholding=True, dynamic_thresholding_ratio=p, sample_max_value=m``
+#      - ``Thresholded(denoiser, p, m)``. Their default m = 1 makes it the same as ``clip_sample``
+#    * - ``variance_type="fixed_small"``, ``"fixed_small_log"``
+#      - ``PosteriorVariance()``, for both
+#    * - ``variance_type="fixed_large"``
+#      - ``ForwardVariance()``, the default; ``FIXED_LARGE`` of OpenAI's code is ``FixedLargeVariance()``
+#    * - ``variance_type="learned"``
+#      - a reverse process of one's own: ``LearnedRange`` with ``v`` as the variance (OpenAI's code: its logarithm)
+#    * - ``variance_type="learned_range"``
+#      - ``LearnedRange(forward, network)``
+#    * - ``set_timesteps(n)``, ``timestep_spacing="linspace"``
+#      - ``diffusion.subchain(linspace(T, n))``
+#    * - ``timestep_spacing="leading"``, ``steps_offset``
+#      - ``diffusion.subchain(leading(T, n, steps_offset))``. It ends before T, where the prior is further off: compare
+#        :math:`L_T`
+#    * - ``timestep_spacing="trailing"``
+#      - ``diffusion.subchain(trailing(T, n))``
+#    * - time from 0: ``unet(x, t)`` in 0..T-1
+#      - ``network(x_t, t)`` in 1..T: ``unet(x_t, t - 1)``
+#
+# The times, and the betas without signal at the end (Lin et al., 2024, Algorithm 1):
+
+
+def linspace(T, n):
+    return (np.linspace(0, T - 1, n).round().astype(int) + 1).tolist()
+
+
+def leading(T, n, steps_offset=0):
+    return [1 + k * (T // n) + steps_offset for k in range(n)]
+
+
+def trailing(T, n):
+    return np.arange(T, 0, -T / n).round().astype(int)[n - 1 :: -1].tolist()
+
+
+def rescaled(betas):
+    root = (1 - betas).cumprod(0).sqrt()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+for spacing in (linspace, leading, trailing):
+    times = spacing(T, 50)
+    print(f"{spacing.__name__:10}{str(times[:3])[:-1]}, ..., {str(times[-2:])[1:]}")
+print("alpha_bar(T)", float(pyrodiff.BetaSchedule(rescaled(betas)).alpha_bar(T)))
+
+# %%
+# ``learned_range`` is a network of twice as many channels: the noise, and a number v for each pixel, which says where
+# between the two fixed variances the variance lies (Nichol and Dhariwal, 2021, Eq. 15). Any module that returns a
+# distribution is a reverse process, so this one is a page of code, and with a method ``subchain`` it can be cut.
+
+
+class LearnedRange(torch.nn.Module):
+    def __init__(self, forward, network):
+        super().__init__()
+        self.forward_process, self.network = forward, network
+        self.small, self.large = (
+            pyrodiff.PosteriorVariance(),
+            pyrodiff.ForwardVariance(),
+        )
+
+    def forward(self, x_t, t, *context):
+        process = self.forward_process
+
+        def like_x(values):
+            values = values.to(x_t.dtype).to(x_t.device)
+            return values.reshape(values.shape + (1,) * (x_t.dim() - values.dim()))
+
+        epsilon, v = self.network(x_t, t, *context).chunk(2, dim=1)
+        signal, noise = process.scales(x_t, t)
+        x_0 = ((x_t - noise * epsilon) / signal).clamp(-1, 1)
+        weight_t, weight_0, _ = map(like_x, process.schedule.posterior(t))
+        low, high = (
+            like_x(kind(process, t).log()) for kind in (self.small, self.large)
+        )
+        log_variance = low + (v + 1) / 2 * (high - low)
+        kernel = dist.Normal(weight_t * x_t + weight_0 * x_0, (log_variance / 2).exp())
+        return kernel.to_event(x_t.dim() - 1)
+
+    def subchain(self, forward):
+        return LearnedRange(forward, AtTimes(self.network, forward.schedule))
+
+
+class AtTimes(torch.nn.Module):
+    """A network in a chain of fewer steps, which is asked at the times of the whole."""
+
+    def __init__(self, network, schedule):
+        super().__init__()
+        self.network, self.schedule = network, schedule
+
+    def forward(self, x_t, t, *context):
+        return self.network(x_t, self.schedule.time(t), *context)
+
+
+class TwoThings(torch.nn.Module):
+    def forward(self, x_t, t):
+        return torch.cat([torch.sin(3 * x_t), torch.cos(x_t)], 1)
+
+
+learned = LearnedRange(forward, TwoThings())
+log_beta, log_small = betas[later].log(), posterior_variance.log()
+part = (torch.cos(x_t[1:]) + 1) / 2
+log_variance = (
+    part * log_beta[:, None, None, None] + (1 - part) * log_small[:, None, None, None]
+)
+found = learned(x_t[1:], later + 1).variance
+print("learned_range", largest_difference(found, log_variance.exp()))
+diffusion = pyrodiff.Diffusion(forward, learned, event_shape=(3, 4, 4))
+short = diffusion.subchain(trailing(T, 10))
+print("ten steps, untrained", float(pyrodiff.bound(short, x_0).nats.mean()))
+
+# %%
+# ``one_step()`` trains all of it by the bound. ``.clamp(-1, 1)`` is their ``clip_sample``; leave it out in training.
+#
 # What else differs
 # -----------------
 #

@@ -5,10 +5,12 @@ programs, is checked while Pyro's own validation is on (``pyro.enable_validation
 (:func:`bound`, samplers, the first step of :class:`SVI` for each shape) turn it on for what they are given.
 """
 
+import inspect
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
@@ -82,6 +84,12 @@ def one_of(name: str, value: object, values: Sequence) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, but it is {described(value)}")
 
 
+def text(name: str, value: object, *, empty: bool = False) -> None:
+    """A string, not empty unless it may be."""
+    if not isinstance(value, str) or not (value or empty):
+        raise ValueError(f"{name} must be a string{', not empty' * (not empty)}, but it is {described(value)}")
+
+
 def event_shape(value: Sequence[int]) -> torch.Size:
     """The shape of one datum, a sequence of ints of at least 1."""
     try:
@@ -132,6 +140,48 @@ def instance(name: str, value: object, kind: type) -> None:
         raise ValueError(f"{name} must be a {home}.{kind.__name__}, but it is {described(value)}")
 
 
+def context(values: Sequence, size: int, device: torch.device, keyword: str = "") -> None:
+    """Tensors on a device, each with a first dimension of the size of the data, or of 1."""
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            hint = f": options are given by keyword, {keyword}={value!r} say" if keyword and is_number(value) else ""
+            hint = ": give torch.from_numpy of it" if isinstance(value, np.ndarray) else hint
+            raise ValueError(f"context must be tensors, but context[{i}] is {described(value)}{hint}")
+        if value.dim() == 0 or value.shape[0] not in (1, size):
+            raise ValueError(
+                f"context must have a first dimension of {size}, as many as there are data, or of 1, but the shape of "
+                f"context[{i}] is {tuple(value.shape)}"
+            )
+        if value.device != device:
+            raise ValueError(
+                f"context must be on the device of the data, {device}, but context[{i}] is on {value.device}"
+            )
+
+
+def takes_context(name: str, module: nn.Module, context: Sequence[Tensor]) -> None:
+    """A module whose ``forward`` takes a state, a time and this context, while Pyro validates."""
+    if not validating():
+        return
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # it does not say
+        return
+    try:
+        signature.bind("x_t", "t", *context)
+    except TypeError as error:
+        given = f"{len(context)} tensor{'s' * (len(context) != 1)} of context"
+        way = (
+            "let its forward take them as (x_t, t, *context), or drop them: svi.step(x_0), bound(diffusion, x_0), or "
+            "(x_0 for x_0, y in loader)"
+            if context
+            else "give its context after the data: svi.step(x_0, y), bound(diffusion, x_0, y), sampler(num_samples, y)"
+        )
+        raise ValueError(
+            f"{name} must take what it is called with, a state, a time and {given}, but it is a "
+            f"{type(module).__name__}, called as {signature}: {way}"
+        ) from error
+
+
 def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:
     """A module made for this forward process, where it says for which."""
     if getattr(module, "forward_process", forward) is not forward:
@@ -173,10 +223,10 @@ def time(name: str, t: object, high: int, low: int = 0) -> None:
         raise ValueError(f"{name} must lie in {low}..{high}, but it is {t}")
 
 
-def step(x: object, t: object, s: object, num_steps: int, first: int = 0) -> int | Tensor:
-    """The earlier time of a step, t - 1 if s is None, after a check, while Pyro validates, of first <= s < t <= T."""
+def step(x: object, t: object, s: object, num_steps: int, first: int = 0) -> None:
+    """A floating state, and times first <= s < t <= T, s being t - 1 if it is None; while Pyro validates."""
     if not validating():
-        return t - 1 if s is None else s
+        return
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         raise ValueError(f"the state must be a tensor with a floating dtype, but it {got}")
@@ -192,4 +242,3 @@ def step(x: object, t: object, s: object, num_steps: int, first: int = 0) -> int
     ordered = (s >= first) & (s < t)
     if not (holds(ordered) if isinstance(ordered, Tensor) else ordered):
         raise ValueError(f"s and t must satisfy {first} <= s < t <= {num_steps}, but t is {t} and s is {s}")
-    return s

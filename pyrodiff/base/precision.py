@@ -10,7 +10,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Float64Module", "coefficients", "default_home", "float64", "holds_float64", "home", "precisely"]
+__all__ = [
+    "Float64Module",
+    "coefficients",
+    "costs_dtype",
+    "default_home",
+    "float64",
+    "holds_float64",
+    "home",
+    "precisely",
+]
 
 
 def holds_float64(device: torch.device) -> bool:
@@ -56,6 +65,15 @@ def coefficients(values: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     if values.dim() > 1:
         values = values.reshape(values.shape + (1,) * (x.dim() + 1 - values.dim()))
     return values.unbind()
+
+
+def costs_dtype(x_0: Tensor) -> torch.dtype:
+    """The dtype of what data cost: their own, or torch's default where they are integers.
+
+    Arguments:
+        x_0: The data.
+    """
+    return x_0.dtype if x_0.is_floating_point() else torch.get_default_dtype()
 
 
 def precisely() -> AbstractContextManager:

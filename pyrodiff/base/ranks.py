@@ -1,10 +1,10 @@
-"""Several processes at one task, on torch.distributed: who one is, what all agree on, what all have together.
+"""Several ranks, processes at one task, on torch.distributed: who one is, what all agree on, what all have together.
 
-A process that was started alone is the only one of its kind: then nothing here does anything. Under ``torchrun`` a
-script calls ``torch.distributed.init_process_group()``, and is one of many.
+A process that was started alone is the only rank: then nothing here does anything. Under ``torchrun`` a script calls
+``torch.distributed.init_process_group()``, and is one of many.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,11 +27,9 @@ __all__ = [
     "total_norm",
 ]
 
-_SMALL = 2**16  # tensors of at most so many numbers share a message
-
 
 def count() -> int:
-    """How many processes there are."""
+    """How many ranks there are."""
     return torch.distributed.get_world_size() if _are_many() else 1
 
 
@@ -46,10 +44,10 @@ def _are_many() -> bool:
 
 @torch.no_grad()
 def agree(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the tensors of the first, in place. Those that are sharded over processes are left alone.
+    """Give all ranks the tensors of the first, in place. Those that are sharded over ranks are left alone.
 
     Arguments:
-        tensors: As many in each process, of the same shapes.
+        tensors: As many in each rank, of the same shapes.
     """
     if count() == 1:
         return
@@ -62,7 +60,7 @@ def agree(tensors: Iterable[Tensor]) -> None:
 
 
 def all_say(yes: bool) -> bool:
-    """Whether all processes say yes; each has to be asked.
+    """Whether all ranks say yes; each has to be asked.
 
     Arguments:
         yes: What this one says.
@@ -71,7 +69,7 @@ def all_say(yes: bool) -> bool:
 
 
 def each(value: Any) -> list[Any]:
-    """What every process has, in their order.
+    """What every rank has, in their order.
 
     Arguments:
         value: What this one has, of a kind that can be pickled.
@@ -84,10 +82,10 @@ def each(value: Any) -> list[Any]:
 
 
 def together(tensors: list[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all processes: one message for all small ones of a dtype.
+    """The sums of tensors over all ranks, in one message for all of a dtype.
 
     Arguments:
-        tensors: As many in each process, of the same shapes.
+        tensors: As many in each rank, of the same shapes.
     """
     if count() == 1:
         return tensors
@@ -100,15 +98,12 @@ def together(tensors: list[Tensor]) -> list[Tensor]:
     return [sums[id(tensor)] for tensor in tensors]
 
 
-def _alike(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def _alike(tensors: list[Tensor]) -> list[list[Tensor]]:
     """The tensors, those together that one message can hold."""
     kinds: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.numel() > _SMALL:
-            yield [tensor]
-        else:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    yield from kinds.values()
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(kinds.values())
 
 
 def _once(tensor: Tensor) -> Tensor:
@@ -120,7 +115,7 @@ def _once(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of it only, as ``fully_shard`` has it.
+    """Whether each rank holds a part of it only, as ``fully_shard`` has it.
 
     Arguments:
         tensor: The tensor.
@@ -168,10 +163,10 @@ def shard_again(modules: Iterable[nn.Module]) -> None:
 
 
 def set_apart() -> int:
-    """Let the random draws of this process be others than those of the rest; a number that all know is returned.
+    """Let the random draws of this rank be others than those of the rest; a number that all know is returned.
 
-    Processes that were seeded alike would draw the same noise, and be worth one. Those whose source is another already
-    keep theirs.
+    Ranks that were seeded alike would draw the same noise, and be worth one. Those whose source is another already keep
+    theirs.
     """
     if count() == 1:
         return 0

@@ -439,7 +439,7 @@ def _bound(options: argparse.Namespace) -> int:
         print(f"{options.split} data: {spelled(found)}")
         if options.particles is not None:
             tighter = importance_bound(
-                diffusion, stop.between(x_0), options.particles, generator=options.seed, progress=True
+                diffusion, stop.between(x_0), num_particles=options.particles, generator=options.seed, progress=True
             )
             print(run.form.in_units(tighter))
     if options.save is not None:
@@ -481,7 +481,7 @@ def _write_trajectory(run: Run, path: Path, options: argparse.Namespace) -> None
     T, gif = diffusion.num_steps, options.trajectory == "gif"
     times = sorted(set(torch.linspace(0, T, min(T + 1, 61 if gif else 9)).round().int().tolist()), reverse=True)
     number = min(options.number, (64 if gif else 6) if run.form.event_shape != (2,) else 2000)
-    states = AncestralSampler(diffusion).trajectory(number, times, options.seed, progress=True)
+    states = AncestralSampler(diffusion).trajectory(number, times=times, generator=options.seed, progress=True)
     states = torch.stack([run.form.drawable(state) for state in states])
     out = path.with_name(f"{path.stem}-trajectory.{'gif' if gif else 'png'}")
     if gif:

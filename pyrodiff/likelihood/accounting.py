@@ -10,6 +10,7 @@ References:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..pair.terms import step_costs
 from ..pair.times import Drawing, ImportanceDrawing, LossSecondMoment, LowDiscrepancyDrawing, UniformDrawing
-from ..running.evaluation import batches, evaluating, look, progress_bar
+from ..running.evaluation import Batch, batches, evaluating, look, progress_bar
 
 __all__ = ["VarianceAccount", "variance_account"]
 
@@ -79,6 +80,7 @@ class VarianceAccount:
 def variance_account(
     diffusion: Diffusion,
     x_0: Tensor,
+    *context: Tensor,
     drawings: dict[str, Drawing] | None = None,
     num_particles: int = 100,
     num_pairs: int = 100,
@@ -86,6 +88,7 @@ def variance_account(
     memory_budget: int = 2**28,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
+    guide: Callable | None = None,
 ) -> VarianceAccount:
     r"""The variance of each term of the bound, and of the one-step estimate under each way of drawing t.
 
@@ -94,6 +97,7 @@ def variance_account(
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape).
+        *context: What the network is told of each datum: tensors of B rows, or of one for all.
         drawings: The ways of drawing t, by name. If not given: "uniform"; "low discrepancy"; "loss second moment",
             which has been told its history of costs at each t; "optimal", from the second moments measured here.
         num_particles: The number of draws of a datum and :math:`x_t` at each t that the moments come from, at least 2.
@@ -102,6 +106,8 @@ def variance_account(
         memory_budget: What the states and activations of one batch of network calls may take, in bytes.
         generator: A generator or a seed, for the same numbers each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
+            the place of a loader, and their context. To be given where there are random weights, and only there.
 
     Returns:
         The account.
@@ -130,17 +136,18 @@ def variance_account(
     named = isinstance(drawings, dict) and all(isinstance(drawing, Drawing) for drawing in drawings.values())
     if drawings is not None and not (drawings and named):
         raise ValueError(f"drawings must be drawings by name, at least one, but they are {drawings!r}")
-    with evaluating(diffusion, generator), progress_bar(progress, "variance account") as bar:
-        (x_0,) = batches(diffusion, x_0)
-        costs = _costs(diffusion, x_0, num_particles, memory_budget)
+    evaluated = evaluating(diffusion, generator, guide=guide, given=(x_0, *context))
+    with evaluated, progress_bar(progress, "variance account") as bar:
+        (data,) = batches(diffusion, x_0, context, "num_particles")
+        costs = _costs(diffusion, data, num_particles, memory_budget)
         drawings = _drawings(costs) if drawings is None else drawings
         bar.total = 2 * num_pairs * batch_size * len(drawings)
         pairs = {name: diffusion.one_step(_Fixed(drawing)) for name, drawing in drawings.items()}
         halves: dict[str, list[tuple[float, float]]] = {name: [] for name in drawings}
         for _ in range(num_pairs):
-            i = torch.randint(len(x_0), (2, batch_size), device=x_0.device)  # the same for all, for a fair ratio
+            i = torch.randint(len(data), (2, batch_size), device=x_0.device)  # the same for all, for a fair ratio
             for name, pair in pairs.items():
-                halves[name].append(_half_squares(_estimate(pair, x_0[i[0]]), _estimate(pair, x_0[i[1]])))
+                halves[name].append(_half_squares(*(_estimate(pair, data.rows(half)) for half in i)))
                 bar.update(2 * batch_size)
     value, gradient = (
         {name: _mean(torch.tensor(halves[name], dtype=torch.float64)[:, which] * batch_size) for name in drawings}
@@ -150,15 +157,16 @@ def variance_account(
 
 
 @torch.no_grad()
-def _costs(diffusion: Diffusion, x_0: Tensor, num_particles: int, memory_budget: int) -> Tensor:
+def _costs(diffusion: Diffusion, data: Batch, num_particles: int, memory_budget: int) -> Tensor:
     """Costs at each t of data drawn with replacement, with shape (T, num_particles)."""
-    T, rows = diffusion.num_steps, look(memory_budget, diffusion, x_0).rows
-    i = torch.randint(len(x_0), (T * num_particles,), device=x_0.device)
-    t = torch.arange(T * num_particles, device=x_0.device) // num_particles + 1
+    T, rows, device = diffusion.num_steps, look(memory_budget, diffusion, data).rows, data.x_0.device
+    i = torch.randint(len(data), (T * num_particles,), device=device)
+    t = torch.arange(T * num_particles, device=device) // num_particles + 1
     costs, q = [], diffusion.forward_process
     for part, now in zip(i.split(rows), t.split(rows), strict=True):
-        data = x_0[part]
-        costs.append(step_costs(diffusion.model, data, now, q.marginal(data, now).sample(), later=T > 1))
+        some = data.rows(part)
+        x_t = q.marginal(some.x_0, now).sample()
+        costs.append(step_costs(diffusion.model, some.x_0, now, x_t, some.context, later=T > 1))
     return float64(torch.cat(costs)).reshape(T, num_particles)
 
 
@@ -176,9 +184,9 @@ class _Fixed(Drawing):
         return self.drawing(u, num_steps)
 
 
-def _estimate(pair: OneStep, x_0: Tensor) -> list[Tensor]:
+def _estimate(pair: OneStep, data: Batch) -> list[Tensor]:
     """The one-step estimate of the bound, the mean over a batch, and its gradient."""
-    value = DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0) / len(x_0)
+    value = DiffusionELBO().differentiable_loss(pair.model, pair.guide, data.x_0, *data.context) / len(data)
     parameters = [parameter for parameter in pair.parameters() if parameter.requires_grad]
     gradient = torch.autograd.grad(value, parameters, allow_unused=True)
     return [value.detach(), *(value.new_zeros(()) if part is None else part for part in gradient)]

@@ -21,8 +21,9 @@ References:
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
@@ -33,12 +34,13 @@ from torch.distributions import Distribution
 from tqdm import tqdm
 
 from ..base import checks, ranks
-from ..base.precision import home, precisely
+from ..base.precision import costs_dtype, home, precisely
 from ..base.randomness import seed_draws, seed_of
+from ..model.reverse import GaussianReverse
 from ..pair.diffusion import Diffusion
 from ..pair.programs import Generative
 from ..pair.terms import prior_cost, step_costs
-from ..running.evaluation import Look, batches, evaluating, expect, look, progress_bar
+from ..running.evaluation import Batch, Look, batches, evaluating, expect, look, progress_bar
 from .estimate import Likelihood
 
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
@@ -56,6 +58,8 @@ class Bound(Likelihood):
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
         prior_entropy: The entropy of p(x_T) in nats; None where it is not known.
+        global_kl: The KL of random weights, with shape (), which all data share: no part of ``nats``. None where there
+            are no random weights.
     """
 
     prior: Tensor
@@ -64,6 +68,7 @@ class Bound(Likelihood):
     event_shape: torch.Size
     levels: int | None = None
     prior_entropy: float | None = None
+    global_kl: Tensor | None = None
 
     @property
     def nats(self) -> Tensor:
@@ -108,28 +113,47 @@ class Bound(Likelihood):
             "ΣL_t-1   denoising": self.denoising.sum(0),
             "L_0      reconstruction": self.reconstruction,
             "bound": self.nats,
+            **_global_row(self.global_kl),
         }
+
+
+def _global_row(global_kl: Tensor | None) -> dict[str, Tensor]:
+    return {} if global_kl is None else {"KL of random weights": global_kl}
+
+
+def guided(x_0: Tensor | Iterable, context: tuple[Tensor, ...]) -> tuple:
+    """What a guide of random weights is called with: the data, where they are one tensor, and their context.
+
+    Arguments:
+        x_0: The data, or a loader.
+        context: Their context.
+    """
+    return (x_0 if isinstance(x_0, Tensor) else None, *context)
 
 
 @torch.no_grad()
 def bound(
     diffusion: Diffusion,
     x_0: Tensor | Iterable,
+    *context: Tensor,
     num_particles: int = 1,
     memory_budget: int = 2**28,
     num_times: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
     sharded: bool = False,
+    guide: Callable | None = None,
 ) -> Bound:
     """The bound on -log p(x_0), each of its T terms estimated with fresh draws.
 
-    Modules are in evaluation mode meanwhile. Random weights (each ``PyroSample``) are drawn once, for all of it: the
-    bound is the one given those weights. The bound of fewer steps is that of :meth:`Diffusion.subchain`.
+    Modules are in evaluation mode meanwhile. Random weights (each ``PyroSample``) are drawn once, for all of it, from
+    their guide: the bound is the one given those weights, and what they cost is a row of its own. The bound of fewer
+    steps is that of :meth:`Diffusion.subchain`.
 
     Arguments:
         diffusion: The model.
-        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
+        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
+        *context: What the network is told of each datum: tensors of B rows, or of one for all.
         num_particles: The number of draws of each x_t that a term is the mean of.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes. The bound
             does not depend on it, but for rounding.
@@ -140,6 +164,8 @@ def bound(
         progress: Whether to show a progress bar, where there is a terminal.
         sharded: Whether the processes of ``torch.distributed`` share the work. All call it with the same model and
             data, and get the same bound, that of one process alone with the same seed.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
+            the place of a loader, and their context. To be given where there are random weights, and only there.
 
     Returns:
         The terms, in nats, a datum each.
@@ -165,27 +191,63 @@ def bound(
     checks.one_of("sharded", sharded, (False, True))
     num_times = T - 1 if num_times is None else num_times
     rank, count = (ranks.number(), ranks.count()) if sharded else (0, 1)
-    with evaluating(diffusion, generator, agreed=sharded) as seed, progress_bar(progress, "bound") as bar:
-        bounds, first, start = [], None, 0
-        for batch in batches(diffusion, x_0):
+    evaluated = evaluating(diffusion, generator, sharded, guide, guided(x_0, context))
+    with evaluated as (seed, global_kl), progress_bar(progress, "bound") as bar:
+        bounds, first, start, squares = [], None, 0, 0.0
+        for batch in batches(diffusion, x_0, context, "num_particles"):
             first = first or look(memory_budget, diffusion, batch)
-            expect(bar, x_0, batch, (1 + num_times) * num_particles * len(batch))
+            squares = squares + batch.x_0.detach().float().square().sum()
+            expect(bar, x_0, (1 + num_times) * num_particles * len(batch))
             draws = _Draws(diffusion.model, batch, start, seed, num_particles, first)
             bounds.append(_bound(diffusion, draws, num_times, rank, count, bar))
             start += len(batch)
-    return Bound.joined(bounds)
+    found = replace(Bound.joined(bounds), global_kl=global_kl)
+    _warn_of_one_step(diffusion, found, squares / start)
+    return found
+
+
+def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor) -> None:
+    r"""Warn where one step holds much of the bound, because its estimate of x_0 is far beyond the data.
+
+    Of a Gaussian step :math:`L_{t-1} = c_t + w_0^2 E\|x_0 - \hat x_0\|^2 / 2 \sigma_t^2`, with the weight w_0 of x_0 in
+    the posterior's mean, and c_t what a wrong variance costs: so the term says how far the estimate is off.
+    """
+    reverse, mean = diffusion.reverse, found.denoising.mean(1)
+    if not isinstance(reverse, GaussianReverse) or len(mean) == 0 or mean.is_meta:
+        return
+    t = int(mean.argmax()) + 2
+    cost, total = float(mean[t - 2]), found.prior.abs().mean() + mean.abs().sum() + found.reconstruction.abs().mean()
+    variance = float(reverse.variance(reverse.forward_process, t))
+    _, weight, deviation = reverse.forward_process.schedule.posterior(t).tolist()
+    ratio = deviation**2 / variance
+    of_variance = diffusion.event_shape.numel() / 2 * (ratio - 1 - math.log(ratio))
+    error = (cost - of_variance) * 2 * variance / weight**2  # E |x_0 - its estimate|^2
+    signal = float(reverse.forward_process.schedule.signal(t))
+    if cost > 0.1 * float(total) and error > 100 * float(square) and signal < 0.1:
+        warnings.warn(
+            f"the step from t = {t} is {100 * cost / float(total):.0f} % of the bound: there the denoiser's estimate "
+            f"of x_0 has a squared error of {error:.2g}, while the data's mean square is {float(square):.2g}. Noise "
+            f"and score predictions divide by the signal, which is {signal:.2g} there: keep the estimate in the data's "
+            f"range, pyrodiff.Clipped(denoiser, low, high), or use VelocityPrediction, or a schedule that leaves more "
+            f"signal",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, count: int, bar: tqdm) -> Bound:
     """The bound of a batch; of the ranks that share the work, each does one block in turn."""
-    x_0, T = draws.x_0, diffusion.num_steps
-    steps = x_0.new_zeros(T * len(x_0))
+    batch, T = draws.batch, diffusion.num_steps
+    steps = batch.x_0.new_zeros(T * len(batch), dtype=costs_dtype(batch.x_0))
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
         blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
         drawn = (block() for block in islice(blocks, rank, None, count))
         for i, t, size, *states in _joined(drawn, draws.look.rows):
-            costs = step_costs(diffusion.model, x_0.index_select(0, i), t, *states, first=first, later=not first)
-            steps.index_add_(0, (t - 1) * len(x_0) + i, (costs * size).to(x_0.dtype))
+            data = batch.rows(i)
+            costs = step_costs(
+                diffusion.model, data.x_0, t, states[0], data.context, *states[1:], first=first, later=not first
+            )
+            steps.index_add_(0, (t - 1) * len(batch) + i, (costs * size).to(steps.dtype))
             bar.update(len(i) * count)
     (steps,) = ranks.together([steps]) if count > 1 else (steps,)
     steps = steps.reshape(T, -1) / draws.num_particles
@@ -231,15 +293,15 @@ class _Draws:
 
     Arguments:
         model: The model.
-        x_0: The batch, with shape (B, *event_shape).
+        batch: The batch.
         start: The position of the first datum of the batch among all data.
         seed: The seed of the whole.
         num_particles: The number of particles P.
         look: How network calls are batched, and whether x_s is needed.
     """
 
-    def __init__(self, model: Generative, x_0: Tensor, start: int, seed: int, num_particles: int, look: Look) -> None:
-        self.model, self.x_0, self.start, self.seed = model, x_0, start, seed
+    def __init__(self, model: Generative, batch: Batch, start: int, seed: int, num_particles: int, look: Look) -> None:
+        self.model, self.batch, self.x_0, self.start, self.seed = model, batch, batch.x_0, start, seed
         self.num_particles, self.look = num_particles, look
         self.rows = max(1, min(_ROWS, _NUMBERS // max(1, model.event_shape.numel())))
 
@@ -325,12 +387,14 @@ class ImportanceBound(Likelihood):
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
         num_steps: The number of steps T.
+        global_kl: The KL of random weights, with shape (); see :class:`Bound`.
     """
 
     log_weights: Tensor
     event_shape: torch.Size
     levels: int | None = None
     num_steps: int | None = None
+    global_kl: Tensor | None = None
 
     @property
     def nats(self) -> Tensor:
@@ -375,17 +439,20 @@ class ImportanceBound(Likelihood):
 
     def rows(self) -> dict[str, Tensor]:
         smaller = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < self.num_particles]
-        return {f"K = {k}": self.at(k) for k in (*smaller[:1], *smaller[-1:], self.num_particles)}
+        rows = {f"K = {k}": self.at(k) for k in (*smaller[:1], *smaller[-1:], self.num_particles)}
+        return {**rows, **_global_row(self.global_kl)}
 
 
 @torch.no_grad()
 def importance_bound(
     diffusion: Diffusion,
     x_0: Tensor | Iterable,
-    num_particles: int,
+    *context: Tensor,
+    num_particles: int | None = None,
     memory_budget: int = 2**28,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
+    guide: Callable | None = None,
 ) -> ImportanceBound:
     r"""The importance-weighted bound: tighter than :func:`bound` the more particles, and -log p(x_0) in the limit.
 
@@ -394,11 +461,14 @@ def importance_bound(
 
     Arguments:
         diffusion: The model.
-        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
+        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
+        *context: What the network is told of each datum: tensors of B rows, or of one for all.
         num_particles: The number K of trajectories a datum: T network evaluations each.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes.
         generator: A generator or a seed, for the same number each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
+            the place of a loader, and their context. To be given where there are random weights, and only there.
 
     Returns:
         The log weights and the bound made of them.
@@ -418,15 +488,18 @@ def importance_bound(
         (torch.Size([8, 50]), torch.Size([50]), True)
     """
     checks.instance("diffusion", diffusion, Diffusion)
+    if num_particles is None and context:  # a number in the place of a context
+        checks.context(context[-1:], 1, diffusion.model.device, "num_particles")
     K, T = checks.positive_int("num_particles", num_particles), diffusion.num_steps
-    with evaluating(diffusion, generator) as seed, progress_bar(progress, "importance bound") as bar:
+    evaluated = evaluating(diffusion, generator, guide=guide, given=guided(x_0, context))
+    with evaluated as (seed, global_kl), progress_bar(progress, "importance bound") as bar:
         weights, first, start = [], None, 0
-        for batch in batches(diffusion, x_0):
+        for batch in batches(diffusion, x_0, context, "num_particles"):
             first = first or look(memory_budget, diffusion, batch)
-            expect(bar, x_0, batch, K * len(batch) * T)
+            expect(bar, x_0, K * len(batch) * T)
             weights.append(_log_weights(_Draws(diffusion.model, batch, start, seed, K, first), bar))
             start += len(batch)
-    return ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T)
+    return ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T, global_kl)
 
 
 def _log_weights(draws: _Draws, bar: tqdm) -> Tensor:
@@ -438,14 +511,14 @@ def _log_weights(draws: _Draws, bar: tqdm) -> Tensor:
         for group in draws.groups(max(1, draws.rows // width))
         for particle in range(0, K, width)
     ]
-    weights = draws.x_0.new_zeros((K, len(draws.x_0)))
+    weights = draws.x_0.new_zeros((K, len(draws.x_0)), dtype=costs_dtype(draws.x_0))
     together = max(1, rows // draws.rows)  # blocks whose networks run as one batch
     for k in range(0, len(blocks), together):
         trajectories = [_Trajectory(draws, *block) for block in blocks[k : k + together]]
         for t in range(model.num_steps, 0, -1):
             steps = [trajectory.step(t) for trajectory in trajectories]
             states = (torch.cat(values).split(rows) for values in zip(*steps, strict=True))
-            costs = torch.cat([_step_ratio(model, t, *part) for part in zip(*states, strict=True)])
+            costs = torch.cat([_step_ratio(draws, t, *part) for part in zip(*states, strict=True)])
             for trajectory, cost in zip(trajectories, costs.split([len(step[0]) for step in steps]), strict=True):
                 trajectory.log_weight = trajectory.log_weight - cost
             bar.update(len(costs))
@@ -456,10 +529,10 @@ def _log_weights(draws: _Draws, bar: tqdm) -> Tensor:
     return weights
 
 
-def _step_ratio(model: Generative, t: int, x_0: Tensor, x_t: Tensor, x_s: Tensor) -> Tensor:
-    """log q(x_s | x_t, x_0) - log p(x_s | x_t) of the step from t, and -log p(x_0 | x_1) at t = 1."""
-    times = torch.full((len(x_0),), t, device=x_0.device)
-    return step_costs(model, x_0, times, x_t, x_s, first=t == 1, later=t > 1)
+def _step_ratio(draws: _Draws, t: int, i: Tensor, x_t: Tensor, x_s: Tensor) -> Tensor:
+    """log q(x_s | x_t, x_0) - log p(x_s | x_t) of the step from t of data i, and -log p(x_0 | x_1) at t = 1."""
+    data, times = draws.batch.rows(i), torch.full_like(i, t)
+    return step_costs(draws.model, data.x_0, times, x_t, data.context, x_s, first=t == 1, later=t > 1)
 
 
 class _Trajectory:
@@ -474,7 +547,8 @@ class _Trajectory:
     def __init__(self, draws: _Draws, particles: slice, group: _Group) -> None:
         self.draws, self.particles, self.group = draws, particles, group
         self.shape = particles.stop - particles.start, len(group.index)
-        self.x_0 = draws.x_0[group.index.repeat(self.shape[0])]
+        self.index = group.index.repeat(self.shape[0])
+        self.x_0 = draws.x_0[self.index]
         model = draws.model
         law = model.forward_process.marginal(self.x_0, model.num_steps)
         self.x_t = self._drawn(law, model.num_steps + 1)
@@ -482,11 +556,11 @@ class _Trajectory:
         self.log_weight = self._of_batch(top.log_prob(self.x_t) - law.log_prob(self.x_t))
 
     def step(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x_0, x_t and x_{t-1} (x_1 again, at t = 1) of the data of the batch."""
+        """The indices of the data of the batch, their x_t and x_{t-1} (x_1 again, at t = 1)."""
         x_t = self.x_t
         if t > 1:
             self.x_t = self._drawn(self.draws.model.forward_process.posterior(x_t, self.x_0, t), t)
-        return self._of_batch(self.x_0), self._of_batch(x_t), self._of_batch(self.x_t)
+        return self._of_batch(self.index), self._of_batch(x_t), self._of_batch(self.x_t)
 
     def _drawn(self, law: Distribution, t: int) -> Tensor:
         seed = seed_of(self.draws.seed, self.particles.start, self.particles.stop, t, self.group.number)

@@ -69,11 +69,12 @@ class Likelihood(ABC):
 
     Attributes:
         event_shape: The shape of one datum.
-        levels: How many values a dimension of a datum may take, where p is a probability; None where it is a density.
+        levels: How many values a dimension of a datum may take, where p is a probability, infinity counted; None where
+            it is a density.
     """
 
     event_shape: torch.Size
-    levels: int | None
+    levels: int | float | None
 
     @property
     @abstractmethod
@@ -82,7 +83,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def rows(self) -> dict[str, Tensor]:
-        """The rows of the printed table, each with shape (B,), in nats."""
+        """The rows of the printed table, in nats, each with shape (B,), or () if it is of no datum."""
 
     @property
     @abstractmethod
@@ -165,7 +166,8 @@ class Likelihood(ABC):
         """What p is, in words."""
         if self.levels is None:
             return "p is a density, per unit of the data as given"
-        return f"p is a probability, of {self.levels} levels a dimension"
+        count = f"{self.levels} levels" if math.isfinite(self.levels) else "countably many values"
+        return f"p is a probability, of {count} a dimension"
 
     def __str__(self) -> str:
         B, D = len(self.nats), self.event_shape.numel()
@@ -175,7 +177,7 @@ class Likelihood(ABC):
             f"{'':24}{'nats':>11}{'± s.e.':>10}{'bits':>11}{'± s.e.':>10}",
         ]
         for name, values in rows.items():
-            mean, error = float(values.mean()), float(_standard_error(values))
+            mean, error = float(values.mean()), float(_standard_error(values)) if values.dim() else math.nan
             numbers = (mean, error, mean / math.log(2), error / math.log(2))
             lines.append(f"{name:24}" + "".join(f" {n:{w}.4f}" for n, w in zip(numbers, (10, 9, 10, 9), strict=True)))
         return "\n".join([*lines, self.convention])
@@ -203,7 +205,7 @@ class Likelihood(ABC):
         values = {}
         for field in dataclasses.fields(cls):
             name, found = field.name, [getattr(part, field.name) for part in parts]
-            if isinstance(found[0], Tensor):
+            if isinstance(found[0], Tensor) and found[0].dim() > 0:
                 shapes = [tuple(value.shape[:-1]) for value in found]  # the data are the last dimension
                 found, values[name] = shapes, torch.cat(found, -1) if len(set(shapes)) == 1 else None
             else:

@@ -39,12 +39,14 @@ from ..model.reverse import GaussianReverse
 from ..pair.diffusion import Diffusion
 from ..pair.terms import runs
 from ..process.forward import GaussianForward
-from ..running.evaluation import batches, evaluating, expect, look, progress_bar
+from ..running.evaluation import Batch, batches, evaluating, expect, look, progress_bar
+from .bounds import guided
 from .estimate import Likelihood
 
 __all__ = ["FlowLikelihood", "ode_log_prob"]
 
 _EXACT_UP_TO = 20  # dimensions
+Context = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -100,6 +102,7 @@ class FlowLikelihood(Likelihood):
 def ode_log_prob(
     diffusion: Diffusion,
     x_0: Tensor | Iterable,
+    *context: Tensor,
     num_probes: int | None = None,
     num_particles: int | None = None,
     tolerance: float = 1e-5,
@@ -107,6 +110,7 @@ def ode_log_prob(
     memory_budget: int = 2**28,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
+    guide: Callable | None = None,
 ) -> FlowLikelihood:
     r"""The likelihood under the probability flow of a diffusion.
 
@@ -124,7 +128,8 @@ def ode_log_prob(
     Arguments:
         diffusion: A Gaussian diffusion. Its :math:`\hat x_0` is the denoiser's, or, of a reverse process of another
             kind, what the mean of its kernel says.
-        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples that begin with one.
+        x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
+        *context: What the network is told of each datum: tensors of B rows, or of one for all.
         num_probes: The number of random signs whose mean estimates the divergence; 0 to compute it, D gradients an
             evaluation. If not given, 0 up to 20 dimensions and 10 above.
         num_particles: The number of draws of :math:`x_1`, where a decoder follows; 1 if not given.
@@ -133,6 +138,8 @@ def ode_log_prob(
         memory_budget: What the states and activations of one batch of network calls may take, in bytes.
         generator: A generator or a seed, for the same number each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
+            the place of a loader, and their context. To be given where there are random weights, and only there.
 
     Returns:
         The costs, a datum each.
@@ -164,16 +171,17 @@ def ode_log_prob(
     if num_probes is None:
         num_probes = 0 if D <= _EXACT_UP_TO else 10
     differentiable = torch.inference_mode(False)  # the divergence is a derivative
-    with differentiable, evaluating(diffusion, generator), progress_bar(progress, "probability flow") as bar:
+    evaluated = evaluating(diffusion, generator, guide=guide, given=guided(x_0, context))
+    with differentiable, evaluated, progress_bar(progress, "probability flow") as bar:
         flow, results = _Flow(diffusion, num_probes, tolerance, max_steps), []
-        for batch in batches(diffusion, x_0):
-            batch = batch.clone() if batch.is_inference() else batch
-            _refuse_a_cut_graph(diffusion, batch[:1])
+        for batch in batches(diffusion, x_0, context, "num_probes"):
+            batch = Batch(*_out_of_inference(batch.x_0, batch.context))
             rows = max(1, look(memory_budget, diffusion, batch).rows // 4)  # two times, and their gradients
+            _refuse_a_cut_graph(diffusion, batch.rows(slice(1)))
             draws, B = (num_particles or 1) if is_bound else 1, len(batch)
-            expect(bar, x_0, batch, draws * B)
-            row = torch.arange(draws * B, device=batch.device) % B
-            parts = [_costs(flow, batch[chunk], chunk, is_bound, bar) for chunk in row.split(rows)]
+            expect(bar, x_0, draws * B)
+            row = torch.arange(draws * B, device=batch.x_0.device) % B
+            parts = [_costs(flow, batch.rows(chunk), chunk, is_bound, bar) for chunk in row.split(rows)]
             costs, evaluations = (torch.cat(part, -1) for part in zip(*parts, strict=True))
             estimates = costs.mean(0).reshape(draws, B) if is_bound else costs
             results.append((estimates, evaluations.reshape(draws, B).double().mean(0)))
@@ -197,31 +205,38 @@ def _checked(
     return None if num_probes is None else int(num_probes), tolerance, max_steps
 
 
-def _refuse_a_cut_graph(diffusion: Diffusion, x_0: Tensor) -> None:
+def _out_of_inference(x_0: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Data and context that gradients may pass through, which tensors made under ``inference_mode`` are not."""
+    x_0, *context = (values.clone() if values.is_inference() else values for values in (x_0, *context))
+    return x_0, tuple(context)
+
+
+def _refuse_a_cut_graph(diffusion: Diffusion, one: Batch) -> None:
     """Refuse a network whose output changes with the state but has no gradient: that would count as no divergence."""
-    denoiser = getattr(diffusion.reverse, "denoiser", None)
+    denoiser, x_0, context = getattr(diffusion.reverse, "denoiser", None), one.x_0, one.context
     network, t = getattr(denoiser, "network", denoiser), torch.ones(1, dtype=torch.long, device=x_0.device)
     if not isinstance(network, nn.Module):
         return
     with torch.enable_grad():
-        output = network(x_0.detach().clone().requires_grad_(), t)
-        if not output.requires_grad and not torch.equal(output, network(x_0 + 0.1, t)):
+        output = network(x_0.detach().clone().requires_grad_(), t, *context)
+        if not output.requires_grad and not torch.equal(output, network(x_0 + 0.1, t, *context)):
             raise ValueError(
                 "denoiser must be differentiable in x_t for a flow, but what its network returns has no gradient, as "
                 "under torch.no_grad()"
             )
 
 
-def _costs(flow: "_Flow", x_0: Tensor, datum: Tensor, is_bound: bool, bar: tqdm) -> tuple[Tensor, Tensor]:
+def _costs(flow: "_Flow", data: Batch, datum: Tensor, is_bound: bool, bar: tqdm) -> tuple[Tensor, Tensor]:
     """Costs, with shape (probes, R), and evaluations, with shape (R,), of R rows of data of the given numbers."""
-    diffusion = flow.diffusion
+    diffusion, x_0, context = flow.diffusion, data.x_0, data.context
     if is_bound:
         q = diffusion.forward_process.marginal(x_0, 1)
         x_1 = q.sample()
-        log_p, evaluations = flow.log_prob_of_x_1(x_1, datum)
-        log_p = log_p + diffusion.model.decoded(diffusion.model.kernel(x_1, 1), x_1).log_prob(x_0) - q.log_prob(x_1)
+        log_p, evaluations = flow.log_prob_of_x_1(x_1, context, datum)
+        last = diffusion.model.decoded(diffusion.model.kernel(x_1, 1, *context), x_1)
+        log_p = log_p + last.log_prob(x_0) - q.log_prob(x_1)
     else:
-        log_p, evaluations = flow.log_prob_of_x_0(x_0, datum)
+        log_p, evaluations = flow.log_prob_of_x_0(x_0, context, datum)
     bar.update(len(x_0))
     return -log_p, evaluations
 
@@ -240,30 +255,34 @@ class _Flow:
         self.scale = (self.signal**2 + schedule.noise(t) ** 2).sqrt()
         self.D = diffusion.event_shape.numel()
 
-    def log_prob_of_x_0(self, x_0: Tensor, datum: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_of_x_0(self, x_0: Tensor, context: Context, datum: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x_0), with shape (probes, R), and the evaluations, with shape (R,)."""
         probes = self._probes(x_0)
 
         def drift(r: Tensor, state: Tensor) -> Tensor:
             with torch.enable_grad():
                 y = state[:, : self.D].detach().requires_grad_()
-                estimate = self._estimate(self.signal[0] * y, torch.ones_like(r, dtype=torch.long), x_0.dtype)
+                t = torch.ones_like(r, dtype=torch.long)
+                estimate = self._estimate(self.signal[0] * y, t, context, x_0.dtype)
                 divergence = self._divergence(estimate, y, probes)
             return torch.cat([y.detach() - estimate.detach(), self.D - divergence], 1) / 2
 
         y_1, integral, first = self._solve(
             drift, float64(x_0).reshape(len(x_0), -1), self.signal.new_zeros(()), self.signal.new_ones(()), datum
         )
-        log_p, evaluations = self._log_prob(self.signal[0] / self.scale[0] * y_1, probes, x_0.dtype, datum)
+        z_1 = self.signal[0] / self.scale[0] * y_1
+        log_p, evaluations = self._log_prob(z_1, probes, context, x_0.dtype, datum)
         return log_p + integral + self.D * self.signal[0].log() - self.D * self.scale[0].log(), first + evaluations
 
-    def log_prob_of_x_1(self, x_1: Tensor, datum: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_of_x_1(self, x_1: Tensor, context: Context, datum: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x_1), as above."""
         z_1 = float64(x_1).reshape(len(x_1), -1) / self.scale[0]
-        log_p, evaluations = self._log_prob(z_1, self._probes(x_1), x_1.dtype, datum)
+        log_p, evaluations = self._log_prob(z_1, self._probes(x_1), context, x_1.dtype, datum)
         return log_p - self.D * self.scale[0].log(), evaluations
 
-    def _log_prob(self, z_1: Tensor, probes: Tensor, dtype: torch.dtype, datum: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_prob(
+        self, z_1: Tensor, probes: Tensor, context: Context, dtype: torch.dtype, datum: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """log p(z_1) of the state of unit scale at t = 1."""
         z_T, integral, evaluations = z_1, z_1.new_zeros((max(self.num_probes, 1), len(z_1))), torch.zeros_like(datum)
         if len(self.log_snr) > 1:
@@ -272,7 +291,7 @@ class _Flow:
                 with torch.enable_grad():
                     z = state[:, : self.D].detach().requires_grad_()
                     a = torch.sigmoid(-time)[:, None].sqrt()
-                    estimate = self._between(z, -time, dtype)
+                    estimate = self._between(z, -time, context, dtype)
                     divergence = self._divergence(estimate, z, probes)
                 return -a / 2 * torch.cat([estimate.detach() - a * z.detach(), divergence - a * self.D], 1)
 
@@ -284,24 +303,25 @@ class _Flow:
         top = prior.log_prob(x_T.to(prior.sample().dtype)).double()  # a given prior has a dtype of its own
         return top + self.D * self.scale[-1].log() + integral, evaluations
 
-    def _between(self, z: Tensor, log_snr: Tensor, dtype: torch.dtype) -> Tensor:
+    def _between(self, z: Tensor, log_snr: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
         """The estimate of x_0 at any log SNR: linear between the two times around it."""
         falling = -self.log_snr
         after = torch.searchsorted(falling, -log_snr.contiguous()).clamp(1, len(falling) - 1)
         before = after - 1  # times are index + 1
         part = ((-log_snr - falling[before]) / (falling[after] - falling[before])).clamp(0, 1)[:, None]
         x = torch.cat([self.scale[before, None] * z, self.scale[after, None] * z])
-        first, second = self._estimate(x, torch.cat([before, after]) + 1, dtype).chunk(2)
+        context = tuple(torch.cat([values, values]) for values in context)
+        first, second = self._estimate(x, torch.cat([before, after]) + 1, context, dtype).chunk(2)
         return (1 - part) * first + part * second
 
-    def _estimate(self, x: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    def _estimate(self, x: Tensor, t: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
         """The estimate of x_0, flat and in float64."""
         reverse, process, device = self.diffusion.reverse, self.diffusion.forward_process, self.diffusion.model.device
         x_t = x.to(dtype).to(device).reshape((len(x), *self.diffusion.event_shape))
         if runs(reverse, GaussianReverse):
-            return float64(reverse.denoiser(x_t, t.to(device))).reshape(x.shape)
+            return float64(reverse.denoiser(x_t, t.to(device), *context)).reshape(x.shape)
         weight_t, weight_0, _ = process.schedule.posterior(t)
-        mean = float64(self.diffusion.model.kernel(x_t, t.to(device)).mean).reshape(x.shape)
+        mean = float64(self.diffusion.model.kernel(x_t, t.to(device), *context).mean).reshape(x.shape)
         return (mean - weight_t[:, None] * x) / weight_0[:, None]  # E[x_{t-1}] is that of the posterior's mean
 
     def _probes(self, x: Tensor) -> Tensor:

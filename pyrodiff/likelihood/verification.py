@@ -19,7 +19,7 @@ from ..base import checks
 from ..base.precision import float64
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
-from ..running.evaluation import batches, evaluating
+from ..running.evaluation import Batch, batches, evaluating
 from .bounds import Bound, bound, importance_bound
 
 __all__ = ["Claim", "Verification", "verify"]
@@ -67,9 +67,11 @@ class Verification:
 def verify(
     diffusion: Diffusion,
     x_0: Tensor,
+    *context: Tensor,
     num_repeats: int = 50,
     num_particles: int = 16,
     generator: torch.Generator | int | None = None,
+    guide: Callable | None = None,
 ) -> Verification:
     r"""Try, on data, the claims that the bound of a diffusion rests on: for a kernel or a process of one's own.
 
@@ -87,9 +89,12 @@ def verify(
     Arguments:
         diffusion: The model.
         x_0: A few data, with shape (B, *event_shape).
+        *context: What the network is told of each datum: tensors of B rows, or of one for all.
         num_repeats: The number of fresh evaluations of each side, at least 10.
         num_particles: The number K of trajectories of the importance-weighted bound, at least 2.
         generator: A generator or a seed, for the same draws each time; torch's global source if not given.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
+            the place of a loader, and their context. To be given where there are random weights, and only there.
 
     Returns:
         The claims, which print as a list. A program that raises is a claim that fails, with what it said.
@@ -110,17 +115,20 @@ def verify(
     for name, value, least in (("num_repeats", num_repeats, 10), ("num_particles", num_particles, 2)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, but it is {value}")
-    with _differentiable(), evaluating(diffusion, generator), pyro.validation_enabled(True):
-        x_0 = x_0.clone() if x_0.is_inference() else x_0
-        (x_0,) = batches(diffusion, x_0)
+    evaluated = evaluating(diffusion, generator, guide=guide, given=(x_0, *context))
+    with _differentiable(), evaluated, pyro.validation_enabled(True):
+        checks.context(context, len(x_0), x_0.device, "num_repeats")
+        data = (values.clone() if values.is_inference() else values for values in (x_0, *context))
+        (data,) = batches(diffusion, next(data), tuple(data))
+        x_0 = data.x_0
         claims = [
-            _tried("the trajectory pair agrees in sites, order, scales and masks", _pair, diffusion, x_0),
-            _tried("the one-step pair agrees in sites, order, scales and masks", _pair, diffusion.one_step(), x_0),
+            _tried("the trajectory pair agrees in sites, order, scales and masks", _pair, diffusion, data),
+            _tried("the one-step pair agrees in sites, order, scales and masks", _pair, diffusion.one_step(), data),
             _tried("posterior x marginal = transition x marginal, s = t - 1", _bayes, diffusion, x_0, False),
             _tried("the same from any s < t, for chains of fewer steps", _bayes, diffusion, x_0, True),
         ]
         if claims[0].passed and claims[1].passed:
-            claims += _of_means(diffusion, x_0, num_repeats, num_particles)
+            claims += _of_means(diffusion, data, num_repeats, num_particles, guide)
     return Verification(tuple(claims))
 
 
@@ -140,10 +148,10 @@ def _tried(name: str, check: Callable[..., tuple[bool | None, str]], *args: obje
     return Claim(name, passed, found)
 
 
-def _pair(pair: Diffusion | OneStep, x_0: Tensor) -> tuple[bool, str]:
+def _pair(pair: Diffusion | OneStep, data: Batch) -> tuple[bool, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of another order
-        terms = DiffusionELBO().terms(pair.model, pair.guide, x_0)
+        terms = DiffusionELBO().terms(pair.model, pair.guide, data.x_0, *data.context)
     broken = [name for name, cost in terms.items() if not bool(cost.isfinite().all())]
     if broken:
         return False, f"the cost is not finite at {', '.join(broken)}"
@@ -153,7 +161,7 @@ def _pair(pair: Diffusion | OneStep, x_0: Tensor) -> tuple[bool, str]:
 @torch.no_grad()
 def _bayes(diffusion: Diffusion, x_0: Tensor, any_s: bool) -> tuple[bool | None, str]:
     """Both sides of Bayes' rule as log densities, at t = 2..T, from s = t - 1, or from a random s before that."""
-    x_0 = float64(x_0)  # so that rounding hides no slip
+    x_0 = float64(x_0) if x_0.is_floating_point() else x_0  # so that rounding hides no slip
     q, worst, wrong = diffusion.forward_process, (-1.0, 0, 0), []
     for t in range(3 if any_s else 2, diffusion.num_steps + 1):
         s = int(torch.randint(1, t - 1, (), device="cpu")) if any_s else t - 1
@@ -172,20 +180,20 @@ def _bayes(diffusion: Diffusion, x_0: Tensor, any_s: bool) -> tuple[bool | None,
     return (True, by) if not wrong else (False, f"{by}; beyond rounding at t = {_listed(wrong)}")
 
 
-def _of_means(diffusion: Diffusion, x_0: Tensor, num_repeats: int, num_particles: int) -> list[Claim]:
+def _of_means(
+    diffusion: Diffusion, data: Batch, num_repeats: int, num_particles: int, guide: Callable | None
+) -> list[Claim]:
     """The claims about means over fresh draws, each a comparison of two sets of them."""
-    T = diffusion.num_steps
-    every = x_0.repeat(
-        (T - 1) // len(x_0) + 1, *(1,) * (x_0.dim() - 1)
-    )  # spread over these, every t is drawn each time
+    T, given = diffusion.num_steps, (data.x_0, *data.context)
+    every = data.rows(torch.arange(max(T, len(data)), device=data.x_0.device) % len(data))  # so that every t is drawn
     try:
-        bounds = torch.stack([_of_bound(bound(diffusion, x_0)) for _ in range(num_repeats)])
+        bounds = torch.stack([_of_bound(bound(diffusion, *given, guide=guide)) for _ in range(num_repeats)])
         learned = {name: parameter for name, parameter in diffusion.model.named_parameters() if parameter.requires_grad}
         signs = [torch.randint_like(parameter, 2) * 2 - 1 for parameter in learned.values()]
-        sites, gradients = _estimates(diffusion, x_0, num_repeats, learned, signs)
+        sites, gradients = _estimates(diffusion, data, num_repeats, learned, signs)
         steps, step_gradients = _estimates(diffusion.one_step(), every, num_repeats, learned, signs)
-        weights = importance_bound(diffusion, x_0, num_repeats).log_weights.double()
-        groups = importance_bound(diffusion, x_0, 10 * num_particles).log_weights.double()
+        weights = importance_bound(diffusion, *given, num_particles=num_repeats, guide=guide).log_weights.double()
+        groups = importance_bound(diffusion, *given, num_particles=10 * num_particles, guide=guide).log_weights.double()
     except Exception as error:
         return [Claim("its bounds can be evaluated", False, _said(error))]
     terms = [f"L_{t}" + f" (t = {t + 1})" * (t < T) for t in range(T + 1)]
@@ -206,7 +214,7 @@ def _of_bound(bound: Bound) -> Tensor:
 
 
 def _estimates(
-    pair: Diffusion | OneStep, x_0: Tensor, number: int, learned: dict[str, Tensor], signs: list[Tensor]
+    pair: Diffusion | OneStep, data: Batch, number: int, learned: dict[str, Tensor], signs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Fresh estimates of a pair, the mean over the data: the cost of each site, the last first, and the gradient.
 
@@ -215,8 +223,8 @@ def _estimates(
     parameters = list(learned.values())
     costs, gradients = [], []
     for _ in range(number):
-        terms = DiffusionELBO().terms(pair.model, pair.guide, x_0)
-        means = torch.stack([terms[name].double().sum() / len(x_0) for name in reversed(terms)])
+        terms = DiffusionELBO().terms(pair.model, pair.guide, data.x_0, *data.context)
+        means = torch.stack([terms[name].double().sum() / len(data) for name in reversed(terms)])
         found = torch.autograd.grad(means.sum(), parameters, allow_unused=True) if means.requires_grad else ()
         costs.append(means.detach())
         gradients.append([0.0 if g is None else float((g * sign).sum()) for g, sign in zip(found, signs, strict=False)])

@@ -47,7 +47,7 @@ class Denoiser(nn.Module, ABC):
     r"""A network read as the data :math:`\hat x_0(x_t, t)`.
 
     Arguments:
-        network: A module called as ``network(x_t, t)`` that returns a tensor of the shape of ``x_t``.
+        network: A module called as ``network(x_t, t, *context)`` that returns a tensor of the shape of ``x_t``.
         forward: The forward process.
 
     Raises:
@@ -62,23 +62,25 @@ class Denoiser(nn.Module, ABC):
         self.forward_process = forward
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         r"""The data :math:`\hat x_0` that the network sees in ``x_t``.
 
         Arguments:
             x_t: The state, with shape (B, *event_shape).
             t: The time, in 1..T: an int, or an integer tensor with shape (B,).
+            *context: What is known of each datum, for the network: tensors of B rows.
 
         Returns:
             A tensor with the shape of ``x_t``.
 
         Raises:
-            ValueError: If the network returns another shape.
+            ValueError: If the network returns another shape, or takes another context.
         """
 
-    def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def output(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         """What the network returns, after a check of its shape; arguments, result and errors as of a call."""
-        output = self.network(x_t, t)
+        checks.takes_context("network", self.network, context)
+        output = self.network(x_t, t, *context)
         checks.returned("network", output, self._output_shape(x_t), x_t)
         return output.to(x_t.dtype)  # under autocast a network is less precise than what is made of it
 
@@ -91,7 +93,7 @@ class Denoiser(nn.Module, ABC):
 
 
 class Retimed(nn.Module):
-    r"""A module called as ``module(x_t, t)``, in a chain of fewer steps: step k calls it at :math:`\tau_k`.
+    r"""A module called as ``module(x_t, t, *context)``, in a chain of fewer steps: step k calls it at :math:`\tau_k`.
 
     Arguments:
         module: A network or a denoiser, made for the whole chain.
@@ -109,9 +111,15 @@ class Retimed(nn.Module):
         checks.instance("schedule", schedule, SubSchedule)
         self.module, self.schedule = module, schedule
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    @property
+    def network(self) -> nn.Module:
+        """The network itself, where the module is a denoiser around one."""
+        return getattr(self.module, "network", self.module)
+
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+        checks.takes_context("network", self.module, context)
         t = self.schedule.times_at(t).to(x_t.device)
-        return self.module(x_t, t if t.dim() else t.expand(x_t.shape[:1]))
+        return self.module(x_t, t if t.dim() else t.expand(x_t.shape[:1]), *context)
 
 
 class DataPrediction(Denoiser):
@@ -129,8 +137,8 @@ class DataPrediction(Denoiser):
         torch.Size([5, 2])
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        return self.output(x_t, t)
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+        return self.output(x_t, t, *context)
 
 
 class _DividesBySignal(Denoiser):
@@ -157,9 +165,9 @@ class NoisePrediction(_DividesBySignal):
         Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 115.
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return torch.addcmul(x_t / signal, noise / signal, self.output(x_t, t), value=-1)
+        return torch.addcmul(x_t / signal, noise / signal, self.output(x_t, t, *context), value=-1)
 
 
 class ScorePrediction(_DividesBySignal):
@@ -174,9 +182,9 @@ class ScorePrediction(_DividesBySignal):
         Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 133: Tweedie's formula.
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return torch.addcmul(x_t / signal, noise**2 / signal, self.output(x_t, t))
+        return torch.addcmul(x_t / signal, noise**2 / signal, self.output(x_t, t, *context))
 
 
 class VelocityPrediction(Denoiser):
@@ -190,10 +198,10 @@ class VelocityPrediction(Denoiser):
         Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4.
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
         total = signal**2 + noise**2
-        return torch.addcmul(signal / total * x_t, noise / total, self.output(x_t, t), value=-1)
+        return torch.addcmul(signal / total * x_t, noise / total, self.output(x_t, t, *context), value=-1)
 
 
 class LogitPrediction(Denoiser):
@@ -208,8 +216,8 @@ class LogitPrediction(Denoiser):
         torch.Size([5, 20])
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        return self.output(x_t, t).sigmoid()
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+        return self.output(x_t, t, *context).sigmoid()
 
     def _check_forward(self, forward: Forward) -> None:
         if not isinstance(forward, Forward) or forward.support is not constraints.boolean:
@@ -228,7 +236,7 @@ class LevelPrediction(Denoiser):
     all k it is right for independent, evenly spread levels.
 
     Arguments:
-        network: A module called as ``network(x_t, t)`` that returns a tensor of shape (*x_t.shape, levels).
+        network: A module called as ``network(x_t, t, *context)`` that returns a tensor of shape (*x_t.shape, levels).
         forward: The forward process.
         levels: The number of levels L of the data on [-1, 1], at least 2.
 
@@ -252,16 +260,16 @@ class LevelPrediction(Denoiser):
         super().__init__(network, forward)
         self.levels = checks.levels(levels)
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        probs = self.log_probs(x_t, t).exp()
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+        probs = self.log_probs(x_t, t, *context).exp()
         with precisely():
             return probs @ Levels(self.levels).points(x_t)
 
-    def log_probs(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def log_probs(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         r"""The :math:`\log \hat p(x_0 = v_k | x_t)`, with shape (*x_t.shape, levels); arguments as of a call."""
         signal, noise = (scale[..., None] for scale in self.forward_process.scales(x_t, t))
         off = (x_t[..., None] - signal * Levels(self.levels).points(x_t)) / noise
-        return (self.output(x_t, t) - off**2 / 2).log_softmax(-1)
+        return (self.output(x_t, t, *context) - off**2 / 2).log_softmax(-1)
 
     def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
         return (*x_t.shape, self.levels)

@@ -1,6 +1,6 @@
 r"""The reverse process p_θ: how noise turns into data.
 
-A reverse process is a module called as ``reverse(x_t, t)`` that returns the distribution
+A reverse process is a module called as ``reverse(x_t, t, *context)`` that returns the distribution
 :math:`p_\theta(x_{t-1} | x_t)`; at t = 1 that is :math:`p_\theta(x_0 | x_1)`, which a decoder may change. Any
 ``torch.nn.Module`` so called will do. Those here read the forward posterior
 :math:`q(x_{t-1} | x_t, x_0)` at a denoiser's :math:`\hat x_0`.
@@ -181,7 +181,8 @@ class GaussianReverse(nn.Module):
 
     Arguments:
         forward: The forward process.
-        denoiser: A module called as ``denoiser(x_t, t)`` that returns :math:`\hat x_0`, with the shape of ``x_t``.
+        denoiser: A module called as ``denoiser(x_t, t, *context)`` that returns :math:`\hat x_0`, with the shape of
+            ``x_t``.
         variance: The variance :math:`\sigma_t^2`: :class:`ForwardVariance` if not given.
 
     Raises:
@@ -209,24 +210,26 @@ class GaussianReverse(nn.Module):
         self.forward_process, self.denoiser, self.variance = forward, denoiser, variance
         self.variance(forward, 1)  # refuse a sequence of another length now rather than at the first step
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.Distribution:
         """p_θ(x_{t-1} | x_t).
 
         Arguments:
             x_t: The state at time t, with shape (B, *event_shape).
             t: The time, in 1..T: an int, or an integer tensor with shape (B,).
+            *context: What is known of each datum, for the denoiser: tensors of B rows.
 
         Returns:
             A distribution with batch_shape (B,) and the event_shape of ``x_t``.
 
         Raises:
-            ValueError: If t is not an integer or lies outside 1..T.
+            ValueError: If t is not an integer or lies outside 1..T, or the denoiser takes another context.
         """
         schedule = self.forward_process.schedule
         checks.step(x_t, t, None, self.forward_process.num_steps)
         weight_t, weight_0, _ = coefficients(schedule.posterior(t), x_t)
         (deviation,) = coefficients(self.variance(self.forward_process, t).sqrt()[None], x_t)
-        estimate = self.denoiser(x_t, t)
+        checks.takes_context("denoiser", self.denoiser, context)
+        estimate = self.denoiser(x_t, t, *context)
         checks.returned("denoiser", estimate, x_t.shape, x_t)
         mean = torch.addcmul(weight_t * x_t, weight_0, estimate)
         return dist.Normal(mean, deviation).to_event(event_dim(x_t, t))
@@ -279,10 +282,10 @@ class BinomialReverse(nn.Module):
         checks.same_process("denoiser", denoiser, forward)
         self.forward_process, self.denoiser = forward, denoiser
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.Distribution:
         """p_θ(x_{t-1} | x_t); arguments, result and errors as of :class:`GaussianReverse`."""
         checks.step(x_t, t, None, self.forward_process.num_steps)
-        return Bits(logits=self._log_odds(self.denoiser.output(x_t, t), x_t, t)).to_event(event_dim(x_t, t))
+        return Bits(logits=self._log_odds(self.denoiser.output(x_t, t, *context), x_t, t)).to_event(event_dim(x_t, t))
 
     def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The log odds of x_{t-1} = 1, given those of the datum's bit."""

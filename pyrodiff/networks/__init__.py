@@ -1,17 +1,18 @@
-r"""Plain networks f(x_t, t), which know nothing of probability.
+r"""Plain networks f(x_t, t, *context), which know nothing of probability.
 
-A network takes the state ``x_t``, with shape (B, *event_shape), and the time ``t``, an int or an integer tensor with
-shape (B,), and returns a tensor of the shape of ``x_t``. What that tensor means is said by a denoiser. The parts, named
-sizes and labels are shown in :doc:`networks`.
+A network takes the state ``x_t``, with shape (B, *event_shape), the time ``t``, an int or an integer tensor with shape
+(B,), and the context, tensors whose first dimension is the batch's: none, a label, a vector, or what a network of yours
+is told. It returns a tensor of the shape of ``x_t``. What that tensor means is said by a denoiser. The parts, named
+sizes and the context are shown in :doc:`networks`.
 
 References:
     Attention Is All You Need (Vaswani et al., 2017), section 3.5: the sinusoidal embedding,
     https://arxiv.org/abs/1706.03762
 """
 
-from .embeddings import LogSNREmbedding, TimeEmbedding
+from .embeddings import ContextEmbedding, LogSNREmbedding, TimeEmbedding
 from .mlp import MLP
 from .offset import Offset
 from .unet import UNet
 
-__all__ = ["LogSNREmbedding", "MLP", "Offset", "TimeEmbedding", "UNet"]
+__all__ = ["ContextEmbedding", "LogSNREmbedding", "MLP", "Offset", "TimeEmbedding", "UNet"]

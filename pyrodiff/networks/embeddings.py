@@ -1,4 +1,4 @@
-r"""Embeddings of the time: the number of a step, or its log signal-to-noise ratio, as features.
+r"""Embeddings: the time, as the number of a step or its log signal-to-noise ratio, and the context, as features.
 
 References:
     Attention Is All You Need (Vaswani et al., 2017), section 3.5: the sinusoidal embedding,
@@ -6,13 +6,14 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..base import checks
 
-__all__ = ["LogSNREmbedding", "TimeEmbedding"]
+__all__ = ["ContextEmbedding", "LogSNREmbedding", "TimeEmbedding"]
 
 
 class TimeEmbedding(nn.Module):
@@ -96,3 +97,108 @@ class LogSNREmbedding(nn.Module):
         if checks.validating() and not checks.holds(log_snr.isfinite()):
             raise ValueError(f"t must lie in 1..{self.schedule.num_steps}, but it has values in {t.min()}..{t.max()}")
         return self.embedding(50 * log_snr)
+
+
+class ContextEmbedding(nn.Module):
+    r"""The context of a datum, a label or a vector or both, as features to be added to those of the time.
+
+    .. math:: E_{y + 1} + W v, \qquad y \in \{-1, 0, \dots, \text{classes} - 1\}, \quad v \in \mathbb{R}^{\text{vector}}
+
+    with -1 for no label, which has a row of its own. E and W are 0 at the start of training, so a fresh network does
+    not depend on its context. :class:`UNet` and :class:`MLP` have one each; in a network of yours it is called as
+    ``embedding(batch_shape, *context)``.
+
+    Arguments:
+        features: The number of features returned.
+        classes: The number of labels, 0..classes - 1; there are none if not given.
+        vector: The number of features of a context vector; there is none if not given.
+
+    Raises:
+        ValueError: If a number is not a positive int. On a call, if there is more context than expected, a label is not
+            one of -1..classes - 1, as far as may be seen, the vector is left out or has another number of features, or
+            either does not broadcast to the batch.
+
+    References:
+        Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021), section 3: labels added to the
+        time, https://arxiv.org/abs/2105.05233
+
+        Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), section 3.2: no label, as one more of them,
+        https://arxiv.org/abs/2207.12598
+
+    Example:
+        >>> embedding = pyrodiff.networks.ContextEmbedding(32, classes=10, vector=2)
+        >>> embedding((5,), torch.tensor([0, 9, 3, -1, 1]), torch.randn(5, 2)).shape
+        torch.Size([5, 32])
+    """
+
+    def __init__(self, features: int, classes: int | None = None, vector: int | None = None) -> None:
+        super().__init__()
+        features = checks.positive_int("features", features)
+        self.classes = None if classes is None else checks.positive_int("classes", classes)
+        self.vector = None if vector is None else checks.positive_int("vector", vector)
+        self.names = [name for name, number in (("y", classes), ("vector", vector)) if number is not None]
+        self.embedding = None if classes is None else nn.Embedding(self.classes + 1, features)
+        self.linear = None if vector is None else nn.Linear(self.vector, features, bias=False)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self, batch_shape: Sequence[int], *context: int | Tensor | None, y: int | Tensor | None = None
+    ) -> Tensor | int:
+        """The features, with a shape that broadcasts to (*batch_shape, features); 0 without classes and vector.
+
+        The context is the label, if there are classes, then the vector, if there is one. A label is an int, an integer
+        tensor that broadcasts to ``batch_shape``, or None, for no label; it may be given by its name ``y``, or left out
+        where nothing follows it. A vector has shape (*batch_shape, vector), or broadcasts to it over the batch.
+        """
+        context = context if y is None else (y, *context)
+        if len(context) > len(self.names) or (y is not None and self.embedding is None):
+            raise ValueError(
+                f"context must be {' and '.join(self.names) or 'left out'}, as in {self._call()}, but it is "
+                f"{' and '.join(map(checks.described, context))}: give classes= (for labels) or vector= to the "
+                f"network, or drop what it is not to know; its loader must yield x_0 alone, (x_0 for x_0, y in loader)"
+            )
+        given, features = dict(zip(self.names, context, strict=False)), []
+        if self.embedding is not None:
+            label = -1 if given.get("y") is None else given["y"]
+            self._check_label(label, tuple(batch_shape))
+            features.append(self.embedding(torch.as_tensor(label, device=self.embedding.weight.device).long() + 1))
+        if self.linear is not None:
+            self._check_vector(given.get("vector"), tuple(batch_shape))
+            features.append(self.linear(given["vector"].to(self.linear.weight)))
+        return sum(features)
+
+    def _check_label(self, y: object, batch_shape: tuple[int, ...]) -> None:
+        where = f"in 0..{self.classes - 1}, or -1 for no label"
+        many = isinstance(y, Tensor)
+        if (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) if many else not checks.is_int(y):
+            raise ValueError(f"y must be an int or an integer tensor, {where}, but it is {checks.described(y)}")
+        if many and not _fits(y.shape, batch_shape):
+            raise ValueError(
+                f"y must be an int, or broadcast to the batch shape {batch_shape}, but its shape is {tuple(y.shape)}"
+            )
+        if many and not checks.validating():
+            return
+        inside = (y.long() >= -1) & (y.long() < self.classes) if many else -1 <= y < self.classes
+        if not (checks.holds(inside) if many else inside):
+            raise ValueError(
+                f"y must be {where}, but it {f'has values in {y.min()}..{y.max()}' if many else f'is {y}'}"
+            )
+
+    def _check_vector(self, vector: object, batch_shape: tuple[int, ...]) -> None:
+        shape = (*batch_shape, self.vector)
+        many = isinstance(vector, Tensor) and vector.shape[-1:] == shape[-1:]
+        if not (many and _fits(vector.shape[:-1], batch_shape)):
+            raise ValueError(
+                f"vector must be given, as in {self._call()}, with shape {shape}, or one that broadcasts to it over "
+                f"the batch, but it is {checks.described(vector)}"
+            )
+
+    def _call(self) -> str:
+        return f"network({', '.join(('x_t', 't', *self.names))})"
+
+
+def _fits(shape: Sequence[int], batch_shape: Sequence[int]) -> bool:
+    """Whether a shape broadcasts to that of the batch."""
+    pairs = zip(reversed(shape), reversed(batch_shape), strict=False)
+    return len(shape) <= len(batch_shape) and all(size in (1, number) for size, number in pairs)

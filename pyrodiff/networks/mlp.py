@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import checks
-from .embeddings import TimeEmbedding
+from .embeddings import ContextEmbedding, TimeEmbedding
 
 __all__ = ["MLP"]
 
@@ -20,11 +20,11 @@ class MLP(nn.Module):
         h &\leftarrow h + W_2 \, \mathrm{SiLU}(W_1 \, \mathrm{LayerNorm}(h) + V e_t) \qquad \text{in each block} \\
         f &= \left(1 + \tfrac{1}{10} s_t\right) W_3 \, \mathrm{SiLU}(h) + \tfrac{1}{10} g_t \, x_t
 
-    with :math:`e_t` the embedded time and :math:`s_t, g_t` linear in it. What is predicted is nearly linear in
-    :math:`x_t` at one end of the chain (the noise, where all is noise; the data, where there is none), and errors there
-    may weigh a thousand times as much as elsewhere: :math:`g_t` and :math:`s_t` let f be linear, and the tenths keep
-    them from the jitter of the optimizer. At the other end the sines resolve fine detail; on few data of many
-    dimensions they overfit.
+    with :math:`e_t` the embedded time, to which a :class:`ContextEmbedding` is added where there is context, and
+    :math:`s_t, g_t` linear in it. What is predicted is nearly linear in :math:`x_t` at one end of the chain (the noise,
+    where all is noise; the data, where there is none), and errors there may weigh a thousand times as much as
+    elsewhere: :math:`g_t` and :math:`s_t` let f be linear, and the tenths keep them from the jitter of the optimizer.
+    At the other end the sines resolve fine detail; on few data of many dimensions they overfit.
 
     Arguments:
         event_shape: The shape of one datum.
@@ -32,10 +32,13 @@ class MLP(nn.Module):
         num_blocks: The number of residual blocks.
         dropout: The probability that a hidden unit of a block is dropped while training.
         frequency: :math:`\omega`, the frequency of the sine features; 0 for none.
+        classes: The number of labels, 0..classes - 1; none if not given.
+        vector: The number of features of a context vector; none if not given.
 
     Raises:
         ValueError: If ``event_shape`` is not a sequence of positive ints, ``hidden`` is not a positive even int,
-            ``num_blocks`` is not a positive int, ``dropout`` lies outside [0, 1), or ``frequency`` is negative.
+            ``num_blocks``, ``classes`` or ``vector`` is not a positive int, ``dropout`` lies outside [0, 1), or
+            ``frequency`` is negative. On a call, if the context is not what :class:`ContextEmbedding` takes.
 
     References:
         Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains (Tancik et al., 2020),
@@ -45,6 +48,9 @@ class MLP(nn.Module):
         >>> network = pyrodiff.networks.MLP(event_shape=(8, 8), hidden=64)
         >>> network(torch.zeros(5, 8, 8), t=3).shape
         torch.Size([5, 8, 8])
+        >>> network = pyrodiff.networks.MLP(event_shape=(2,), classes=10, vector=3)
+        >>> network(torch.zeros(5, 2), 3, torch.tensor([0, 9, 3, -1, 1]), torch.randn(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(
@@ -54,6 +60,9 @@ class MLP(nn.Module):
         num_blocks: int = 3,
         dropout: float = 0.0,
         frequency: float = 3.0,
+        *,
+        classes: int | None = None,
+        vector: int | None = None,
     ) -> None:
         super().__init__()
         hidden = checks.positive_int("hidden", hidden, even=True)
@@ -70,12 +79,19 @@ class MLP(nn.Module):
         self.outlet, self.scale, self.gate = (nn.Linear(hidden, size) for _ in range(3))
         for parameter in self.outlet.parameters():
             nn.init.zeros_(parameter)
+        self.labels = ContextEmbedding(hidden, classes, vector)
 
-    def forward(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The output, with the shape of ``x_t``."""
+    def forward(
+        self, x_t: Tensor, t: int | Tensor, *context: int | Tensor | None, y: int | Tensor | None = None
+    ) -> Tensor:
+        """The output, with the shape of ``x_t``.
+
+        The context is a label, a vector, or a label and a vector, for which see :class:`ContextEmbedding`.
+        """
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
+        told, (time, activation) = self.labels(batch_shape, *context, y=y), self.embedding
+        embedding = activation(time(torch.as_tensor(t, device=x_t.device)) + told)
         x = x_t.reshape((*batch_shape, -1))
-        embedding = self.embedding(torch.as_tensor(t, device=x_t.device))
         h = self.inlet(x)
         if self.frequency > 0:
             h = h + self.sines(torch.sin(self.frequency * self.directions(x)))

@@ -14,7 +14,7 @@ class Offset(nn.Module):
     :class:`LevelPrediction`, at how often each pixel has each level.
 
     Arguments:
-        network: A module called as ``network(x_t, t)``, or as ``network(x_t, t, y)`` where it has labels.
+        network: A module called as ``network(x_t, t, *context)``.
         offset: The value to start from, a tensor of floats that broadcasts to the network's output.
 
     Raises:
@@ -38,9 +38,9 @@ class Offset(nn.Module):
             raise ValueError(f"offset must be finite floats, but it is {checks.described(offset)}")
         self.network, self.offset = network, nn.Parameter(offset.detach().clone())
 
-    def forward(self, x_t: Tensor, t: int | Tensor, y: int | Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: int | Tensor | None) -> Tensor:
         """The output, with the shape of the network's."""
-        output = self.network(x_t, t) if y is None else self.network(x_t, t, y)
+        output = self.network(x_t, t, *context)
         try:
             return output + self.offset.expand(output.shape)
         except RuntimeError:

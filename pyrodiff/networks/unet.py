@@ -1,17 +1,13 @@
 """A convolutional network for pictures."""
 
-from collections import UserDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..base import checks
-from .embeddings import TimeEmbedding
+from .embeddings import ContextEmbedding, TimeEmbedding
 
 __all__ = ["UNet"]
 
@@ -22,8 +18,7 @@ class UNet(nn.Module):
     Each block is normed, told the time by a scale and a shift of its channels, and left out at the start of training;
     where asked for, self-attention over all places follows, left out at first too. At the smallest size a layer of
     hidden units sees the whole picture. The place of a pixel is known to it, so that it need not be the same
-    everywhere. With labels it is called as ``network(x_t, t, y)``, or, where one is :meth:`given`, as
-    ``network(x_t, t)``.
+    everywhere. Where there is context, a :class:`ContextEmbedding` is added to the embedded time.
 
     Arguments:
         event_shape: The shape of one picture, (H, W) or (C, H, W).
@@ -38,14 +33,14 @@ class UNet(nn.Module):
         groups: The number of groups of channels that are normed apart; it divides all channels.
         time: What embeds the time: a module called as ``time(t)``, with t of shape (B,), that returns features, with
             shape (B, ``time.features``). ``TimeEmbedding(64)`` if not given.
-        classes: The number of labels, 0..classes - 1; none if not given. A label's embedding is added to the time's,
-            and 0 at the start of training.
+        classes: The number of labels, 0..classes - 1; none if not given.
+        vector: The number of features of a context vector; none if not given.
 
     Raises:
         ValueError: If ``event_shape`` does not have two or three dimensions or is not divisible by 2 so often,
             ``channels`` is empty, a number is not a positive int, ``dropout`` lies outside [0, 1), ``attention`` names
             a height that there is not, ``heads`` or ``groups`` do not divide the channels, or ``time`` is not a module
-            with a number of features. On a call, if ``y`` is no label, or none is expected.
+            with a number of features. On a call, if the context is not what :class:`ContextEmbedding` takes.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), Appendix B, https://arxiv.org/abs/2006.11239
@@ -79,13 +74,14 @@ class UNet(nn.Module):
         groups: int = 1,
         time: nn.Module | None = None,
         classes: int | None = None,
+        vector: int | None = None,
     ) -> None:
         super().__init__()
         self.event_shape, self.outputs = checks.event_shape(event_shape), outputs
         _check_unet(self.event_shape, channels, hidden, num_blocks, dropout, outputs)
         planes, (height, width) = self.event_shape[:-2].numel(), self.event_shape[-2:]
         sizes = {height >> depth: size for depth, size in enumerate(channels)}
-        _check_parts(sizes, attention, heads, groups, time, classes)
+        _check_parts(sizes, attention, heads, groups, time)
         time = TimeEmbedding(64) if time is None else time
 
         def blocks() -> nn.ModuleList:
@@ -105,17 +101,20 @@ class UNet(nn.Module):
         self.whole = _Whole(channels[-1] * area, hidden, time.features, dropout) if hidden else None
         self.norm = _GroupNorm(groups, channels[0])
         self.outlet = _zero(nn.Conv2d(channels[0], planes * (outputs or 1), 3, padding=1))
-        self.labels = _Labels(classes, time.features) if classes else None
+        self.labels = ContextEmbedding(time.features, classes, vector)
 
-    def forward(self, x_t: Tensor, t: int | Tensor, y: int | Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: int | Tensor, *context: int | Tensor | None, y: int | Tensor | None = None
+    ) -> Tensor:
         """The output, with the shape of ``x_t``, and a last dimension of ``outputs`` if that is given.
 
-        The label ``y`` is an int, or an integer tensor that broadcasts to the batch, (B,); -1 is no label. If it is
-        None, it is the one that is :meth:`given`, or none.
+        The context is a label, a vector, or a label and a vector, for which see :class:`ContextEmbedding`.
         """
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
+        told, (time, activation) = self.labels(batch_shape, *context, y=y), self.embedding
+        times = torch.as_tensor(t, device=x_t.device).expand(batch_shape).reshape(-1)
+        embedding = activation(time(times).reshape(*batch_shape, time.features) + told)
         x = x_t.reshape((-1, self.event_shape[:-2].numel(), *self.event_shape[-2:]))
-        embedding = self._embedded(torch.as_tensor(t, device=x.device), y, batch_shape)
         lines = (torch.linspace(-1, 1, size, dtype=x.dtype, device=x.device) for size in x.shape[2:])
         place = torch.stack(torch.meshgrid(*lines, indexing="ij"))  # of each pixel
         h = self.inlet(torch.cat([x, place.expand(len(x), *place.shape)], 1))
@@ -137,41 +136,6 @@ class UNet(nn.Module):
         if self.outputs is None:
             return output.reshape(x_t.shape)
         return output.unflatten(1, (-1, self.outputs)).movedim(2, -1).reshape((*x_t.shape, self.outputs))
-
-    @contextmanager
-    def given(self, y: int | Tensor | None) -> Iterator[None]:
-        """Within, calls without a label of their own have this one; a copy of the network has none.
-
-        It may stand in a program, also one that is compiled, and around a step of one, a bound or a sampler. A tensor
-        is of one batch: a bound, which takes its batch apart, needs an int, class by class.
-
-        Arguments:
-            y: An int, the label of all; an integer tensor that broadcasts to the batch; or None, for no label.
-
-        Raises:
-            ValueError: If the network has no labels, or this is none of them.
-
-        Example:
-            >>> network = pyrodiff.networks.UNet(event_shape=(8, 8), classes=10)
-            >>> with network.given(3):
-            ...     network(torch.zeros(5, 8, 8), t=1).shape
-            torch.Size([5, 8, 8])
-        """
-        self._refuse_labels_without_classes()
-        with self.labels.holding(-1 if y is None else y):
-            yield
-
-    def _embedded(self, t: Tensor, y: int | Tensor | None, batch_shape: torch.Size) -> Tensor:
-        """The time and the label, with shape (B, features)."""
-        time, activation = self.embedding
-        embedding = time(t.expand(batch_shape).reshape(-1))
-        if y is not None:
-            self._refuse_labels_without_classes()
-        return activation(embedding if self.labels is None else embedding + self.labels(y, batch_shape))
-
-    def _refuse_labels_without_classes(self) -> None:
-        if self.labels is None:
-            raise ValueError("classes must be given to UNet for it to have labels, but it is None")
 
 
 def _check_unet(
@@ -196,12 +160,7 @@ def _check_unet(
 
 
 def _check_parts(
-    sizes: dict[int, int],
-    attention: Sequence[int],
-    heads: int,
-    groups: int,
-    time: nn.Module | None,
-    classes: int | None,
+    sizes: dict[int, int], attention: Sequence[int], heads: int, groups: int, time: nn.Module | None
 ) -> None:
     """The sizes are given by their heights, with the channels of each."""
     if not isinstance(attention, Sequence) or any(high not in tuple(sizes) for high in attention):
@@ -215,8 +174,6 @@ def _check_parts(
     if time is not None:
         checks.instance("time", time, nn.Module)
         checks.positive_int("time.features", getattr(time, "features", None))
-    if classes is not None:
-        checks.positive_int("classes", classes)
 
 
 def _zero(layer: nn.Module) -> nn.Module:
@@ -232,85 +189,6 @@ class _GroupNorm(nn.GroupNorm):
         if torch.finfo(h.dtype).bits < 32:
             return super().forward(h.float()).to(h.dtype)
         return super().forward(h)
-
-
-class _Labels(nn.Module):
-    """The embedding of labels from 0 on, and of -1, which is none.
-
-    A compiled graph reads a label that is held where it lies in memory. So labels of one shape lie in one place, and
-    that place is a submodule, by which a graph knows it from that of another shape. It is no buffer: those are averaged
-    with the weights, and made the same in all processes.
-    """
-
-    def __init__(self, classes: int, features: int) -> None:
-        super().__init__()
-        self.classes, self._places = classes, UserDict()
-        self.embedding = _zero(nn.Embedding(classes + 1, features))
-        self.register_module("held", None)
-
-    def forward(self, y: int | Tensor | None, batch_shape: torch.Size) -> Tensor:
-        """The features of the label, or else of the one that is held, with shape (B, features)."""
-        if y is not None:
-            self._check(y)
-        else:
-            y = -1 if self.held is None else self.held.y
-        index = torch.as_tensor(y, device=self.embedding.weight.device).long() + 1
-        try:
-            index = index.expand(batch_shape)
-        except RuntimeError:
-            raise ValueError(
-                f"y must be an int, or broadcast to the batch shape {tuple(batch_shape)}, but its shape is "
-                f"{tuple(index.shape)}"
-            ) from None
-        return self.embedding(index.reshape(-1))
-
-    @contextmanager
-    def holding(self, y: int | Tensor) -> Iterator[None]:
-        """Within, this is the label of calls without one."""
-        self._check(y)
-        before = self.held
-        try:
-            self.held = self._held(y, 0 if before is None else before.depth + 1)
-            yield
-        finally:
-            self.held = before
-
-    def _held(self, y: int | Tensor, depth: int) -> "_Held":
-        if get_proxy_mode() is not None:  # as an argument of the graph that is being made
-            return _Held(y, depth)
-        y = torch.as_tensor(y, device=self.embedding.weight.device)
-        key = depth, y.shape, y.device
-        if key not in self._places:
-            with torch.inference_mode(False):
-                self._places[key] = _Held(torch.empty_like(y, dtype=torch.long), depth)
-        self._places[key].y.copy_(y)
-        return self._places[key].train(self.training)
-
-    def _check(self, y: object) -> None:
-        integers = (
-            checks.is_int(y) if not isinstance(y, Tensor) else not (y.is_floating_point() or y.dtype == torch.bool)
-        )
-        if not integers:
-            raise ValueError(
-                f"y must be an int or an integer tensor in -1..{self.classes - 1}, but it is {checks.described(y)}"
-            )
-        if isinstance(y, Tensor) and not checks.validating():
-            return
-        value = y.long() if isinstance(y, Tensor) else y
-        inside = (value >= -1) & (value < self.classes)
-        if not (checks.holds(inside) if isinstance(inside, Tensor) else inside):
-            raise ValueError(f"y must lie in 0..{self.classes - 1}, or be -1 for no label, but it is {y}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": UserDict(), "_modules": {**self._modules, "held": None}}
-
-
-class _Held(nn.Module):
-    """A label, held within so many others."""
-
-    def __init__(self, y: int | Tensor, depth: int) -> None:
-        super().__init__()
-        self.y, self.depth = y, depth
 
 
 class _Modulation(nn.Module):

@@ -28,18 +28,26 @@ References:
 
 from collections.abc import Callable, Sequence
 
+import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ..base import checks
 from ..model.decoders import GaussianDecoder
 from ..process.forward import Forward
-from .programs import OneStepGuide, OneStepModel, Step, TrajectoryGuide, TrajectoryModel, check_law
+from .programs import (
+    OneStepGuide,
+    OneStepModel,
+    Step,
+    TrajectoryGuide,
+    TrajectoryModel,
+    check_law,
+    name_in_store,
+)
 from .times import BoundWeighting, Drawing, LowDiscrepancyDrawing
 
-__all__ = ["Diffusion", "OneStep"]
+__all__ = ["Diffusion", "OneStep", "adopt_stored"]
 
 
 class Diffusion(nn.Module):
@@ -49,22 +57,31 @@ class Diffusion(nn.Module):
     algorithms; ``diffusion.model(num_samples=n)`` generates; :meth:`one_step` is the one-step pair. Both come from the
     same ``forward``, ``reverse`` and ``decoder``, so a variant that changes a kernel gets everything else for free.
 
+    What is known of each datum (a label, a vector, a picture) is its *context*: tensors of B rows, or of one for all,
+    that follow the data, ``diffusion.model(x_0, y)``, and reach the network as ``network(x_t, t, y)``. The bound is
+    then one on log p(x_0 | y).
+
     Arguments:
         forward: The forward process q.
-        reverse: The reverse process: a module called as ``reverse(x_t, t)``, which returns the distribution
+        reverse: The reverse process: a module called as ``reverse(x_t, t, *context)``, which returns the distribution
             :math:`p_\theta(x_{t-1} | x_t)` with batch_shape (B,) and the given event_shape.
         event_shape: The shape of one datum.
         decoder: A module called as ``decoder(kernel, x_1)``, which returns :math:`p_\theta(x_0 | x_1)`; the kernel
             itself (:class:`GaussianDecoder`) if not given.
         prior: p(x_T): a distribution with the given event_shape, or a module that returns one when called;
             ``forward.prior(event_shape)`` if not given.
+        name: What the names of parameters and random weights begin with, in Pyro's param store and in traces: two
+            diffusions in one program need two names.
+        plate: The name of the plate of the data, "data" unless a plate of that name is beside it.
 
     Raises:
         ValueError: If an argument is of another kind or made for another forward process, the prior has another
             event_shape, or denoiser and decoder are of another number of levels. On a call of the programs,
             before any draw: if ``x_0`` has another shape than (B, *event_shape), another dtype or device than the
-            model, or a value outside the support of ``forward``; also if the reverse process, the decoder or the prior
-            returns no distribution, or one of another event_shape.
+            model, or a value outside the support of ``forward``; if a context is no tensor of B rows or of one, or the
+            reverse process takes another; if Pyro's param store holds other tensors under the names of the parameters,
+            or a plate stands around the pair; also if the reverse process, the decoder or the prior returns no
+            distribution, or one of another event_shape.
 
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
@@ -82,6 +99,9 @@ class Diffusion(nn.Module):
         event_shape: Sequence[int],
         decoder: nn.Module | None = None,
         prior: dist.Distribution | nn.Module | None = None,
+        *,
+        name: str = "",
+        plate: str = "data",
     ) -> None:
         super().__init__()
         decoder = GaussianDecoder() if decoder is None else decoder
@@ -94,8 +114,10 @@ class Diffusion(nn.Module):
         event_shape = checks.event_shape(event_shape)
         if not isinstance(prior, nn.Module | None):
             check_law(prior, "prior", event_shape)
-        self.model = TrajectoryModel(forward, reverse, event_shape, decoder, prior)
-        self.guide = TrajectoryGuide(forward, event_shape)
+        checks.text("name", name, empty=True)
+        checks.text("plate", plate)
+        self.model = TrajectoryModel(forward, reverse, event_shape, decoder, prior, name, plate)
+        self.guide = TrajectoryGuide(forward, event_shape, plate)
 
     @property
     def forward_process(self) -> Forward:
@@ -118,10 +140,13 @@ class Diffusion(nn.Module):
         return self.model.num_steps
 
     @property
-    def levels(self) -> int | None:
-        """How many values a number of the data may take, where the decoder gives each a probability; else None."""
-        bits = self.forward_process.support is constraints.boolean
-        return 2 if bits else getattr(self.model.decoder, "levels", None)
+    def levels(self) -> int | float | None:
+        """How many values a number of the data may take, where p is a probability; None where it is a density.
+
+        The decoder says it by its attribute ``levels``, or else the forward process.
+        """
+        levels = getattr(self.model.decoder, "levels", None)
+        return self.forward_process.levels if levels is None else levels
 
     def one_step(
         self, drawing: Drawing | None = None, weighting: Callable[[Tensor], Tensor] | None = None
@@ -190,7 +215,8 @@ class Diffusion(nn.Module):
                     f"steps, but it is a {type(part).__name__}, which has none"
                 )
             parts[name] = part.subchain(forward)
-        return Diffusion(forward, event_shape=self.event_shape, prior=model.prior, **parts)
+        names = {"name": model.name, "plate": model.plate}
+        return Diffusion(forward, event_shape=self.event_shape, prior=model.prior, **parts, **names)
 
 
 class OneStep(nn.Module):
@@ -207,7 +233,7 @@ class OneStep(nn.Module):
         if not callable(weighting):
             raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
         drawing.to(diffusion.forward_process.schedule.device)
-        step = Step(diffusion.forward_process, diffusion.event_shape, drawing, weighting)
+        step = Step(diffusion.model, drawing, weighting)
         self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)
 
 
@@ -215,3 +241,54 @@ def _check_levels(reverse: nn.Module, decoder: nn.Module) -> None:
     ours, theirs = (getattr(part, "levels", None) for part in (getattr(reverse, "denoiser", None), decoder))
     if ours is not None and theirs is not None and ours != theirs:
         raise ValueError(f"decoder must have the {ours} levels that the denoiser predicts, but it has {theirs}")
+
+
+@torch.no_grad()
+def adopt_stored(diffusion: Diffusion) -> None:
+    """Copy what Pyro's param store holds under the names of a diffusion into its parameters.
+
+    A store that was saved after training by Pyro's own SVI and loaded again (``pyro.get_param_store().load(path)``)
+    holds the trained values in tensors of its own; a diffusion built anew has others, and its programs refuse to run
+    beside them. Afterwards the store holds the diffusion's parameters, with the stored values.
+
+    Arguments:
+        diffusion: The diffusion, of the same parts and name as the one that was trained.
+
+    Raises:
+        ValueError: If the store lacks a parameter, or holds one of another shape or dtype; then nothing is copied.
+
+    Example:
+        >>> def built():
+        ...     forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=5))
+        ...     network = pyrodiff.networks.MLP(event_shape=(2,))
+        ...     return pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, network), event_shape=(2,))
+        >>> trained, again, x_0 = built(), built(), torch.ones(5, 2)
+        >>> optimizer = pyro.optim.Adam({"lr": 1e-3})
+        >>> svi = pyro.infer.SVI(trained.model, trained.guide, optimizer, pyro.infer.TraceMeanField_ELBO())
+        >>> loss = svi.step(x_0)
+        >>> before = pyrodiff.bound(trained, x_0, generator=1).nats
+        >>> pyrodiff.adopt_stored(again)
+        >>> torch.equal(pyrodiff.bound(again, x_0, generator=1).nats, before)
+        True
+    """
+    checks.instance("diffusion", diffusion, Diffusion)
+    store, own = pyro.get_param_store(), diffusion.model.named_for_store()
+    stored = {name_in_store(key): tensor for key, tensor in store.named_parameters()}
+    for name, parameter in own.items():
+        if not parameter.requires_grad and name not in stored:  # Pyro stores what is learned
+            continue
+        if name not in stored:
+            raise ValueError(
+                f"Pyro's param store must hold every parameter of the diffusion, but {name!r} is missing: give the "
+                f"diffusion the name and the parts that it was trained with"
+            )
+        if (stored[name].shape, stored[name].dtype) != (parameter.shape, parameter.dtype):
+            raise ValueError(
+                f"Pyro's param store must hold parameters of the diffusion's shapes, but {name!r} is "
+                f"{checks.described(stored[name])} there, and {checks.described(parameter)} in the diffusion"
+            )
+    for key, (tensor, parameter) in diffusion.model.other_stored().items():
+        parameter.copy_(tensor)
+        del store[key]
+        if "$$$" in key:  # a PyroModule's other keys, it writes itself
+            store.setdefault(key, parameter)

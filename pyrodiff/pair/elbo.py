@@ -28,7 +28,8 @@ from torch.distributions import Distribution, Independent
 
 from ..base import checks
 from ..base.precision import precisely
-from .terms import innermost, is_listened_to, pair_costs, relative_entropy
+from .entropy import innermost, relative_entropy
+from .terms import is_listened_to, pair_costs
 
 __all__ = ["DiffusionELBO"]
 

@@ -4,7 +4,7 @@ What they mean is said in :mod:`pyrodiff.pair.diffusion`, which puts them togeth
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ClassVar
 
 import pyro
@@ -14,19 +14,44 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
+from pyro.primitives import plate as Plate
 from torch import Tensor, nn
 
 from ..base import checks
-from ..base.precision import home
+from ..base.precision import costs_dtype, home
 from ..model.decoders import Decoder
+from ..model.denoisers import Retimed
 from ..process.forward import Forward
+from .entropy import relative_entropy
 from .times import Drawing
 
-__all__ = ["Generative", "OneStepGuide", "OneStepModel", "Step", "TrajectoryGuide", "TrajectoryModel"]
+__all__ = [
+    "Generative",
+    "OneStepGuide",
+    "OneStepModel",
+    "Step",
+    "TrajectoryGuide",
+    "TrajectoryModel",
+    "check_law",
+    "name_in_store",
+]
 
 
 def check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dist.Distribution:
+    """A distribution with an event_shape.
+
+    Arguments:
+        law: The distribution.
+        name: What it is, for the error.
+        event_shape: The shape of one datum.
+
+    Raises:
+        ValueError: If it is none, or one of another event_shape.
+    """
     if not isinstance(law, torch.distributions.Distribution):
         raise ValueError(f"{name} must be a distribution or return one, but it is {law!r}")
     if law.event_shape != event_shape:
@@ -37,34 +62,105 @@ def check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dis
     return law
 
 
+def name_in_store(key: str) -> str:
+    """The name of a parameter, from its key in Pyro's param store.
+
+    Arguments:
+        key: The key.
+    """
+    return key.replace("$$$", ".").removesuffix("_unconstrained")
+
+
+def _of_whole_chain(part: nn.Module, path: str) -> str:
+    """The path that a submodule has in the whole chain, where a chain of fewer steps puts ``Retimed`` around it."""
+    names = []
+    for name in path.split(".") if path else ():
+        if not isinstance(part, Retimed):
+            names.append(name)
+        part = part.get_submodule(name)
+    return ".".join(names)
+
+
 def _time(x: Tensor, t: int, event_shape: torch.Size) -> int | Tensor:
     """The time t of all data, as a tensor where the batch has more dimensions than one (vectorised particles)."""
     batch_shape = x.shape[: x.dim() - len(event_shape)]
     return t if len(batch_shape) == 1 else torch.full(batch_shape, t, device=x.device)
 
 
-class TrajectoryGuide(nn.Module):
-    """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate "data".
+def _data_plate(name: str, size: int) -> Plate:
+    """The plate of the data, with a clash of names said in words."""
+    try:
+        return pyro.plate(name, size, dim=-1)
+    except RuntimeError as error:  # Pyro's, of a second site of this name
+        raise ValueError(
+            f"plate {name!r} must be the diffusion's alone, but this program has another plate or site of that name: "
+            f"give one of them another, Diffusion(..., plate='rows') for the diffusion's"
+        ) from error
 
-    Called as ``guide(x_0)``, with data of shape (B, *event_shape).
+
+class _Unstored(Messenger):
+    """Lets messages of parameters be heard, and Pyro's param store not be asked."""
+
+    def _pyro_param(self, msg: dict) -> None:
+        _, parameter = msg["args"][:2]
+        msg["fn"] = lambda *args, **kwargs: parameter
+
+
+_PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")  # plates of Pyro's, which repeat a program
+
+
+def _refuse_plates_around() -> None:
+    """Refuse a plate around a pair that is given data: it would repeat them, or count a part of them for all."""
+    for frame in _PYRO_STACK:
+        if not isinstance(frame, Plate) or frame.name in _PARTICLES:
+            continue
+        if frame.subsample_size < frame.size:
+            raise ValueError(
+                f"plate {frame.name!r} must not stand around the pair, which has a plate of its own for the data, but "
+                f"it draws {frame.subsample_size} of {frame.size}: leave it out, call both programs with the batch "
+                f"x_0[i], and put poutine.scale(scale={frame.size} / {frame.subsample_size}) around both"
+            )
+        raise ValueError(
+            f"plate {frame.name!r} must not stand around the pair, which has a plate of its own for the data: each "
+            f"datum would count {frame.size} times; leave it out"
+        )
+
+
+class TrajectoryGuide(nn.Module):
+    """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate of the data.
+
+    Called as ``guide(x_0, *context)``, with data of shape (B, *event_shape); the forward process knows no context.
+
+    Arguments: see :class:`Generative`.
     """
 
-    def __init__(self, forward: Forward, event_shape: torch.Size) -> None:
+    def __init__(self, forward: Forward, event_shape: torch.Size, plate: str = "data") -> None:
         super().__init__()
-        self.forward_process, self.event_shape = forward, event_shape
+        self.forward_process, self.event_shape, self.plate = forward, event_shape, plate
 
-    def forward(self, x_0: Tensor) -> None:
+    def forward(self, x_0: Tensor, *context: Tensor) -> None:
         q, T = self.forward_process, self.forward_process.num_steps
         if checks.validating():
+            _refuse_plates_around()
             q.check(x_0, self.event_shape)
-        with pyro.plate("data", len(x_0), dim=-1):
+        with _data_plate(self.plate, len(x_0)):
             x = pyro.sample(f"x_{T}", q.marginal(x_0, T))
             for t in range(T, 1, -1):
                 x = pyro.sample(f"x_{t - 1}", q.posterior(x, x_0, _time(x, t, self.event_shape)))
 
 
 class Generative(nn.Module):
-    """The parts of p_θ(x_0:T), whose laws are checked while Pyro validates."""
+    """The parts of p_θ(x_0:T), whose laws are checked while Pyro validates.
+
+    Arguments:
+        forward: The forward process.
+        reverse: The reverse process.
+        event_shape: The shape of one datum.
+        decoder: The last step.
+        prior: p(x_T), or None for the forward process's.
+        name: What the names of its parameters and random weights begin with, for Pyro.
+        plate: The name of the plate of the data.
+    """
 
     def __init__(
         self,
@@ -73,13 +169,17 @@ class Generative(nn.Module):
         event_shape: torch.Size,
         decoder: nn.Module,
         prior: dist.Distribution | nn.Module | None,
+        name: str = "",
+        plate: str = "data",
     ) -> None:
         super().__init__()
         self.forward_process, self.reverse, self.event_shape = forward, reverse, event_shape
         self.decoder, self.prior = decoder, prior
+        self.name, self.plate = name, plate
 
     @property
     def num_steps(self) -> int:
+        """The number of steps T."""
         return self.forward_process.num_steps
 
     @property
@@ -96,10 +196,23 @@ class Generative(nn.Module):
             return self.forward_process.prior(self.event_shape, dtype, **elsewhere)
         return check_law(self.prior() if isinstance(self.prior, nn.Module) else self.prior, "prior", self.event_shape)
 
-    def kernel(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
-        """p_θ(x_{t-1} | x_t)."""
+    def kernel(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.Distribution:
+        """p_θ(x_{t-1} | x_t), given a context of B rows, or of one for all."""
         t = t if isinstance(t, Tensor) else _time(x_t, t, self.event_shape)
-        return self._checked(self.reverse(x_t, t), "reverse", x_t)
+        if context:
+            x_t, t, context = self._alike(x_t, t, context)
+        checks.takes_context("reverse", self.reverse, context)
+        return self._checked(self.reverse(x_t, t, *context), "reverse", x_t)
+
+    def _alike(
+        self, x_t: Tensor, t: int | Tensor, context: tuple[Tensor, ...]
+    ) -> tuple[Tensor, int | Tensor, tuple[Tensor, ...]]:
+        """State, time and context, each expanded to the batch_shape of all: particles and enumeration add to it."""
+        event = self.event_shape
+        batch_shape = torch.broadcast_shapes(x_t.shape[: x_t.dim() - len(event)], *(c.shape[:1] for c in context))
+        t = t.expand(batch_shape) if isinstance(t, Tensor) else t
+        context = tuple(c.expand(batch_shape + c.shape[1:]) for c in context)
+        return x_t.expand(batch_shape + event), t, context
 
     def decoded(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
         """p_θ(x_0 | x_1), from the kernel at t = 1."""
@@ -122,29 +235,33 @@ class Generative(nn.Module):
         return law
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the states: that of the parameters, if there are any.
+        """The dtype of the states: integers, or that of the parameters, if there are any.
 
         Raises:
             ValueError: If all parameters are of half precision.
         """
         dtypes = self._dtypes()
+        if self.forward_process.is_integer:
+            return torch.long
         return dtypes[0] if dtypes else torch.get_default_dtype()
 
-    def check(self, x_0: Tensor) -> None:
-        """Refuse what cannot be data of this model.
+    def check(self, x_0: Tensor, *context: Tensor) -> None:
+        """Refuse what cannot be data of this model, or their context.
 
         Raises:
             ValueError: If ``x_0`` has another shape than (B, *event_shape), another dtype or device than the model, or
-                a value that no datum has; or if all parameters are of half precision.
+                a value that no datum has; if a context is no tensor of B rows or of one, on that device; or if all
+                parameters are of half precision.
         """
-        dtypes = self._dtypes()
-        if isinstance(self.decoder, Decoder):
+        dtypes, on_levels = self._dtypes(), isinstance(self.decoder, Decoder) and not self.forward_process.is_integer
+        if on_levels:
             self.decoder.check_kind(x_0)
         self.forward_process.check(x_0, self.event_shape)
-        if isinstance(self.decoder, Decoder):
+        if on_levels:
             self.decoder.check(x_0)
-        if dtypes and x_0.dtype not in dtypes:
+        if dtypes and x_0.is_floating_point() and x_0.dtype not in dtypes:
             raise ValueError(f"x_0 must have the dtype of the model's parameters, {dtypes[0]}, but it is {x_0.dtype}")
+        checks.context(context, len(x_0), x_0.device)
 
     def _dtypes(self) -> list[torch.dtype]:
         """The dtypes of the parameters that states may have."""
@@ -156,18 +273,31 @@ class Generative(nn.Module):
             checks.full_precision("weights", dtypes[0])
         return full
 
+    # Pyro's names
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within, the program runs: its parameters are known to Pyro, and each random weight keeps one value.
 
-        Random weights (each ``PyroSample``) are drawn now, before the chain and outside its plate. A ``PyroModule``
-        forgets them when its outermost call returns, so the modules' contexts are kept open for all of the chain.
+        Parameters are put into Pyro's param store where its SVI listens, which learns what it finds there; elsewhere
+        the store is left alone. Random weights (each ``PyroSample``) are drawn now, before the chain and outside its
+        plate. A ``PyroModule`` forgets them when its outermost call returns, so the modules' contexts are kept open for
+        all of the chain.
+
+        Raises:
+            ValueError: If Pyro's param store holds another tensor under the name of a parameter.
         """
-        for name, part in self.named_children():
-            _claim_names(name, part)
-            if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
-                pyro.module(name, part)
-        modules = self.of_pyro()
+        modules = self._named_of_pyro()
+        is_trained = any(isinstance(frame, TraceMessenger) and frame.param_only for frame in _PYRO_STACK)
+        if is_trained or modules:  # which read and write the store by themselves
+            self.refuse_other_stored()
+        if _PYRO_STACK:
+            with nullcontext() if is_trained else _Unstored():
+                for name, part in self.named_children():
+                    if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
+                        pyro.module(self._path(name), part)
+        if is_trained:
+            self.refuse_other_stored()  # of a parameter that is not contiguous, the store has made a copy
         with ExitStack() as stack:
             for context in {id(module._pyro_context): module._pyro_context for module in modules}.values():
                 stack.enter_context(context)
@@ -178,79 +308,168 @@ class Generative(nn.Module):
 
     def of_pyro(self) -> list[PyroModule]:
         """The modules below that speak to Pyro by themselves, when they are called."""
-        return [module for module in self.modules() if isinstance(module, PyroModule)]
+        found, waiting = [], [self]
+        while waiting:  # as torch's modules(), in less time
+            module = waiting.pop()
+            if isinstance(module, PyroModule) and module not in found:
+                found.append(module)
+            waiting += [part for part in reversed(module._modules.values()) if part is not None]
+        return found
 
     def is_random(self) -> bool:
         """Whether there are random weights, each a ``PyroSample``."""
         return any(module._pyro_samples for module in self.of_pyro())
 
+    def named_for_store(self) -> dict[str, Tensor]:
+        """The parameters by the names that Pyro's param store gives them, but for its own dividers (``$$$``)."""
+        return {
+            f"{self._path(name)}.{path}".removesuffix("_unconstrained"): parameter
+            for name, part in self.named_children()
+            for path, parameter in part.named_parameters()
+        }
+
+    def other_stored(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By its key, each tensor of Pyro's param store under a parameter's name that is not it; and the parameter."""
+        stored = pyro.get_param_store().named_parameters()
+        if not stored:
+            return {}
+        own = self.named_for_store()
+        found = {key: (tensor, own.get(name_in_store(key))) for key, tensor in stored}
+        return {key: pair for key, pair in found.items() if pair[1] is not None and pair[0] is not pair[1]}
+
+    def refuse_other_stored(self, whole: bool = False) -> None:
+        """Refuse a param store that holds another tensor under a parameter's name: either could be meant.
+
+        Arguments:
+            whole: Whether that takes another tensor for each parameter, of its shape: else it is another model's.
+
+        Raises:
+            ValueError: If so.
+        """
+        found = self.other_stored()
+        alike = {name_in_store(key) for key, (tensor, parameter) in found.items() if tensor.shape == parameter.shape}
+        learned = (
+            {name for name, parameter in self.named_for_store().items() if parameter.requires_grad} if found else set()
+        )
+        if whole and not learned <= alike:
+            return
+        for key, (_, parameter) in found.items():
+            if not parameter.is_contiguous():
+                raise ValueError(
+                    f"parameters must be contiguous for Pyro's param store, which keeps a copy of {key!r} that nothing "
+                    f"here would see learn: train by pyrodiff.SVI, or give .to(memory_format=torch.contiguous_format)"
+                )
+            raise ValueError(
+                f"Pyro's param store must hold the diffusion's own parameters, but under {key!r} it holds another "
+                f"tensor, loaded or another diffusion's: pyrodiff.adopt_stored(diffusion) copies the stored values in, "
+                f"Diffusion(..., name='second') gives this one other names, pyro.clear_param_store() forgets the stored"
+            )
+
+    def _path(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def _named_of_pyro(self) -> list[PyroModule]:
+        """The modules that speak to Pyro, whose sites are named after the parts that they stand in."""
+        for name, part in self.named_children():
+            for path, module in part.named_modules():
+                if isinstance(module, PyroModule):
+                    module._pyro_name = f"{self._path(name)}.{_of_whole_chain(part, path)}".rstrip(".")
+        return self.of_pyro()
+
     @contextmanager
-    def evaluated(self) -> Iterator[None]:
+    def evaluated(self, guide: Callable | None = None, given: tuple = ()) -> Iterator[Tensor | None]:
         """Within, the parts are called outside of the programs, and Pyro's param store is afterwards as it was.
 
-        Random weights are drawn once, now.
+        Random weights are drawn once, now, from their guide.
+
+        Arguments:
+            guide: A program that draws every random weight, and may draw more.
+            given: What it is called with.
+
+        Yields:
+            The KL of the random weights, or its estimate at the draw where none is registered, in nats and of shape ();
+            None where there are none.
+
+        Raises:
+            ValueError: As :meth:`running`; if there are random weights and no guide of them, or a guide and no weights.
         """
+        self.refuse_other_stored(whole=True)
+        if self.is_random() != (guide is not None):
+            raise ValueError(
+                "guide must be given where there are random weights (PyroSample), to draw them from what was learned, "
+                "guide=AutoNormal(...) say: else they would be drawn from their prior"
+                if guide is None
+                else "guide must be None where there are no random weights (PyroSample), but it is given"
+            )
         if not self.of_pyro():  # nothing below sends a message
-            yield
+            yield None
             return
         store = pyro.get_param_store()
-        with store.scope(store.get_state()), self.running():
-            yield
+        with store.scope(store.get_state()), ExitStack() as stack:
+            if guide is None:
+                stack.enter_context(self.running())
+                yield None
+                return
+            learned = poutine.trace(guide).get_trace(*given)
+            with poutine.trace() as drawn, poutine.replay(trace=learned):
+                stack.enter_context(self.running())
+            yield _global_cost(drawn.trace, learned)
 
 
-def _claim_names(name: str, part: nn.Module) -> None:
-    """Name a part's sites and parameters after it, and let the param store hold this part's tensors under those names.
-
-    The store is global, and Pyro would put what it holds under a name, another diffusion's tensor say, in place of a
-    part's own, or train it in its stead.
-    """
-    for path, module in part.named_modules():
-        if isinstance(module, PyroModule):
-            module._pyro_name = f"{name}.{path}".rstrip(".")
-    own = {f"{name}.{path}".removesuffix("_unconstrained"): parameter for path, parameter in part.named_parameters()}
-    store = pyro.get_param_store()
-    for key, held in list(store._params.items()):
-        if own.get(key.replace("$$$", "."), held) is not held:
-            store._param_to_name.setdefault(held, key)  # one tensor may stand under two names, which the store forgets
-            del store[key]
+def _global_cost(model_trace: Trace, guide_trace: Trace) -> Tensor:
+    """The KL of latent sites that stand in no plate, summed, with shape ()."""
+    total = torch.zeros(())
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"]:
+            continue
+        if name not in guide_trace.nodes:
+            raise ValueError(f"guide must draw every random weight of the diffusion, but {name!r} is missing")
+        q, p = guide_trace.nodes[name]["fn"], site["fn"]
+        total = total + relative_entropy(q, p, site["value"]).sum()
+    return total
 
 
 class TrajectoryModel(Generative):
-    """The model p_θ(x_0:T): sites ``x_T .. x_1`` and ``x_0``, in the plate "data".
+    """The model p_θ(x_0:T): sites ``x_T .. x_1`` and ``x_0``, in the plate of the data.
 
-    Called as ``model(x_0)``, with data of shape (B, *event_shape), it observes them; called as
-    ``model(num_samples=n)`` it draws n of them. It returns ``x_0`` either way.
+    Called as ``model(x_0, *context)``, with data of shape (B, *event_shape), it observes them; called as
+    ``model(num_samples=n)``, or ``model(None, *context, num_samples=n)``, it draws n of them. It returns ``x_0`` either
+    way.
+
+    Arguments: see :class:`Generative`.
     """
 
-    def forward(self, x_0: Tensor | None = None, num_samples: int | None = None) -> Tensor:
+    def forward(self, x_0: Tensor | None = None, *context: Tensor, num_samples: int | None = None) -> Tensor:
         if (x_0 is None) == (num_samples is None):
             raise ValueError(f"either x_0 or num_samples must be given, but num_samples is {num_samples!r}")
+        if checks.is_int(x_0):
+            raise ValueError(f"num_samples must be given by keyword, num_samples={x_0}, but x_0 is {x_0}")
         size = checks.positive_int("num_samples", num_samples) if x_0 is None else None
-        if x_0 is not None and checks.validating():
-            self.check(x_0)
+        if checks.validating():
+            if x_0 is not None:
+                _refuse_plates_around()
+                self.check(x_0, *context)
+            else:
+                checks.context(context, size, self.device)
         with self.running():
             states = (self.dtype(), self.device) if x_0 is None else (x_0.dtype, x_0.device)
-            return self._chain(x_0, len(x_0) if size is None else size, self.top(*states))
+            return self._chain(x_0, len(x_0) if size is None else size, self.top(*states), context)
 
-    def matches(self, guide: nn.Module) -> bool:
-        """Whether this is the guide of the same diffusion."""
-        return isinstance(guide, TrajectoryGuide) and guide.forward_process is self.forward_process
-
-    def _chain(self, x_0: Tensor | None, size: int, top: dist.Distribution) -> Tensor:
-        data, T = pyro.plate("data", size, dim=-1), self.num_steps
+    def _chain(self, x_0: Tensor | None, size: int, top: dist.Distribution, context: tuple[Tensor, ...]) -> Tensor:
+        data, T = _data_plate(self.plate, size), self.num_steps
         with data:
             x = pyro.sample(f"x_{T}", top)
         for t in range(T, 1, -1):
-            kernel = self.kernel(x, t)
+            kernel = self.kernel(x, t, *context)
             with data:
                 x = pyro.sample(f"x_{t - 1}", kernel)
-        law = self.decoded(self.kernel(x, 1), x)
+        law = self.decoded(self.kernel(x, 1, *context), x)
         with data:
             return pyro.sample("x_0", law, obs=x_0)
 
 
 class _Unscored(dist.TorchDistribution):
-    """A law whose density nothing depends on, since it stands under ``mask(False)``: 0 in the dtype of the states.
+    """A law whose density nothing depends on, since it stands under ``mask(False)``: 0 in the dtype of costs.
 
     Arguments:
         law: The law, with batch_shape (B,).
@@ -277,17 +496,21 @@ class _Unscored(dist.TorchDistribution):
         return self.law.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.x_0.new_zeros(value.shape)
+        return self.x_0.new_zeros(value.shape, dtype=costs_dtype(self.x_0))
 
 
 class Step(nn.Module):
-    """What the two programs of the one-step pair share: the drawing of t and x_t, and the scale of the step."""
+    """What the two programs of the one-step pair share: the drawing of t and x_t, and the scale of the step.
 
-    def __init__(
-        self, forward: Forward, event_shape: torch.Size, drawing: Drawing, weighting: Callable[[Tensor], Tensor]
-    ) -> None:
+    Arguments:
+        model: The model of the trajectory pair.
+        drawing: How t is drawn.
+        weighting: What the step weighs.
+    """
+
+    def __init__(self, model: Generative, drawing: Drawing, weighting: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.forward_process, self.event_shape = forward, event_shape
+        self.forward_process, self.event_shape, self.plate = model.forward_process, model.event_shape, model.plate
         self.drawing, self.weighting = drawing, weighting
 
     def draw(self, x_0: Tensor, sample: Callable[[str, dist.Distribution], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,7 +524,7 @@ class Step(nn.Module):
                 f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is "
                 f"{checks.described(weight)}"
             )
-        scale = (weight / probability).to(x_0.dtype).to(x_0.device)
+        scale = (weight / probability).to(costs_dtype(x_0)).to(x_0.device)
         t = t.to(x_0.device)
         return t, sample("x_t", self.forward_process.marginal(x_0.expand(t.shape + self.event_shape), t)), scale
 
@@ -318,17 +541,21 @@ class Step(nn.Module):
 
 
 class OneStepGuide(nn.Module):
-    """The guide of the one-step pair, called as ``guide(x_0)``: see :class:`OneStep`."""
+    """The guide of the one-step pair, called as ``guide(x_0, *context)``.
+
+    Arguments, sites: see :class:`OneStep`.
+    """
 
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.step = step
 
-    def forward(self, x_0: Tensor) -> None:
+    def forward(self, x_0: Tensor, *context: Tensor) -> None:
         q = self.step.forward_process
         if checks.validating():
+            _refuse_plates_around()
             q.check(x_0, self.step.event_shape)
-        with pyro.plate("data", len(x_0), dim=-1):
+        with _data_plate(self.step.plate, len(x_0)):
             pyro.sample("x_T", q.marginal(x_0, q.num_steps))
             with poutine.mask(mask=False):
                 t, x_t, scale = self.step.draw(x_0, pyro.sample)
@@ -338,29 +565,30 @@ class OneStepGuide(nn.Module):
 
 
 class OneStepModel(Generative):
-    """The model of the one-step pair, called as ``model(x_0)``: see :class:`OneStep`."""
+    """The model of the one-step pair, called as ``model(x_0, *context)``.
 
-    def __init__(self, model: TrajectoryModel, step: Step) -> None:
-        super().__init__(model.forward_process, model.reverse, model.event_shape, model.decoder, model.prior)
+    Arguments, sites: see :class:`OneStep`.
+    """
+
+    def __init__(self, model: Generative, step: Step) -> None:
+        parts = model.forward_process, model.reverse, model.event_shape, model.decoder, model.prior
+        super().__init__(*parts, name=model.name, plate=model.plate)
         self.step = step
 
-    def forward(self, x_0: Tensor) -> None:
+    def forward(self, x_0: Tensor, *context: Tensor) -> None:
         if checks.validating():
-            self.check(x_0)
+            _refuse_plates_around()
+            self.check(x_0, *context)
         with self.running():
-            self._score(x_0)
+            self._score(x_0, context)
 
-    def matches(self, guide: nn.Module) -> bool:
-        """Whether this is the guide of the same pair."""
-        return isinstance(guide, OneStepGuide) and guide.step is self.step
-
-    def _score(self, x_0: Tensor) -> None:
-        data, step = pyro.plate("data", len(x_0), dim=-1), self.step
+    def _score(self, x_0: Tensor, context: tuple[Tensor, ...]) -> None:
+        data, step = _data_plate(self.plate, len(x_0)), self.step
         with data:
             pyro.sample("x_T", self.top(x_0.dtype, x_0.device))
             with poutine.mask(mask=False):
                 t, x_t, scale = step.draw(x_0, pyro.sample)
-        kernel = self.kernel(x_t, t)
+        kernel = self.kernel(x_t, t, *context)
         law = self.decoded(kernel, x_t)
         with data:
             if self.num_steps > 1:

@@ -14,78 +14,30 @@ References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 58, https://arxiv.org/abs/2208.11970
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-from pyro.distributions import Delta, Distribution, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
-from torch.distributions import Independent, kl_divergence
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..base.precision import precisely
 from ..model.decoders import DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from ..model.reverse import GaussianReverse
+from .entropy import relative_entropy
 from .programs import Generative, OneStepGuide, OneStepModel, TrajectoryGuide, TrajectoryModel
 
 __all__ = [
     "Recorder",
-    "innermost",
     "is_listened_to",
     "pair_costs",
     "prior_cost",
-    "relative_entropy",
     "runs",
     "step_costs",
 ]
-
-
-def relative_entropy(q: Distribution, p: Distribution, x: Tensor | None = None, analytic: bool = True) -> Tensor:
-    """KL(q || p) where it is registered; else its estimate log q(x) - log p(x) at the draw ``x`` of q.
-
-    Arguments:
-        q, p: Distributions of one event_shape, whose batch_shapes broadcast.
-        x: A draw of q; a fresh one if it is needed and not given.
-        analytic: Whether the KL may be taken.
-
-    Returns:
-        A tensor of the batch_shape, in nats.
-    """
-    if isinstance(q, MaskedDistribution) != isinstance(p, MaskedDistribution):
-        q, p = _bare(q), _bare(p)
-    if analytic and not isinstance(innermost(q), Delta):  # whose log density Pyro's KL leaves out
-        try:
-            return _as_tensor(kl_divergence(q, p), q)
-        except NotImplementedError:
-            pass
-    x = q() if x is None else x
-    return _as_tensor(q.log_prob(x), q) - _as_tensor(p.log_prob(x), q)
-
-
-def _bare(law: Distribution) -> Distribution:
-    """The law without a mask that masks nothing, for which Pyro would know no KL."""
-    while isinstance(law, MaskedDistribution) and law._mask is True:
-        law = law.base_dist
-    return law
-
-
-def _as_tensor(value: Tensor | float, law: Distribution) -> Tensor:
-    """A tensor: of laws that are masked altogether, Pyro returns the number 0."""
-    return value if isinstance(value, Tensor) else torch.full(law.batch_shape, float(value))
-
-
-def innermost(law: Distribution) -> Distribution:
-    """The law without what makes dimensions its event's, and without masks.
-
-    Arguments:
-        law: The law.
-    """
-    while isinstance(law, Independent | MaskedDistribution):
-        law = law.base_dist
-    return law
 
 
 def prior_cost(model: Generative, x_0: Tensor, x_T: Tensor | None = None) -> Tensor:
@@ -106,6 +58,7 @@ def step_costs(
     x_0: Tensor,
     t: Tensor,
     x_t: Tensor,
+    context: Sequence[Tensor] = (),
     x_s: Tensor | None = None,
     first: bool = True,
     later: bool = True,
@@ -117,6 +70,7 @@ def step_costs(
         x_0: The data, with shape (B, *event_shape).
         t: The times, with shape (B,).
         x_t: The states, draws of q(x_t | x_0), with the shape of ``x_0``.
+        context: What the network is told of each datum: tensors of B rows, or of one.
         x_s: Draws of the posterior q(x_{t-1} | x_t, x_0): L_{t-1} is then the log ratio at these. If not given, it is
             the KL, or, where none is registered, the log ratio at fresh draws.
         first, later: Whether t is 1 for some data, and whether it is above for some.
@@ -124,7 +78,7 @@ def step_costs(
     Returns:
         Costs in nats, with shape (B,).
     """
-    kernel = model.kernel(x_t, t)
+    kernel = model.kernel(x_t, t, *context)
     with precisely():
         if later:
             posterior = model.forward_process.posterior(x_t, x_0, t.clamp(min=2) if first else t)
@@ -173,9 +127,9 @@ def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> T
 
     Arguments:
         model, guide: The programs.
-        args, kwargs: What both are called with: the data, with shape (B, *event_shape).
+        args, kwargs: What both are called with: the data, with shape (B, *event_shape), and their context.
     """
-    if kwargs or len(args) != 1 or not isinstance(model, Generative):
+    if kwargs or not isinstance(model, Generative) or not (args and all(isinstance(arg, Tensor) for arg in args)):
         return None
     of_pyro = model.of_pyro()
     if any(part._pyro_samples for part in of_pyro):
@@ -201,7 +155,7 @@ def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> T
         return None
     try:
         with model.running() if of_pyro else nullcontext(), _Listener():
-            return costs(model, *args)
+            return costs(model, args[0], args[1:])
     except _HasSites:
         return None
 
@@ -244,7 +198,7 @@ class _Listener(Messenger):
         raise _HasSites
 
 
-def _one_step_costs(model: OneStepModel, x_0: Tensor) -> Tensor:
+def _one_step_costs(model: OneStepModel, x_0: Tensor, context: tuple[Tensor, ...]) -> Tensor:
     """L_T + w(t) / p(t) L_{t-1} at one t per datum."""
     step = model.step
     with precisely():
@@ -254,22 +208,27 @@ def _one_step_costs(model: OneStepModel, x_0: Tensor) -> Tensor:
     # and where nothing else is lost: a decoder of one's own may have sites, or parameters, whose gradient is then 0
     known = t.device.type == "cpu" and get_proxy_mode() is None and any(runs(model.decoder, k) for k in _DECODERS)
     first = not known or bool((t == 1).any())
-    costs = step_costs(model, x_0, t, x_t, first=first, later=model.num_steps > 1)
+    costs = step_costs(model, x_0, t, x_t, context, first=first, later=model.num_steps > 1)
     if torch.is_grad_enabled():
         step.drawing.tell(t, costs.detach(), torch.ones_like(t, dtype=torch.bool))
     return torch.addcmul(prior, scale, costs)
 
 
-def _trajectory_costs(model: TrajectoryModel, x_0: Tensor) -> Tensor:
+def _trajectory_costs(model: TrajectoryModel, x_0: Tensor, context: tuple[Tensor, ...]) -> Tensor:
     """L_T + the sum of all L_{t-1}, with a draw of each x_t by itself: the mean is that of a trajectory."""
     B, T = len(x_0), model.num_steps
     t = torch.arange(1, T + 1, device=x_0.device).repeat_interleave(B)
-    repeated = x_0.expand((T, *x_0.shape)).flatten(0, 1)
+    repeated, *context = (_repeated(values.expand(B, *values.shape[1:]), T) for values in (x_0, *context))
     with precisely():
         x_t = model.forward_process.marginal(repeated, t)()
         prior = prior_cost(model, x_0)
-    costs = prior + step_costs(model, x_0, t[:B], x_t[:B], later=False)
+    costs = prior + step_costs(model, x_0, t[:B], x_t[:B], [c[:B] for c in context], later=False)
     if T == 1:
         return costs
-    later = step_costs(model, repeated[B:], t[B:], x_t[B:], first=False)
+    later = step_costs(model, repeated[B:], t[B:], x_t[B:], [c[B:] for c in context], first=False)
     return costs + later.reshape(T - 1, B).sum(0)
+
+
+def _repeated(values: Tensor, T: int) -> Tensor:
+    """The rows of all data, T times one after the other."""
+    return values.expand((T, *values.shape)).flatten(0, 1)

@@ -311,11 +311,12 @@ class _SpreadUniform(TorchDistribution):
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         shape = self._extended_shape(sample_shape)
         size = shape.numel()
-        places = torch.linspace(0, 1 - 1 / size, size, device=self.like.device, dtype=self.like.dtype).reshape(shape)
+        places = torch.linspace(0, 1 - 1 / size, size, device=self.like.device, dtype=self.like.dtype)
+        places = places if places.shape == shape else places.reshape(shape)
         if self.share is None:
-            return (torch.rand((), device=self.like.device, dtype=self.like.dtype) + places) % 1
+            return (torch.rand((), device=self.like.device, dtype=self.like.dtype) + places).frac()
         u = self.share.uniform().to(self.like.device, self.like.dtype)
-        return (u + (self.share.number + places) / self.share.count) % 1
+        return (u + (self.share.number + places) / self.share.count).frac()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """0, the log density of each u_i by itself; the draws of a batch hang together and have no joint density."""

@@ -22,6 +22,7 @@ References:
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -51,7 +52,10 @@ class Forward(Float64Module, ABC):
     """
 
     support: constraints.Constraint
-    """What one number of the data may be."""
+    """What one number of a state may be."""
+
+    is_integer: bool = False
+    """Whether states are integers (``torch.long``), as categories are; else they are floats, as bits here are too."""
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
@@ -62,6 +66,16 @@ class Forward(Float64Module, ABC):
     def num_steps(self) -> int:
         """The number of steps T."""
         return self.schedule.num_steps
+
+    @property
+    def levels(self) -> int | float | None:
+        """How many values a number of a state may take, infinity of them counted; None where p is a density."""
+        if not self.support.is_discrete:
+            return None
+        if self.support is constraints.boolean:
+            return 2
+        ends = getattr(self.support, "lower_bound", None), getattr(self.support, "upper_bound", None)
+        return math.inf if None in ends else int(ends[1]) - int(ends[0]) + 1
 
     @abstractmethod
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
@@ -161,17 +175,25 @@ class Forward(Float64Module, ABC):
         if x_0.dim() != 1 + len(event_shape) or x_0.shape[1:] != event_shape or len(x_0) == 0:
             expected = ", ".join(("B", *tuple(str(size) for size in event_shape)))
             raise ValueError(f"x_0 must have shape ({expected}) with B >= 1, but its shape is {tuple(x_0.shape)}")
-        if not x_0.is_floating_point():
-            raise ValueError(f"x_0 must have a floating dtype, but its dtype is {x_0.dtype}")
-        checks.full_precision("x_0", x_0.dtype)
+        if self.is_integer and (x_0.is_floating_point() or x_0.is_complex() or x_0.dtype == torch.bool):
+            raise ValueError(f"x_0 must have an integer dtype, but its dtype is {x_0.dtype}: give x_0.long()")
+        if not self.is_integer:
+            if not x_0.is_floating_point():
+                raise ValueError(f"x_0 must have a floating dtype, but its dtype is {x_0.dtype}")
+            checks.full_precision("x_0", x_0.dtype)
         if home(x_0.device) != self.schedule.device:
             raise ValueError(f"x_0 must be on the model's device {self.schedule.device}, but it is on {x_0.device}")
         valid = self.support.check(x_0) & x_0.isfinite()
         if not checks.holds(valid):
             raise ValueError(
-                f"x_0 must be {'0 or 1' if self.support is constraints.boolean else 'finite'} everywhere, "
+                f"x_0 must be {self._described_support()} everywhere, "
                 f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}"
             )
+
+    def _described_support(self) -> str:
+        if self.support is constraints.boolean:
+            return "0 or 1"
+        return "finite" if self.support is constraints.real else f"in {self.support}"
 
 
 def shortened(process: Forward, chain: Forward) -> Forward:
@@ -199,13 +221,12 @@ def event_dim(x: Tensor, t: int | Tensor) -> int:
     return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
 
 
-def check_posterior(x_t: Tensor, x_0: Tensor, t: object, s: object, num_steps: int) -> int | Tensor:
-    """The earlier time of a posterior q(x_s | x_t, x_0), after a check, while Pyro validates, of its arguments."""
-    s = checks.step(x_t, t, s, num_steps, first=1)
+def check_posterior(x_t: Tensor, x_0: Tensor, t: object, s: object, num_steps: int) -> None:
+    """Arguments of a posterior q(x_s | x_t, x_0), while Pyro validates."""
+    checks.step(x_t, t, s, num_steps, first=1)
     if checks.validating() and not _broadcasts(x_0, x_t, event_dim(x_t, t)):
         got = f"its shape is {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"it is a {type(x_0).__name__}"
         raise ValueError(f"x_0 must have the shape {tuple(x_t.shape)} of the state x_t, but {got}")
-    return s
 
 
 def _broadcasts(x_0: object, x_t: Tensor, event: int) -> bool:
@@ -268,7 +289,8 @@ class GaussianForward(Forward):
         return shortened(self, type(self)(SubSchedule(self.schedule, times)))
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = checks.step(x_s, t, s, self.num_steps)
+        checks.step(x_s, t, s, self.num_steps)
+        s = t - 1 if s is None else s
         signal, noise = coefficients(torch.stack(self.schedule.step(t, s)), x_s)
         return dist.Normal(signal * x_s, noise).to_event(event_dim(x_s, t))
 
@@ -382,14 +404,16 @@ class BinomialForward(Forward):
             )
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = checks.step(x_s, t, s, self.num_steps)
+        checks.step(x_s, t, s, self.num_steps)
+        s = t - 1 if s is None else s
         kept, redrawn = coefficients(torch.stack(self.schedule.step(t, s)).square(), x_s)
         rate, rest = self._rates(x_s)
         one, zero = kept * x_s + redrawn * rate, kept * (1 - x_s) + redrawn * rest
         return Bits(logits=one.log() - zero.log()).to_event(event_dim(x_s, t))
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
-        s = check_posterior(x_t, x_0, t, s, self.num_steps)
+        check_posterior(x_t, x_0, t, s, self.num_steps)
+        s = t - 1 if s is None else s
         return Bits(logits=self.posterior_logits(x_t, x_0, t, s)).to_event(event_dim(x_t, t))
 
     def posterior_logits(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:

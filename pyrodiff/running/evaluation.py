@@ -1,7 +1,8 @@
 """What every evaluation of a diffusion shares: its mode and its seed, its data batch by batch, its memory, its bar."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,17 @@ from ..base.randomness import copied_source, seed_draws
 from ..pair.diffusion import Diffusion
 from ..pair.terms import Recorder
 
-__all__ = ["Look", "batches", "bytes_per_row", "evaluating", "expect", "look", "progress_bar", "validated"]
+__all__ = ["Batch", "Look", "batches", "bytes_per_row", "evaluating", "expect", "look", "progress_bar", "validated"]
 
 
 @contextmanager
-def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, agreed: bool = False) -> Iterator[int]:
+def evaluating(
+    diffusion: Diffusion,
+    generator: torch.Generator | int | None,
+    agreed: bool = False,
+    guide: Callable | None = None,
+    given: tuple = (),
+) -> Iterator[tuple[int, Tensor | None]]:
     """Within: evaluation mode, random weights drawn once, no validation, and draws from a source of their own.
 
     Afterwards each submodule has its own mode again, and torch's global sources are where they were. What is given is
@@ -32,17 +39,19 @@ def evaluating(diffusion: Diffusion, generator: torch.Generator | int | None, ag
         diffusion: The diffusion.
         generator: A seed; or a generator, from which one is drawn; or None, for torch's global source.
         agreed: Whether all processes draw alike, as the first does.
+        guide: The guide of random weights.
+        given: What the guide is called with.
 
     Yields:
-        The seed, not negative.
+        The seed, not negative, and the KL of the random weights in nats, of shape (); None where there are none.
 
     Raises:
-        ValueError: If ``generator`` is something else.
+        ValueError: If ``generator`` is something else, or random weights and their guide do not go together.
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    seeded = _seeded(generator, diffusion.model.device, agreed)
-    with seeded as seed, _evaluation_mode(diffusion), diffusion.model.evaluated(), pyro.validation_enabled(False):
-        yield seed
+    seeded, evaluated = _seeded(generator, diffusion.model.device, agreed), diffusion.model.evaluated(guide, given)
+    with seeded as seed, _evaluation_mode(diffusion), evaluated as cost, pyro.validation_enabled(False):
+        yield seed, cost
 
 
 @contextmanager
@@ -79,30 +88,54 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = True
 
 
-def batches(diffusion: Diffusion, x_0: Tensor | Iterable) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class Batch:
+    """Data and what is known of each.
+
+    Arguments:
+        x_0: The data, with shape (B, *event_shape).
+        context: Tensors of B rows.
+    """
+
+    x_0: Tensor
+    context: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.x_0)
+
+    def rows(self, index: Tensor | slice) -> "Batch":
+        """The data of these rows, and their context."""
+        return Batch(self.x_0[index], tuple(values[index] for values in self.context))
+
+
+def batches(
+    diffusion: Diffusion, x_0: Tensor | Iterable, context: Sequence[Tensor] = (), keyword: str = ""
+) -> Iterator[Batch]:
     """The data batch by batch, checked: a tensor is one batch, anything else is iterated over.
 
     Arguments:
         diffusion: The diffusion.
-        x_0: Data with shape (B, *event_shape), or a loader of such batches or of tuples that begin with one; those are
-            moved to the model's device.
+        x_0: Data with shape (B, *event_shape), or a loader of such batches or of tuples of one and its context; those
+            are moved to the model's device.
+        context: Of a tensor of data, what is known of each: tensors of B rows, or of one for all.
+        keyword: An option of the caller, for the error where a number stands in the place of a context.
 
     Raises:
-        ValueError: If a batch cannot be data of the model, or there is none.
+        ValueError: If a batch cannot be data of the model, or its context is none, or there is no batch; if a context
+            is given beside a loader.
     """
     if not _loads(x_0):
-        _refuse_what_is_no_data(diffusion, x_0)
-        yield x_0
+        yield _batch(diffusion, x_0, context, keyword)
         return
+    if context:
+        checks.context(context[:1], 1, diffusion.model.device, keyword)
+        raise ValueError("context must come from the loader, which yields (x_0, y), but it is given beside one")
     number = -1
     for number, batch in enumerate(x_0):
-        batch = batch[0] if isinstance(batch, tuple | list) and len(batch) > 0 else batch
         try:
-            batch = batch.to(diffusion.model.device) if isinstance(batch, Tensor) else batch
-            _refuse_what_is_no_data(diffusion, batch)
+            yield _batch(diffusion, *_loaded(batch, diffusion.model.device))
         except ValueError as error:
             raise ValueError(f"{error} (in batch {number} of the loader)") from None
-        yield batch
     if number < 0:
         raise ValueError(f"x_0 must have at least one batch, but this {type(x_0).__name__} is empty")
 
@@ -117,8 +150,17 @@ def _loads(x_0: object) -> bool:
     return isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | np.ndarray | str | bytes | dict)
 
 
-def _refuse_what_is_no_data(diffusion: Diffusion, x_0: object) -> None:
+def _loaded(batch: object, device: torch.device) -> tuple[object, tuple]:
+    """Data and context of what a loader yields, on a device."""
+    x_0, *context = batch if isinstance(batch, tuple | list) and len(batch) > 0 else (batch,)
+    x_0, *context = (values.to(device) if isinstance(values, Tensor) else values for values in (x_0, *context))
+    return x_0, tuple(context)
+
+
+def _batch(diffusion: Diffusion, x_0: object, context: Sequence, keyword: str = "") -> Batch:
     diffusion.model.check(x_0)
+    checks.context(context, len(x_0), x_0.device, keyword)
+    return Batch(x_0, tuple(values.expand(len(x_0), *values.shape[1:]) for values in context))
 
 
 class Look(NamedTuple):
@@ -133,20 +175,20 @@ class Look(NamedTuple):
     is_analytic: bool
 
 
-def look(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> Look:
+def look(memory_budget: int, diffusion: Diffusion, batch: Batch) -> Look:
     """Validate the kernels, and say how network calls are batched.
 
     Arguments:
         memory_budget: The budget in bytes.
         diffusion: The diffusion.
-        x_0: Data with shape (B, *event_shape).
+        batch: Some data.
 
     Raises:
-        ValueError: If no row fits the budget, or it is not a positive int; if a part of the model returns no law, or
-            has Pyro sites of its own.
+        ValueError: If no row fits the budget, or it is not a positive int; if a part of the model returns no law, takes
+            another context, or has Pyro sites of its own; if the last step's law is discrete and nothing says so.
     """
-    memory_budget = checks.positive_int("memory_budget", memory_budget)
-    size, kernel, sites = _called(diffusion, x_0[:1])
+    memory_budget, one = checks.positive_int("memory_budget", memory_budget), batch.rows(slice(1))
+    size, kernel, sites = _called(diffusion, one)
     if sites:
         raise ValueError(
             f"diffusion must have no Pyro sites of its own inside its parts to be evaluated outside of its programs, "
@@ -154,14 +196,14 @@ def look(memory_budget: int, diffusion: Diffusion, x_0: Tensor) -> Look:
         )
     if size > memory_budget:
         raise ValueError(f"memory_budget must hold one datum, which takes {size} bytes here, but it is {memory_budget}")
-    cached = min(memory_budget, max(_CACHE, size)) if x_0.device.type == "cpu" else memory_budget
-    return Look(max(1, cached // max(1, size)), _is_analytic(diffusion, x_0[:1], kernel))
+    cached = min(memory_budget, max(_CACHE, size)) if one.x_0.device.type == "cpu" else memory_budget
+    return Look(max(1, cached // max(1, size)), _is_analytic(diffusion, one.x_0, kernel))
 
 
 _CACHE = 2**26  # bytes of results on the way, few of which live at the same time
 
 
-def bytes_per_row(diffusion: Diffusion, x_0: Tensor) -> int:
+def bytes_per_row(diffusion: Diffusion, x_0: Tensor, *context: Tensor) -> int:
     """What one datum takes in a network call and in the kernels and the decoder around it, in bytes; validated.
 
     It is the sum of all results on the way, whether they live at the same time or not.
@@ -169,17 +211,32 @@ def bytes_per_row(diffusion: Diffusion, x_0: Tensor) -> int:
     Arguments:
         diffusion: The diffusion.
         x_0: One datum, with shape (1, *event_shape).
+        *context: What is known of it.
     """
-    return _called(diffusion, x_0)[0]
+    return _called(diffusion, Batch(x_0, context))[0]
 
 
-def _called(diffusion: Diffusion, x_0: Tensor) -> tuple[int, Distribution, list[str]]:
+def _called(diffusion: Diffusion, one: Batch) -> tuple[int, Distribution, list[str]]:
     """The bytes that one datum takes, the reverse kernel, and the Pyro sites that it came upon."""
+    x_0 = one.x_0
     t = torch.full((1,), min(2, diffusion.num_steps), device=x_0.device)  # at t = 1 the kernel may be of another kind
     with torch.no_grad(), validated(x_0.device), Recorder() as heard, _Results() as results:
-        kernel = diffusion.model.kernel(x_0, t)
-        diffusion.model.decoded(kernel, x_0).log_prob(x_0)
+        kernel = diffusion.model.kernel(x_0, t, *one.context)
+        last = diffusion.model.decoded(kernel, x_0)
+        last.log_prob(x_0)
+    if diffusion.levels is None and _is_discrete(last):
+        raise ValueError(
+            f"decoder must say how many values a number may take, by an attribute levels, where its law is discrete, "
+            f"but {type(diffusion.model.decoder).__name__} says nothing: p would be taken for a density"
+        )
     return 16 * x_0.nbytes + results.nbytes, kernel, heard.sites
+
+
+def _is_discrete(law: Distribution) -> bool:
+    try:
+        return bool(law.support.is_discrete)
+    except NotImplementedError:  # it does not say
+        return False
 
 
 def _is_analytic(diffusion: Diffusion, x_0: Tensor, kernel: Distribution) -> bool:
@@ -220,13 +277,12 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def expect(bar: tqdm, x_0: Tensor | Iterable, batch: Tensor, rows: int) -> None:
+def expect(bar: tqdm, x_0: Tensor | Iterable, rows: int) -> None:
     """Tell the bar, at the first batch, how many rows all data will take, where a loader says how many batches it has.
 
     Arguments:
         bar: The bar.
         x_0: The data, or a loader.
-        batch: The first batch.
         rows: The rows that the batch takes.
     """
     if bar.total is None:

@@ -1,10 +1,12 @@
-"""The gradient of an ELBO, of any pair of programs: as they run, as one compiled graph, and over several processes."""
+"""The gradient of an ELBO, of any pair of programs: as they run, or as one compiled graph, and over several ranks."""
 
+import copy
 import math
-import re
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import pyro
@@ -12,7 +14,8 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from ..base import ranks
 from ..base.randomness import kept_sources
@@ -20,211 +23,400 @@ from ..pair.programs import Generative
 from ..pair.terms import Recorder, is_listened_to
 from ..pair.times import Drawing
 from ..process.forward import GaussianForward
-from ..running.compilation import Compiled, Composition, kind_of
+from ..running.compilation import Compiled, kind_of
 
-__all__ = ["Gradient"]
+__all__ = ["Gradient", "Programs"]
+
+
+class Programs:
+    """What a pair of programs is made of: modules, also those that functions call, and parameters of Pyro's own.
+
+    Arguments:
+        model, guide: The programs.
+    """
+
+    def __init__(self, model: Callable, guide: Callable) -> None:
+        self.model, self.guide = model, guide
+        self._roots = dict.fromkeys(program for program in (model, guide) if isinstance(program, nn.Module))
+        self._stored: dict[str, Tensor] = {}  # parameters of none of the modules, by their names in Pyro's store
+        self._is_as_seen: Callable[[], bool] = lambda: False
+
+    def modules(self) -> list[nn.Module]:
+        """All modules, each once."""
+        return list(dict.fromkeys(module for root in self._roots for module in root.modules()))
+
+    def tensors(self, kind: str) -> dict[Tensor, None]:
+        """The modules' tensors, each once.
+
+        Arguments:
+            kind: "_parameters" or "_buffers".
+        """
+        every = chain.from_iterable(getattr(module, kind).values() for module in self.modules())
+        return dict.fromkeys(tensor for tensor in every if tensor is not None)
+
+    def drawings(self) -> list[Drawing]:
+        """How times are drawn."""
+        return [module for module in self.modules() if isinstance(module, Drawing)]
+
+    def roots(self) -> dict[str, nn.Module]:
+        """The modules that have all others within: the programs, and what programs that are functions call."""
+        programs = {"model": self.model, "guide": self.guide}
+        roots = {name: program for name, program in programs.items() if isinstance(program, nn.Module)}
+        inside = {part for root in self._roots for part in root.modules() if part is not root} | {*roots.values()}
+        called = [module for module in self._roots if module not in inside and module.state_dict()]
+        return roots | {f"called {i}": module for i, module in enumerate(called)}
+
+    def stored(self) -> dict[str, Tensor]:
+        """The parameters of none of the modules, unconstrained, by name, where they are still there."""
+        there = dict(pyro.get_param_store().named_parameters()) if self._stored else {}
+        return {name: value for name, value in self._stored.items() if "$$$" in name or there.get(name) is value}
+
+    def names(self) -> dict[Tensor, str]:
+        """The names of all parameters."""
+        found = {parameter: name for name, parameter in self.stored().items()}
+        for root, module in reversed(self.roots().items()):
+            found |= {parameter: f"{root}.{name}" for name, parameter in module.named_parameters()}
+        return found
+
+    def look(self, heard: dict[str, Tensor]) -> list[Tensor]:
+        """What can be learned; :meth:`are_as_seen` counts from here.
+
+        Arguments:
+            heard: The parameters of Pyro's messages, by name.
+        """
+        own = self.tensors("_parameters")
+        self._stored |= heard
+        self._stored = {name: value for name, value in self.stored().items() if value not in own}
+        tensors = list(own | dict.fromkeys(self._stored.values()))
+        tables = [table for module in self.modules() for table in (module._parameters, module._modules)]
+
+        def seen() -> tuple[list, list]:
+            return list(chain.from_iterable(map(_VALUES, tables))), list(map(_KIND, tensors))
+
+        parts, kinds = seen()
+
+        def is_as_seen() -> bool:
+            parts_now, kinds_now = seen()
+            return kinds_now == kinds and len(parts_now) == len(parts) and all(map(operator.is_, parts_now, parts))
+
+        self._is_as_seen = is_as_seen
+        return [parameter for parameter in tensors if _can_be_learned(parameter)]
+
+    def are_as_seen(self) -> bool:
+        """Whether they have the modules and parameters that they had, and the same of these is learned."""
+        return self._is_as_seen() and len(self.stored()) == len(self._stored)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Within, the programs work on copies of buffers and counts, and modules that functions call are noted."""
+        seen, before = set(), []
+        copies: dict[Tensor, Tensor] = {}
+
+        def set_aside(root: nn.Module, args: tuple = ()) -> None:
+            if root in seen:
+                return
+            self._roots[root] = None
+            for module in set(root.modules()) - seen:
+                for name, buffer in list(module._buffers.items()):
+                    before.append((module._buffers, name, buffer))
+                    if _has_value(buffer):
+                        module._buffers[name] = copies.setdefault(buffer, buffer.detach().clone())
+                if isinstance(module, Drawing):
+                    before.append((vars(module), "share", module.share))
+                    module.share, module.tell = copy.deepcopy(module.share), lambda *args: None
+            seen.update(root.modules())
+
+        for root in list(self._roots):
+            set_aside(root)
+        handle = register_module_forward_pre_hook(set_aside)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for parts, name, part in before:
+                parts[name] = part
+            for drawing in self.drawings():
+                vars(drawing).pop("tell", None)  # the class has it
+
+    def take_back(self, names: set[str]) -> None:
+        """Take the modules' parameters out of Pyro's store.
+
+        Arguments:
+            names: Those that were there before, and stay.
+        """
+        store = pyro.get_param_store()
+        state = store.get_state()  # without the references that Pyro leaves at tensors, which cannot be pickled
+        new = state["params"].keys() - names
+        if new:
+            own = self.tensors("_parameters")
+            for name in new:
+                if "$$$" in name or state["params"][name] in own:
+                    del state["params"][name], state["constraints"][name]
+            store.clear()  # since to delete one by one fails where a tensor has two names
+            store.set_state(state)
 
 
 class Gradient:
     """The loss of a pair of programs, and its gradient, which is added to that of the parameters.
 
-    Arguments of a kind that was there before, given to programs of the same parts, are not validated again.
+    What is new, programs or a kind of arguments, is rehearsed: the programs run once, validated, and leave no trace
+    but parameters of Pyro's. Then the loss is taken as at every other step, so a resumed run, which rehearses again,
+    draws what it would have drawn.
 
     Arguments:
-        model, guide: The programs.
-        loss: The ELBO.
+        programs: The programs.
         learn: Called with parameters that were not there before, before a gradient is taken.
-        autocast: The dtype that networks compute in, if not their own.
-        compile: Whether it is compiled.
-        validate: Whether to validate at every step (True), at none (False), or once for each kind of arguments (None).
+        loss, autocast, compile, validate: As of :class:`SVI`.
 
     Attributes:
-        parameters: All parameters that were found, by identity.
+        parameters: All parameters that were found, in their order.
         compiled: The gradient as a compiled function, once it is.
         scaler: What scales the loss where the dtype is ``torch.float16``; None before the first parameter is found.
     """
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        programs: Programs,
+        learn: Callable,
         loss: ELBO,
-        learn: Callable[[list[Tensor]], None],
         autocast: torch.dtype | None,
         compile: bool,
         validate: bool | None,
     ) -> None:
-        self.model, self.guide, self.loss, self.learn = model, guide, loss, learn
+        self.programs, self.learn, self.loss = programs, learn, loss
         self.autocast, self.compile, self.validate = autocast, compile, validate
-        self.parameters: dict[int, Tensor] = {}
+        self.parameters: dict[Tensor, None] = {}
         self.compiled: Compiled | None = None
         self.scaler: torch.amp.GradScaler | None = None
-        self._objective: nn.Module = _Objective(self)
-        self._stored: dict[str, Tensor] = {}  # parameters that are Pyro's own, not a module's
-        self._called: dict[int, nn.Module] = {}  # modules that the programs were heard to call
-        self._parts: Composition | None = None
-        self._kinds: set[Hashable] = set()
-        self._checked_before: set[str] = set()  # kinds that were, in the run that this one goes on with
-        self._goes_on = False
-        self._replicated: set[int] = set()
-        self._is_joined = False
+        self._rehearsed: set[Hashable] = set()  # kinds of arguments
         self._key = ranks.set_apart()
-        self._share_out()
+        self._share(self.programs.tensors("_parameters"))
 
-    def add(
-        self, args: tuple, kwargs: dict, last: bool = True, accept: Callable[[Tensor], bool] | None = None
-    ) -> Tensor:
-        """Take the gradient.
+    def add(self, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
+        """Take the gradient, of this rank's batch: :meth:`join` sums it over ranks.
 
         Arguments:
             args, kwargs: What the programs are called with.
-            last: Whether it is the last one before a step of the optimizer.
             accept: Told the loss, whether its gradient is to count.
 
         Returns:
-            The loss, detached, with shape (); of several processes, the sum.
+            The loss, detached, with shape (); of several ranks, the sum.
 
         Raises:
             ValueError: If there is nothing to learn.
         """
-        accept = accept or (lambda loss: True)
-        kind = self._checked_kind(args, kwargs)
-        settled = self._is_settled()
-        validated = self._validates(kind, settled)
-        may_compile = settled and not validated and not _asks_for_gradients((args, kwargs))
-        compiled = self._compilation() if may_compile else None
-        if compiled is None:
-            loss = self._add_as_it_runs(args, kwargs, validated, settled, last, accept)
-            if validated and not self._kinds:
-                self._look_at_data(args)
-        else:
-            loss = self._add_compiled(compiled, args, kwargs, accept)
-            if last:
-                self._join()
-        if kind is not None and len(self._kinds) + len(self._checked_before) < 1000:
-            self._kinds.add(kind)
+        kind, settled = _kind(args, kwargs), self._is_settled()
+        if settled and kind in self._rehearsed:
+            compiled = self._compilation(args, kwargs) if self.compile else None
+            return self._run(args, kwargs, accept) if compiled is None else self._replay(compiled, args, kwargs, accept)
+        is_first = not self.parameters
+        if self._must_rehearse(settled):
+            self.rehearse(args, kwargs)
+        if is_first and self.validate is not False:
+            self._look_at_data(args)
+        loss = self._run(args, kwargs, accept)
+        if len(self._rehearsed) < _MOST:
+            self._rehearsed.add(kind)
         return loss
 
     def value(self, args: tuple, kwargs: dict) -> Tensor:
-        """The loss alone, without a gradient; arguments and result as of :meth:`add`."""
-        kind = self._checked_kind(args, kwargs)
-        with torch.no_grad(), pyro.validation_enabled(self._validates(kind, self._is_settled())):
-            loss = ranks.together([self.of_batch(*args, **kwargs)])[0]
-        ranks.shard_again(self._modules())
+        """The loss alone, without a gradient, as :meth:`add` returns it.
+
+        Arguments:
+            args, kwargs: What the programs are called with.
+        """
+        kind, settled = _kind(args, kwargs), self._is_settled()
+        alone = "without a gradient", kind
+        with torch.no_grad():
+            known = settled and self._rehearsed & {kind, alone}
+            if self.validate is None and not known and self._must_rehearse(settled):
+                self._hear(args, kwargs)
+                self._rehearsed.add(alone)
+            with pyro.validation_enabled(self.validate is True):
+                loss = ranks.together([self._loss(*args, **kwargs)])[0]
+        ranks.shard_again(self.programs.modules())
         return loss
 
-    def of_batch(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of this process's batch, with its networks in the precision asked for; it can be differentiated."""
-        device = self._device(args).type
-        used = self.autocast is not None and torch.amp.is_autocast_available(device)  # a meta device has none
-        with torch.autocast(device, self.autocast) if used else nullcontext():
-            return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-
     def rehearse(self, args: tuple, kwargs: dict) -> None:
-        """Check the programs and arguments of this kind, and find the parameters, with no other trace.
+        """Validate the programs, and find the parameters.
 
-        The steps that follow are those of a run in which this was done before; arguments as of :meth:`add`.
+        Arguments:
+            args, kwargs: What the programs are called with.
         """
-        shares = [(drawing, drawing.share, drawing.share.drawn.clone()) for drawing in self.drawings() if drawing.share]
-        with kept_sources(), pyro.validation_enabled(self.validate is not False):
-            self._discover(args, kwargs)
-        for drawing, share, drawn in shares:
-            share.drawn.copy_(drawn)
-            drawing.share = share
-        kind = _kind(args, kwargs)
-        if _in_words(kind) in self._checked_before:
-            self._kinds.add(kind)
-            self._checked_before.discard(_in_words(kind))
+        settled, heard = self._is_settled(), self._hear(args, kwargs)
+        if not settled or self._are_new(heard):
+            self.find(heard)
 
-    def look(self, names: list[str]) -> bool:
-        """Find parameters without running the programs, if those of these names are among them; whether they are."""
-        there = [id(parameter) for parameter in self._of_modules("_parameters") if _can_be_learned(parameter)]
-        keys = dict.fromkeys([*self.parameters, *there])
-        if not set(names) <= set(self._names(keys)):
-            return False
-        if len(keys) > len(self.parameters):
-            self._find({}, settled=False)
-        return True
+    def find(self, heard: dict[str, Tensor]) -> None:
+        """Look through the programs, and learn what was not there before.
 
-    def roots(self) -> dict[str, nn.Module]:
-        """The modules that have all others within: the programs, and what programs that are functions call."""
-        programs = {"model": self.model, "guide": self.guide}
-        programs = {name: program for name, program in programs.items() if isinstance(program, nn.Module)}
-        inside = {id(module) for program in programs.values() for module in program.modules()}
-        called = [module for key, module in self._called.items() if key not in inside]
-        inside |= {id(part) for module in called for part in module.modules() if part is not module}
-        outermost = [module for module in called if id(module) not in inside and module.state_dict()]
-        return programs | {f"called {i}": module for i, module in enumerate(outermost)}
-
-    def names(self) -> list[str]:
-        """The names of all parameters, in the order in which they were found; empty where one is no longer there."""
-        return self._names(self.parameters)
-
-    def stored(self) -> dict[str, Tensor]:
-        """The parameters that are Pyro's own, unconstrained, by name."""
-        of_modules, store = {id(p) for p in self._of_modules("_parameters")}, pyro.get_param_store()._params
-        found = {name: tensor for name, tensor in store.items() if id(tensor) in self.parameters}
-        return {name: tensor for name, tensor in found.items() if id(tensor) not in of_modules}
-
-    def checked(self) -> list[str]:
-        """The kinds of arguments that were checked, in words."""
-        return sorted({_in_words(kind) for kind in self._kinds} | self._checked_before)
-
-    def shares(self) -> list[list[int] | None]:
-        """Of several processes, what each drawing goes on from: the key of its draws, and their number."""
-        return [drawing.share and [drawing.share.key, int(drawing.share.drawn)] for drawing in self.drawings()]
-
-    def go_on(self, checked: list[str], shares: list[list[int] | None]) -> None:
-        """Check again what was checked in the run that this one goes on with, but let steps, and draws, be as there."""
-        self._checked_before, self._kinds, self._goes_on = set(checked), set(), True
-        for drawing, share in zip(self.drawings(), shares, strict=True):
-            if drawing.share is not None and share is not None:
-                self._key = drawing.share.key = share[0]
-                drawing.share.drawn.fill_(share[1])
-
-    def drawings(self) -> list[Drawing]:
-        """How times are drawn in the programs."""
-        return [module for module in self._modules() if isinstance(module, Drawing)]
-
-    def forget(self) -> None:
-        """Let the parameters have no gradient."""
-        for parameter in self.parameters.values():
+        Arguments:
+            heard: As of :meth:`Programs.look`.
+        """
+        new = [parameter for parameter in self.programs.look(heard) if parameter not in self.parameters]
+        self._share(new)
+        if not new:
+            return
+        for parameter in new:
             parameter.grad = None
+        self.parameters |= dict.fromkeys(new)
+        self.compiled = None
+        if self.autocast is torch.float16 and self.scaler is None:
+            self.scaler = torch.amp.GradScaler(self._device().type)
+        self.learn(new)
+
+    def join(self) -> None:
+        """Sum the gradients over ranks, and let the buffers be those of the first.
+
+        A parameter that had no part in the loss of one rank may have had in another's: its gradient is 0 here.
+        """
+        if ranks.count() == 1:
+            return
+        learned = [parameter for parameter in self.parameters if parameter.requires_grad]
+        if any(parameter.grad is not None for parameter in learned):
+            plain = [parameter for parameter in learned if not ranks.is_sharded(parameter)]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
+            for parameter, total in zip(plain, ranks.together(gradients), strict=True):
+                parameter.grad = total
+            for parameter in learned:
+                if ranks.is_sharded(parameter) and parameter.grad is not None:
+                    parameter.grad.to_local().mul_(ranks.count())  # fully_shard has taken the mean
+        ranks.agree(self.programs.tensors("_buffers"))
 
     def graph_for(self, args: tuple) -> Callable | None:
-        """The compiled graph that the gradient is at arguments, if it is one and the programs are what they were."""
+        """The compiled graph that the gradient is, if it is one and the programs are what they were.
+
+        Arguments:
+            args: What the programs are called with.
+        """
         ready = self.compiled is not None and self._is_settled() and not is_listened_to()
         return self.compiled.graph_for(None, None, *args) if ready else None
 
-    def is_replicated(self) -> bool:
-        """Whether DistributedDataParallel sums the gradients of several processes."""
-        return isinstance(self._objective, DistributedDataParallel)
+    # The loss and its gradient
 
-    def factor(self) -> Tensor | None:
-        """What the loss is multiplied by before its gradient is taken: the scaler's scale, and what averages undo."""
-        number = ranks.count() if self.is_replicated() or self._is_sharded() else 1
-        if self.scaler is not None:
-            return self.scaler.scale(torch.full((), float(number), device=self._device()))
-        return None if number == 1 else torch.full((), float(number), device=self._device())
+    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss with networks in the precision asked for; it can be differentiated."""
+        model, guide, store = self.programs.model, self.programs.guide, pyro.get_param_store()
+        names = set(store.keys())
+        try:
+            device = self._device(args).type
+            if self.autocast is None or not torch.amp.is_autocast_available(device):  # a meta device has none
+                return self.loss.differentiable_loss(model, guide, *args, **kwargs)
+            with torch.autocast(device, self.autocast):
+                return self.loss.differentiable_loss(model, guide, *args, **kwargs)
+        finally:
+            if store:
+                self.programs.take_back(names)
 
-    def _checked_kind(self, args: tuple, kwargs: dict) -> Hashable | None:
-        """The kind of arguments, which are checked again if they were in the run that this one goes on with."""
-        kind = _kind(args, kwargs)
-        was_checked = bool(self._checked_before) and _in_words(kind) in self._checked_before
-        if was_checked or (self._goes_on and ranks.count() > 1 and not self._is_joined):
-            self.rehearse(args, kwargs)
-        return kind
+    def _run(self, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
+        """Add the gradient by running the programs."""
+        counts = False
+        try:
+            with pyro.validation_enabled(self.validate is True), Recorder() as heard:
+                loss = self._loss(*args, **kwargs)
+            if self._are_new(heard.parameters):
+                self.find(heard.parameters)
+            if not self.parameters or not loss.requires_grad:
+                raise ValueError(
+                    "model and guide must have a parameter to learn, but none was found that requires grad: let a "
+                    "program be a torch.nn.Module, or call pyro.module(name, network) in it"
+                )
+            joined = ranks.together([loss.detach()])[0]
+            counts = accept(joined)
+            if counts:
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        finally:
+            if not counts:
+                ranks.shard_again(self.programs.modules())
+        return joined
 
-    def _validates(self, kind: Hashable | None, settled: bool) -> bool:
-        """Whether arguments of this kind, and the programs, are to be validated."""
-        if self.validate is not None:
-            return self.validate
-        return not (settled and kind in self._kinds)
+    def _replay(self, compiled: Compiled, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
+        """Add the gradient that the graph returns."""
+        scale = None if self.scaler is None else self.scaler.scale(torch.ones((), device=self._device()))
+        loss, *gradients = compiled(scale, kwargs or None, *args)
+        joined = ranks.together([loss])[0]
+        if accept(joined):
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                elif gradient is not None:
+                    parameter.grad.add_(gradient)
+        return joined
+
+    def _as_a_function(self, scale: Tensor | None, kwargs: dict | None, *args: Any) -> tuple[Tensor | None, ...]:
+        """The loss and the gradients of all parameters, as they are compiled."""
+        with pyro.validation_enabled(False):
+            loss = self._loss(*args, **(kwargs or {}))
+            learned = [parameter for parameter in self.parameters if parameter.requires_grad]
+            scaled = loss if scale is None else loss * scale
+            found = iter(_apart(torch.autograd.grad(scaled, learned, allow_unused=True)))
+        return loss.detach(), *(next(found) if p.requires_grad else None for p in self.parameters)
+
+    def _compilation(self, args: tuple, kwargs: dict) -> Compiled | None:
+        """The gradient as a compiled function; None where somebody waits for what a graph does not do."""
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+            return None
+        if is_listened_to() or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
+            return None
+        if any(map(ranks.is_sharded, self.parameters)):  # which hides them from a graph
+            message = "the pair of programs runs without being compiled: a parameter is sharded"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            self.compile = False
+            return None
+        if self.compiled is None:
+            modules, name = self.programs.modules(), "the pair of programs"
+            self.compiled = Compiled(self._as_a_function, modules, self.parameters, name=name)
+        return self.compiled
+
+    def _device(self, args: tuple = ()) -> torch.device:
+        tensors = (tensor for tensor in (*args, *self.parameters) if isinstance(tensor, Tensor))
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    # What is new
+
+    def _is_settled(self) -> bool:
+        """Whether the programs are those that were looked through; sharded modules have parts and wholes by turns."""
+        return self.programs.are_as_seen() or self._is_sharded()
+
+    def _is_sharded(self) -> bool:
+        return any(map(ranks.is_sharded, self.parameters))
+
+    def _must_rehearse(self, settled: bool) -> bool:
+        """Whether new arguments are to be rehearsed: not for ever, where each step has another number.
+
+        Nor where ranks talk to each other as they run: of a batch of a new shape, one would wait for the others.
+        """
+        if not settled:
+            return True
+        talks = self._is_sharded() or any(isinstance(module, nn.SyncBatchNorm) for module in self.programs.modules())
+        return self.validate is None and len(self._rehearsed) < _MOST and not talks
+
+    def _hear(self, args: tuple, kwargs: dict) -> dict[str, Tensor]:
+        """The parameters of Pyro's messages, by name; the programs run validated, and without a trace."""
+        gradients = torch.is_grad_enabled() and not any(map(ranks.is_sharded, self.programs.tensors("_parameters")))
+        validated, rehearsing = pyro.validation_enabled(self.validate is not False), self.programs.rehearsing()
+        with kept_sources(), rehearsing, validated, torch.set_grad_enabled(gradients), Recorder() as heard:
+            self._loss(*args, **kwargs)
+        ranks.shard_again(self.programs.modules())
+        return heard.parameters
+
+    def _are_new(self, heard: dict[str, Tensor]) -> bool:
+        return any(value not in self.parameters and _can_be_learned(value) for value in heard.values())
+
+    def _share(self, parameters: Iterable[Tensor]) -> None:
+        """Have parameters, and all buffers, of the first rank, and spread the times over the batches of all."""
+        if ranks.count() == 1:
+            return
+        ranks.agree([*parameters, *self.programs.tensors("_buffers")])
+        device = next((parameter.device for parameter in (*parameters, *self.parameters)), None)
+        for drawing in self.programs.drawings():
+            if drawing.share is None:
+                drawing.spread(ranks.number(), ranks.count(), self._key, device)
 
     def _look_at_data(self, args: tuple) -> None:
         """Warn of data of a Gaussian diffusion far from mean 0 and variance 1, which its prior is made for."""
-        x_0 = args[0].detach() if args and isinstance(args[0], Tensor) else None
-        if not isinstance(self.model, Generative) or not isinstance(self.model.forward_process, GaussianForward):
+        x_0, model = args[0].detach() if args and isinstance(args[0], Tensor) else None, self.programs.model
+        if not isinstance(model, Generative) or not isinstance(model.forward_process, GaussianForward):
             return
         if x_0 is None or x_0.is_meta or not x_0.is_floating_point() or x_0.numel() < 2:
             return
@@ -238,261 +430,27 @@ class Gradient:
                 stacklevel=4,
             )
 
-    def _is_settled(self) -> bool:
-        """Whether the programs have the parameters that they had when they were last looked through."""
-        if self._parts is None or not (self._is_sharded() or self._parts.holds()):
-            return False
-        store = pyro.get_param_store()._params
-        return all(store.get(name) is value for name, value in self._stored.items())
 
-    def _add_as_it_runs(
-        self,
-        args: tuple,
-        kwargs: dict,
-        validated: bool,
-        settled: bool,
-        last: bool,
-        accept: Callable[[Tensor], bool],
-    ) -> Tensor:
-        if ranks.count() > 1 and not self.parameters:
-            self._discover(args, kwargs)
-        before, counts = set(self.parameters), False
-        waiting = self._objective.no_sync() if self.is_replicated() and not last else nullcontext()
-        try:
-            with pyro.validation_enabled(validated), Recorder() as heard, waiting:
-                with nullcontext() if settled else self._noting_modules():
-                    loss = (self._objective if self.is_replicated() else self.of_batch)(*args, **kwargs)
-                self._find(heard.parameters, settled)
-                self._refuse_what_learns_nothing(loss)
-                joined = ranks.together([loss.detach()])[0]
-                counts = accept(joined)
-                if counts:
-                    factor = self.factor()
-                    (loss if factor is None else loss * factor).backward()
-        finally:
-            for parameter in self.parameters.values():  # where Pyro leaves a reference to the parameter itself, which
-                vars(parameter).pop("unconstrained", None)  # cannot be pickled; it is put there at every message
-            if not counts:
-                ranks.shard_again(self._modules())
-        ranks.agree(self.parameters[key] for key in self.parameters if key not in before)
-        if last:
-            self._join(by_hand=not counts)
-        return joined
-
-    def _refuse_what_learns_nothing(self, loss: Tensor) -> None:
-        if not self.parameters or not loss.requires_grad:
-            raise ValueError(
-                "model and guide must have a parameter to learn, but none was found that requires grad: let a program "
-                "be a torch.nn.Module, or call pyro.module(name, network) in it"
-            )
-
-    def _compilation(self) -> Compiled | None:
-        """The gradient as a compiled function, if it is to be: not while a handler listens or a parameter has a hook,
-        nor where parameters are sharded, which hides them from a graph.
-        """
-        if not self.compile or is_listened_to() or any(map(_has_hooks, self.parameters.values())):
-            return None
-        if any(ranks.is_sharded(parameter) for parameter in self.parameters.values()):
-            message = "the pair of programs runs without being compiled: a parameter is sharded"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
-            self.compile = False
-            return None
-        if self.compiled is None:
-            modules, tensors = self._modules(), self.parameters.values()
-            self.compiled = Compiled(self._as_a_function, modules, tensors, name="the pair of programs")
-        return self.compiled
-
-    def _as_a_function(self, factor: Tensor | None, kwargs: dict | None, *args: Any) -> tuple[Tensor | None, ...]:
-        """The loss and the gradients of all parameters."""
-        with pyro.validation_enabled(False):
-            loss = self.of_batch(*args, **(kwargs or {}))
-            learned = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
-            scaled = loss if factor is None else loss * factor
-            found = iter(_apart(torch.autograd.grad(scaled, learned, allow_unused=True)))
-        return loss.detach(), *(next(found) if p.requires_grad else None for p in self.parameters.values())
-
-    def _add_compiled(self, compiled: Compiled, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
-        loss, *gradients = compiled(self.factor(), kwargs or None, *args)
-        joined = ranks.together([loss])[0]
-        if accept(joined):
-            for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = gradient
-                elif gradient is not None:
-                    parameter.grad.add_(gradient)
-        return joined
-
-    def _device(self, args: tuple = ()) -> torch.device:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)] or list(self.parameters.values())
-        return tensors[0].device if tensors else torch.device("cpu")
-
-    # What the programs consist of
-
-    def _modules(self) -> list[nn.Module]:
-        programs = [program for program in (self.model, self.guide) if isinstance(program, nn.Module)]
-        every = [module for program in (*programs, *self._called.values()) for module in program.modules()]
-        return list({id(module): module for module in every}.values())
-
-    def _names(self, keys: Iterable[int]) -> list[str]:
-        found = {id(tensor): name for name, tensor in self.stored().items()}
-        for root, module in reversed(self.roots().items()):
-            found |= {id(parameter): f"{root}.{name}" for name, parameter in module.named_parameters()}
-        return [found.get(key, "") for key in keys]
-
-    def _of_modules(self, kind: str) -> list[Tensor]:
-        """The modules' ``_parameters`` or ``_buffers``."""
-        every = [tensor for module in self._modules() for tensor in getattr(module, kind).values()]
-        return list({id(tensor): tensor for tensor in every if tensor is not None}.values())
-
-    @contextmanager
-    def _noting_modules(self) -> Iterator[None]:
-        """Within, every module that is called is noted, also where a program is a function that closes over it."""
-
-        def note(module: nn.Module, args: tuple) -> None:
-            if not isinstance(module, DistributedDataParallel | _Objective):  # which hold the programs, and are ours
-                self._called[id(module)] = module
-
-        handle = register_module_forward_pre_hook(note)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _find(self, heard: dict[str, Tensor], settled: bool) -> None:
-        """Hand on parameters that were not there before; look through the programs, if they are not ``settled``."""
-        if settled and not heard:
-            return
-        own = [] if settled or self._is_sharded() else self._of_modules("_parameters")
-        new = {
-            id(parameter): parameter
-            for parameter in (*own, *heard.values())
-            if _can_be_learned(parameter) and id(parameter) not in self.parameters
-        }
-        if not settled:
-            of_modules = {id(parameter) for parameter in self._of_modules("_parameters")}
-            self._stored = {name: value for name, value in heard.items() if id(value) not in of_modules}
-            learned = [*self._of_modules("_parameters"), *self.parameters.values(), *new.values()]
-            self._parts = Composition(self._modules(), learned, whole=False)
-        elif new:
-            self._stored.update({name: value for name, value in heard.items() if id(value) in new})
-        if not new:
-            return
-        for parameter in new.values():
-            parameter.grad = None
-        self.parameters.update(new)
-        self.compiled = None
-        if self.autocast is torch.float16 and self.scaler is None:
-            self.scaler = torch.amp.GradScaler(self._device().type)
-        self.learn(list(new.values()))
-
-    # Several processes
-
-    def _is_sharded(self) -> bool:
-        return ranks.count() > 1 and any(ranks.is_sharded(value) for value in self.parameters.values())
-
-    def _share_out(self) -> None:
-        """Have the parameters of the first process, and spread the times over all batches."""
-        if ranks.count() == 1:
-            return
-        learned = list({id(p): p for p in (*self._of_modules("_parameters"), *self.parameters.values())}.values())
-        ranks.agree([*learned, *self._of_modules("_buffers")])
-        device = next((tensor.device for tensor in learned), None)
-        for drawing in self.drawings():
-            drawing.spread(ranks.number(), ranks.count(), self._key, device)
-
-    def _discover(self, args: tuple, kwargs: dict) -> None:
-        """Find the parameters, those of the first process, before the first loss is taken."""
-        if ranks.count() > 1:
-            self._find({}, settled=False)  # before the forward pass, which gathers what is sharded
-        kept = [(buffer, buffer.clone()) for buffer in self._of_modules("_buffers")]
-        with Recorder() as heard, self._noting_modules(), torch.set_grad_enabled(not self._is_sharded()):
-            loss = self.of_batch(*args, **kwargs)
-        self._find(heard.parameters, settled=False)
-        alone, self._is_joined = ranks.count() == 1 or self._is_joined, True
-        if not alone and ranks.all_say(self._can_be_replicated(loss)):
-            self._objective = DistributedDataParallel(self._objective)
-            self._objective.broadcast_buffers = False  # not at every forward pass: they are agreed on after the step
-            self._replicated = set(self.parameters)
-        ranks.shard_again(self._modules())
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-        if not alone:
-            self._share_out()
-
-    def _can_be_replicated(self, loss: Tensor) -> bool:
-        """Whether DistributedDataParallel will do: all parameters are in the programs, with a part in the loss."""
-        inside = {id(parameter) for parameter in self._objective.parameters()}
-        if self.compile or self._is_sharded() or not loss.requires_grad or not inside >= set(self.parameters):
-            return False
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        return all(gradient is not None for gradient in gradients)
-
-    def _join(self, by_hand: bool = False) -> None:
-        """Sum the gradients over processes, where no backward pass did, and let the buffers be those of the first.
-
-        A parameter that had no part in the loss of one process may have had in another's: its gradient is 0 here.
-        """
-        if ranks.count() == 1:
-            return
-        done = set() if by_hand else self._replicated
-        learned = [p for p in self.parameters.values() if p.requires_grad and not ranks.is_sharded(p)]
-        plain = [parameter for parameter in learned if id(parameter) not in done]
-        if any(parameter.grad is not None for parameter in self.parameters.values()):
-            averages = self.is_replicated() or self._is_sharded()
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
-            for parameter, total in zip(plain, ranks.together(gradients), strict=True):
-                parameter.grad = total / ranks.count() if averages else total
-        ranks.agree(self._of_modules("_buffers"))
+_MOST = 100  # kinds of arguments that are rehearsed
+_KIND, _VALUES = operator.attrgetter("requires_grad", "dtype", "device"), operator.methodcaller("values")
 
 
-class _Objective(nn.Module):
-    """The loss as a module that holds the programs: what DistributedDataParallel wraps."""
-
-    def __init__(self, gradient: Gradient) -> None:
-        super().__init__()
-        self.model, self.guide = gradient.model, gradient.guide
-        self.of_batch = gradient.of_batch
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.of_batch(*args, **kwargs)
-
-
-def _kind(args: tuple, kwargs: dict) -> Hashable | None:
-    """What is checked once; None where it cannot be hashed."""
+def _kind(args: tuple, kwargs: dict) -> Hashable:
+    """What is rehearsed once; another one each time where arguments cannot be hashed."""
     kind = kind_of((args, kwargs) if kwargs else args)
     try:
         hash(kind)
     except TypeError:
-        return None
+        return object()
     return kind
 
 
-def _in_words(kind: Hashable | None) -> str:
-    """A kind as another Python would have it: without the places of objects in memory."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(kind))
+def _has_value(buffer: Tensor | None) -> bool:
+    return buffer is not None and not is_lazy(buffer)
 
 
 def _can_be_learned(parameter: Tensor) -> bool:
     return parameter.requires_grad and parameter.is_leaf
-
-
-def _has_hooks(parameter: Tensor) -> bool:
-    """Whether something is to happen to its gradient, or after it, that a graph would not do."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
-
-
-def _asks_for_gradients(args: Any) -> bool:
-    """Whether an argument is to have a gradient, which a graph does not give it."""
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _leaves(args))
-
-
-def _leaves(args: Any) -> Iterator[Any]:
-    for arg in args.values() if isinstance(args, dict) else args:
-        if isinstance(arg, tuple | list | dict):
-            yield from _leaves(arg)
-        else:
-            yield arg
 
 
 def _apart(gradients: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:

@@ -19,7 +19,7 @@ from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..process.schedules import Schedule
 from ..running.compilation import Replayed
-from .gradients import Gradient
+from .gradients import Gradient, Programs
 
 __all__ = ["SVI", "exponential_average"]
 
@@ -31,10 +31,11 @@ class SVI:
     all, and the gradient is clipped by its global norm. The parameters are those of the model and of the guide, where
     they are modules, and of every ``pyro.param`` and ``pyro.module`` that they come upon, whenever they first do.
 
-    The first step with data of some shape is validated, by Pyro and by the checks of the pair and of the data, whatever
-    ``pyro.enable_validation`` says; the following ones are not, and do not wait for the device. Under
-    ``torch.distributed`` every process takes its own step on its own batch, and what is learned, and returned, is that
-    of all batches joined (see :doc:`training`).
+    The first step with data of some shape is rehearsed: the programs run once more before it, validated by Pyro and by
+    the checks of the pair and of the data, whatever ``pyro.enable_validation`` says, and without a trace in sources of
+    random numbers and buffers. No other step is validated, nor waits for the device. Pyro's store is left as it was
+    found, but for parameters that no module holds. Under ``torch.distributed`` every rank takes its own step on its own
+    batch, and what is learned, and returned, is that of all batches joined (see :doc:`training`).
 
     Arguments:
         model, guide: The programs.
@@ -53,8 +54,8 @@ class SVI:
             step. If None, it is not looked at. A gradient that overflows float16 is the scaler's to skip.
         compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape;
             for :class:`DiffusionELBO` only.
-        validate: Whether to validate at every step (True, which cannot be compiled) or at none (False), and not at the
-            first of each shape.
+        validate: Whether to validate at every step (True, which cannot be compiled) or at none (False), and not before
+            the first of each shape.
 
     Attributes:
         optimizer, scheduler, average: What ``optim``, ``scheduler`` and ``average`` returned; None before the first
@@ -126,41 +127,43 @@ class SVI:
         self.average: AveragedModel | None = None
         self.num_steps = 0
         self._make_scheduler, self._make_average = scheduler, average
-        self._gradient = Gradient(model, guide, loss, self._learn, autocast, compile, validate)
+        self._programs = Programs(model, guide)
+        self._gradient = Gradient(self._programs, self._learn, loss, autocast, compile, validate)
         self._replays: dict[Callable, tuple[int, Replayed | None, list[dict]]] = {}
         self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
         self._is_averaged = False
-        self._state: dict[str, Any] | None = (
-            None  # one that waits for the programs to run, which shows their parameters
-        )
+        self._state: dict[str, Any] | None = None  # one that waits for the programs to run and show their parameters
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step; ``args`` and ``kwargs`` go to the model and the guide.
 
         Returns:
             The loss before the step, in nats summed over the batch, as a detached tensor with shape (), still on its
-            device. Of several processes, the sum over their batches.
+            device. Of several ranks, the sum over their batches.
         """
         self._refuse_averages()
         if not torch.is_grad_enabled():
             raise ValueError("gradients must be enabled for a step, but it is taken under torch.no_grad()")
-        self._catch_up(args, kwargs)
+        if self._state is not None:
+            self._gradient.rehearse(args, kwargs)
+            self._resume(self._state)
         self._calls += 1
-        replayed = self._replayed(args) if self._is_capturable(args, kwargs) else None
+        replayed = self._replayed(args, kwargs) if self._captures else None
         if replayed is not None:
             loss = replayed(*args)
             self._after_step(loss)
             return loss
         if self._batches == 0:
-            self._gradient.forget()
-        last = self._batches == self.accumulate - 1
+            self._forget()
         try:
-            loss = self._gradient.add(args, kwargs, last, self._accepts)
+            loss = self._gradient.add(args, kwargs, self._accepts)
         except BaseException:
-            self._batches = 0  # a gradient that may be half there is not gone on with
+            self._batches = 0  # a gradient that may be half there is dropped
             raise
-        self._batches = (self._batches + 1) % self.accumulate
-        if last:
+        self._batches += 1
+        if self._batches >= self.accumulate:
+            self._batches = 0
+            self._gradient.join()
             self._update(loss)
         if self._skipped:
             warnings.warn(self._skipped, RuntimeWarning, stacklevel=2)
@@ -169,7 +172,9 @@ class SVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss without a step, as :meth:`step` returns it."""
-        self._catch_up(args, kwargs)
+        if self._state is not None:
+            self._gradient.rehearse(args, kwargs)
+            self._resume(self._state)
         return self._gradient.value(args, kwargs)
 
     @property
@@ -181,6 +186,8 @@ class SVI:
     def scaler(self) -> torch.amp.GradScaler | None:
         """What scales the loss where ``autocast`` is ``torch.float16``; None otherwise, and before the first step."""
         return self._gradient.scaler
+
+    # The average
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -205,153 +212,6 @@ class SVI:
         """Let the model have the averaged weights for good; errors as of :meth:`averaged`."""
         _put(*self._averages_of_weights())
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a run is: weights and buffers, the average, the optimizer, the scheduler, the scaler, the counts.
-
-        Not the sources of random numbers; :mod:`pyrodiff.checkpoints` saves those too.
-
-        Returns:
-            Tensors, numbers and strings, in dicts and lists. The tensors are those in use, not copies.
-
-        Raises:
-            ValueError: If no step was taken yet, gradients are accumulated that no step was taken with, or parameters
-                are sharded, for which torch has ``torch.distributed.checkpoint``.
-        """
-        self._refuse_averages()
-        if self._state is not None:
-            return self._state
-        if self.optimizer is None:
-            raise ValueError("svi must have taken a step to have a state, but there was none yet")
-        if self._batches:
-            raise ValueError(
-                f"svi must have taken a step with all gradients, but {self._batches} of {self.accumulate} are "
-                "accumulated"
-            )
-        self._refuse_shards()
-        names = self._gradient.names()
-        if "" in names:
-            raise ValueError(
-                "parameters must stay in the programs to be saved, but one that is learned is gone from there"
-            )
-        return {
-            "modules": {name: module.state_dict() for name, module in self._gradient.roots().items()},
-            "stored": {name: tensor.detach() for name, tensor in self._gradient.stored().items()},
-            "names": names,
-            "groups": self._groups(),
-            "schedules": _schedules(self._gradient.roots()),
-            "checked": self._gradient.checked(),
-            "shares": self._gradient.shares(),
-            "counts": {"num_steps": self.num_steps, "calls": self._calls},
-            **{name: [type(kept).__name__, kept.state_dict()] for name, kept in self._keepers().items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, as the run that it is of would have: on a CPU bit for bit, unless compiled.
-
-        The programs, and what ``optim``, ``scheduler`` and ``average`` make, have to be of the same kinds as there.
-        Where a program shows parameters only when it runs, the state waits for the next step, or loss. What a program
-        keeps in attributes that are no tensors is not in it: let it be a buffer.
-
-        Arguments:
-            state: What :meth:`state_dict` returned; it is copied.
-
-        Raises:
-            ValueError: If the state is one of other programs, another schedule, or another optimizer, or parameters are
-                sharded; nothing is loaded. On a step, if the programs prove to be others only then.
-        """
-        self._refuse_averages()
-        missing = _PARTS - state.keys() if isinstance(state, dict) else _PARTS
-        if missing:
-            raise ValueError(
-                f"state must be what state_dict() returned, but it is a {type(state).__name__} without {min(missing)!r}"
-            )
-        self._refuse_shards()
-        roots = self._gradient.roots()
-        is_lazy = any(_is_lazy(module) for module in roots.values())
-        if not is_lazy:
-            _refuse_other_modules({name: roots[name] for name in ("model", "guide") if name in roots}, state)
-        state = copy.deepcopy(state)
-        if is_lazy or roots.keys() != state["modules"].keys() or not self._gradient.look(state["names"]):
-            self._state = state
-        else:
-            self._go_on(state)
-
-    def _keepers(self) -> dict[str, Any]:
-        """What has a state of its own."""
-        keepers = {
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "average": self.average,
-            "scaler": self.scaler,
-        }
-        return {name: keeper for name, keeper in keepers.items() if keeper is not None}
-
-    def _groups(self) -> list[list[str]]:
-        """The names of the parameters in each group of the optimizer."""
-        names = dict(zip(self._gradient.parameters, self._gradient.names(), strict=True))
-        return [[names.get(id(tensor), "") for tensor in group["params"]] for group in self.optimizer.param_groups]
-
-    def _catch_up(self, args: tuple, kwargs: dict) -> None:
-        """Take over a state that waits."""
-        if self._state is not None:
-            self._gradient.rehearse(args, kwargs)
-            self._go_on(self._state)
-
-    def _go_on(self, state: dict[str, Any]) -> None:
-        """Take over a state, now that all parameters are known."""
-        self._refuse_other_state(state)
-        self._state = None
-        for name, module in self._gradient.roots().items():
-            module.load_state_dict(state["modules"][name])
-        with torch.no_grad():
-            for name, tensor in self._gradient.stored().items():
-                tensor.copy_(state["stored"][name])
-        settings = [dict(group) for group in self.optimizer.param_groups]
-        for name, keeper in self._keepers().items():
-            keeper.load_state_dict(state[name][1])
-        for group, before in zip(self.optimizer.param_groups, settings, strict=True):
-            for key, value in before.items():  # a learning rate may be a tensor on the device
-                if isinstance(value, Tensor) and isinstance(group[key], Tensor):
-                    group[key] = group[key].to(value.device)
-        self.num_steps, self._calls = state["counts"]["num_steps"], state["counts"]["calls"]
-        self._batches = 0
-        self._replays.clear()
-        self._gradient.go_on(state["checked"], state["shares"])
-
-    def _refuse_other_state(self, state: dict[str, Any]) -> None:
-        """Refuse a state that is not one of these programs, before any of it is loaded."""
-        _refuse_other_names("parameters", self._gradient.names(), state["names"])
-        _refuse_other_modules(self._gradient.roots(), state)
-        _refuse_other_tensors("pyro.param", self._gradient.stored(), state["stored"])
-        for name in ("optimizer", "scheduler", "average", "scaler"):
-            ours = self._keepers().get(name)
-            here, there = type(ours).__name__ if ours is not None else None, state.get(name, [None])[0]
-            if here != there:
-                raise ValueError(f"state must be one with the {name} {here}, but it is with {there}")
-        if self.average is not None:
-            _refuse_other_tensors("average", self.average.state_dict(), state["average"][1])
-        groups = self._groups()
-        if len(groups) != len(state["groups"]):
-            raise ValueError(
-                f"state must be one of the optimizer's {len(groups)} groups of parameters, but it has "
-                f"{len(state['groups'])}"
-            )
-        for ours, theirs in zip(groups, state["groups"], strict=True):
-            _refuse_other_names("parameters in a group of the optimizer", ours, theirs)
-        if len(self._gradient.shares()) != len(state["shares"]):
-            raise ValueError("state must be one of as many drawings, but it is not")
-
-    def _refuse_shards(self) -> None:
-        parameters = [p for module in self._gradient.roots().values() for p in module.parameters()]
-        if any(ranks.is_sharded(parameter) for parameter in (*parameters, *self._gradient.parameters.values())):
-            raise ValueError("parameters must not be sharded: torch.distributed.checkpoint saves and loads those")
-
-    def _refuse_averages(self) -> None:
-        if self._is_averaged:
-            raise ValueError(
-                "averaged() must be left first: within, the model's weights are not those that are learned"
-            )
-
     def _averages_of_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The model's tensors and their averages, by name."""
         self._refuse_averages()
@@ -365,9 +225,85 @@ class SVI:
             means.update(self.average.module.named_buffers())
         return ours, means
 
-    def _replayed(self, args: tuple[Tensor, ...]) -> Replayed | None:
-        """On a GPU the whole step as one CUDA graph, from the fourth compiled one on; None where there is none yet."""
-        graph = self._gradient.graph_for(args)
+    def _refuse_averages(self) -> None:
+        if self._is_averaged:
+            raise ValueError(
+                "averaged() must be left first: within, the model's weights are not those that are learned"
+            )
+
+    # A step of the optimizer
+
+    def _learn(self, parameters: list[Tensor]) -> None:
+        """Hand parameters that were not there before to the optimizer."""
+        if self.optimizer is not None:
+            self.optimizer.param_groups[-1]["params"].extend(parameters)
+            return
+        self.optimizer = _made("optim", self.optim, parameters, torch.optim.Optimizer)
+        if self._make_scheduler is not None:
+            self.scheduler = _made("scheduler", self._make_scheduler, self.optimizer, LRScheduler)
+            if self.scheduler.optimizer is not self.optimizer:
+                raise ValueError("scheduler must return one of the optimizer it is called with, but it is of another")
+        if self._make_average is not None:
+            self.average = _made("average", self._make_average, self.model, AveragedModel)
+
+    def _forget(self) -> None:
+        for parameter in self._gradient.parameters:
+            parameter.grad = None
+
+    def _accepts(self, loss: Tensor) -> bool:
+        return self.nonfinite is None or self._is_finite(loss, "loss")
+
+    def _update(self, loss: Tensor) -> None:
+        """A step of the optimizer, with the gradient of all batches since the last."""
+        if all(parameter.grad is None for parameter in self._gradient.parameters):
+            return
+        scaler, is_looked_at = self.scaler, self.nonfinite is not None and self.scaler is None
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = self._clip() if self.clip_norm is not None or is_looked_at else None
+        if scaler is not None:
+            before = scaler.get_scale()
+            scaler.step(self.optimizer)
+            scaler.update()
+            if scaler.get_scale() < before:  # the gradient was not finite, and no step taken
+                return
+        elif is_looked_at and not self._is_finite(norm, "norm of the gradient"):
+            return
+        else:
+            self.optimizer.step()
+        self._after_step(loss)
+
+    def _clip(self) -> Tensor:
+        """The norm of the gradient, which is clipped to what it may be."""
+        parameters = [parameter for parameter in self._gradient.parameters if parameter.grad is not None]
+        norm = ranks.total_norm([parameter.grad for parameter in parameters])
+        if self.clip_norm is not None:
+            ranks.clip(parameters, self.clip_norm, norm)
+        return norm
+
+    def _after_step(self, loss: Tensor) -> None:
+        self.num_steps += 1
+        if self.scheduler is not None:
+            self.scheduler.step(*((float(loss),) if isinstance(self.scheduler, ReduceLROnPlateau) else ()))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def _is_finite(self, value: Tensor, name: str) -> bool:
+        """Whether a number is finite; if not, that is raised, or said once the step is over."""
+        number = float(value)
+        if math.isfinite(number):
+            return True
+        message = f"{name} is {number} at step {self._calls}{' (calls of step)' * (self.accumulate > 1)}"
+        if self.nonfinite == "stop":
+            raise FloatingPointError(f"{message}: no step was taken")
+        self._skipped = f"{message}: skipped"
+        return False
+
+    # The step as one CUDA graph
+
+    def _replayed(self, args: tuple, kwargs: dict) -> Replayed | None:
+        """On a GPU the whole step, from the fourth compiled one on; None where there is none yet, or cannot be."""
+        graph = self._gradient.graph_for(args) if self._is_capturable(args, kwargs) else None
         if graph is None:
             return None
         settings = [
@@ -389,17 +325,17 @@ class SVI:
 
     def _whole_step(self, *args: Tensor) -> Tensor:
         """A step in which nothing is decided, as it is captured."""
-        self._gradient.forget()
-        loss = self._gradient.add(args, {})
-        self._clip()
+        self._forget()
+        loss = self._gradient.add(args, {}, self._accepts)
+        if self.clip_norm is not None:
+            self._clip()
         self.optimizer.step()
         return loss
 
     def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
         """Whether a step is the same for the device each time, and nobody waits for what comes of it."""
         return (
-            self._captures
-            and self.optimizer is not None
+            self.optimizer is not None
             and self.accumulate == 1
             and self.scaler is None
             and self.nonfinite is None
@@ -409,84 +345,108 @@ class SVI:
             and all(group.get("capturable", False) for group in self.optimizer.param_groups)
         )
 
-    def _update(self, loss: Tensor) -> None:
-        """A step of the optimizer, with the gradient of all batches since the last."""
-        if all(parameter.grad is None for parameter in self._gradient.parameters.values()):
-            return
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        if self.scaler is not None:
-            before = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.scaler.get_scale() < before:  # the gradient was not finite, and no step taken
-                return
-        elif self.nonfinite is None or self._is_finite(norm, "norm of the gradient"):
-            self.optimizer.step()
+    # The state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run is: weights and buffers, the average, the optimizer, the scheduler, the scaler, the counts.
+
+        Not the sources of random numbers; :mod:`pyrodiff.checkpoints` saves those too.
+
+        Returns:
+            Tensors, numbers and strings, in dicts and lists. The tensors are those in use, not copies.
+
+        Raises:
+            ValueError: If no step was taken yet, gradients are accumulated that no step was taken with, or parameters
+                are sharded, for which torch has ``torch.distributed.checkpoint``.
+        """
+        self._refuse_averages()
+        if self._state is not None:
+            return self._state
+        if self.optimizer is None:
+            raise ValueError("svi must have taken a step to have a state, but there was none yet")
+        if self._batches:
+            waiting = f"{self._batches} of {self.accumulate} are accumulated"
+            raise ValueError(f"svi must have taken a step with all gradients, but {waiting}")
+        self._refuse_shards()
+        state = self._as_it_is()
+        if "" in state["names"]:
+            raise ValueError("parameters must stay in the programs to be saved, but one that is learned is gone")
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume a run from its state, as it would have continued: on a CPU bit for bit, unless compiled.
+
+        The programs, and what ``optim``, ``scheduler`` and ``average`` make, have to be of the same kinds as there.
+        Where a program shows parameters only when it runs, the state waits for the next step, or loss. What a program
+        keeps in attributes that are no tensors is not in it: let it be a buffer.
+
+        Arguments:
+            state: What :meth:`state_dict` returned; it is copied.
+
+        Raises:
+            ValueError: If the state is one of other programs, another schedule, or another optimizer, or parameters are
+                sharded; nothing is loaded. On a step, if the programs prove to be others only then.
+        """
+        self._refuse_averages()
+        missing = _PARTS - state.keys() if isinstance(state, dict) else _PARTS
+        if missing:
+            raise ValueError(
+                f"state must be what state_dict() returned, but it is a {type(state).__name__} without {min(missing)!r}"
+            )
+        self._refuse_shards()
+        roots, names = self._programs.roots(), self._programs.names().values()
+        is_lazy = any(map(_is_lazy, roots.values()))
+        if not is_lazy:
+            _refuse_other_modules(_of_modules({name: roots[name] for name in roots if "called" not in name}), state)
+        state = copy.deepcopy(state)
+        if not is_lazy and roots.keys() == state["modules"].keys() and set(state["names"]) <= set(names):
+            self._gradient.find({})
+            self._resume(state)
         else:
-            return
-        self._after_step(loss)
+            self._state = state
 
-    def _clip(self) -> Tensor | None:
-        """The norm of the gradient, which is clipped to what it may be; None if nobody wants to know."""
-        if self.clip_norm is None and (self.nonfinite is None or self.scaler is not None):
-            return None
-        parameters = [parameter for parameter in self._gradient.parameters.values() if parameter.grad is not None]
-        norm = ranks.total_norm([parameter.grad for parameter in parameters])
-        if self.clip_norm is not None:
-            ranks.clip(parameters, self.clip_norm, norm)
-        return norm
+    def _as_it_is(self) -> dict[str, Any]:
+        """The state, whether or not it can be resumed from."""
+        programs, found = self._programs, self._programs.names()
+        keepers = {name: getattr(self, name) for name in _KEEPERS}
+        drawn = [drawing.share and [drawing.share.key, int(drawing.share.drawn)] for drawing in programs.drawings()]
+        return {
+            **_of_modules(programs.roots()),
+            "stored": {name: tensor.detach() for name, tensor in programs.stored().items()},
+            "names": [found.get(parameter, "") for parameter in self._gradient.parameters],
+            "groups": [[found.get(p, "") for p in group["params"]] for group in self.optimizer.param_groups],
+            "shares": drawn,  # of several ranks, what times are drawn from: a key, and how often it was
+            "counts": {"num_steps": self.num_steps, "calls": self._calls},
+            **{name: [type(kept).__name__, kept.state_dict()] for name, kept in keepers.items() if kept is not None},
+        }
 
-    def _after_step(self, loss: Tensor) -> None:
-        self.num_steps += 1
-        if self.scheduler is not None:
-            self.scheduler.step(*((float(loss),) if isinstance(self.scheduler, ReduceLROnPlateau) else ()))
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Take over a state, now that all parameters are known."""
+        _refuse_other(self._as_it_is(), state)
+        self._state, programs = None, self._programs
+        for name, module in programs.roots().items():
+            module.load_state_dict(state["modules"][name])
+        _put(programs.stored(), state["stored"])
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        for name in _KEEPERS:
+            if name in state:
+                getattr(self, name).load_state_dict(state[name][1])
+        for group, before in zip(self.optimizer.param_groups, settings, strict=True):
+            for key, value in before.items():  # a learning rate may be a tensor on the device
+                if isinstance(value, Tensor) and isinstance(group[key], Tensor):
+                    group[key] = group[key].to(value.device)
+        for drawing, share in zip(programs.drawings(), state["shares"], strict=True):
+            if drawing.share is not None and share is not None:
+                drawing.share.key = share[0]
+                drawing.share.drawn.fill_(share[1])
+        self.num_steps, self._calls = state["counts"]["num_steps"], state["counts"]["calls"]
+        self._batches = 0
+        self._replays.clear()
 
-    def _accepts(self, loss: Tensor) -> bool:
-        return self._is_finite(loss, "loss")
-
-    def _is_finite(self, value: Tensor, name: str) -> bool:
-        """Whether a number is finite, as far as anybody wants to know."""
-        if self.nonfinite is None or math.isfinite(float(value)):
-            return True
-        message = f"{name} is {float(value)} at step {self._calls}{' (calls of step)' * (self.accumulate > 1)}"
-        if self.nonfinite == "stop":
-            raise FloatingPointError(f"{message}: no step was taken")
-        self._skipped = f"{message}: skipped"
-        return False
-
-    def _learn(self, parameters: list[Tensor]) -> None:
-        """Hand parameters that were not there before to the optimizer."""
-        if self.optimizer is not None:
-            self.optimizer.param_groups[-1]["params"].extend(parameters)
-            return
-        self.optimizer = self._made("optim", self.optim, parameters, torch.optim.Optimizer)
-        if self._make_scheduler is not None:
-            self.scheduler = self._made("scheduler", self._make_scheduler, self.optimizer, LRScheduler)
-            if self.scheduler.optimizer is not self.optimizer:
-                raise ValueError("scheduler must return one of the optimizer it is called with, but it is of another")
-        if self._make_average is not None:
-            self.average = self._made("average", self._make_average, self.model, AveragedModel)
-
-    @staticmethod
-    def _made(name: str, make: Callable, given: object, kind: type) -> Any:
-        made = make(given)
-        if not isinstance(made, kind):
-            hint = f"as {_EXAMPLES[name]} does" + ", and no pyro.optim" * (name == "optim")
-            raise ValueError(
-                f"{name} must return a {kind.__module__}.{kind.__name__}, {hint}, but it returned "
-                f"{checks.described(made)}"
-            )
-        if isinstance(made, torch.optim.LBFGS):
-            raise ValueError(
-                "optim must return an optimizer that takes one gradient per step, such as torch.optim.Adam, but it "
-                "returned LBFGS, which evaluates the loss several times: call its step(closure) with "
-                "loss.differentiable_loss(model, guide, x) yourself"
-            )
-        return made
+    def _refuse_shards(self) -> None:
+        parameters = [p for module in self._programs.roots().values() for p in module.parameters()]
+        if any(ranks.is_sharded(parameter) for parameter in (*parameters, *self._gradient.parameters)):
+            raise ValueError("parameters must not be sharded: torch.distributed.checkpoint saves and loads those")
 
 
 _EXAMPLES = {
@@ -508,7 +468,24 @@ def _check_callables(model: object, guide: object, optim: object, scheduler: obj
             raise ValueError(f"{name} must be a callable, {_EXAMPLES[name]} say, but it is {checks.described(make)}")
 
 
-_PARTS = {"modules", "stored", "names", "groups", "schedules", "checked", "shares", "counts", "optimizer"}
+def _made(name: str, make: Callable, given: object, kind: type) -> Any:
+    made = make(given)
+    if not isinstance(made, kind):
+        hint = f"as {_EXAMPLES[name]} does" + ", and no pyro.optim" * (name == "optim")
+        raise ValueError(
+            f"{name} must return a {kind.__module__}.{kind.__name__}, {hint}, but it returned {checks.described(made)}"
+        )
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError(
+            "optim must return an optimizer that takes one gradient per step, such as torch.optim.Adam, but it "
+            "returned LBFGS, which evaluates the loss several times: call its step(closure) with "
+            "loss.differentiable_loss(model, guide, x) yourself"
+        )
+    return made
+
+
+_KEEPERS = ("optimizer", "scheduler", "average", "scaler")  # what has a state of its own
+_PARTS = {"modules", "stored", "names", "groups", "schedules", "shares", "counts", "optimizer"}
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -520,29 +497,54 @@ def _is_lazy(module: nn.Module) -> bool:
     )
 
 
-def _schedules(roots: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Signal and noise of each schedule that is not learned, with shape (2, T + 1)."""
+def _of_modules(roots: dict[str, nn.Module]) -> dict[str, Any]:
+    """Their part of a state; of schedules that are not learned signal and noise, each with shape (2, T + 1)."""
     found = {f"{root}.{path}": part for root, module in roots.items() for path, part in module.named_modules()}
-    return {
+    schedules = {
         name: part.scales(torch.arange(part.num_steps + 1, device=part.device))
         for name, part in found.items()
         if isinstance(part, Schedule) and not list(part.parameters())
     }
+    return {"modules": {name: module.state_dict() for name, module in roots.items()}, "schedules": schedules}
 
 
-def _refuse_other_modules(modules: dict[str, nn.Module], state: dict[str, Any]) -> None:
+def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Refuse a state that is not one of these programs, before any of it is loaded."""
+    _refuse_other_names("parameters", ours["names"], theirs["names"])
+    _refuse_other_modules(ours, theirs)
+    _refuse_other_tensors("pyro.param", ours["stored"], theirs["stored"])
+    for name in _KEEPERS:
+        here, there = (state.get(name, [None])[0] for state in (ours, theirs))
+        if here != there:
+            raise ValueError(f"state must be one with the {name} {here}, but it is with {there}")
+    if "average" in ours:
+        _refuse_other_tensors("average", ours["average"][1], theirs["average"][1])
+    here, there = len(ours["groups"]), len(theirs["groups"])
+    if here != there:
+        raise ValueError(f"state must be one of the optimizer's {here} groups of parameters, but it has {there}")
+    for groups in zip(ours["groups"], theirs["groups"], strict=True):
+        _refuse_other_names("parameters in a group of the optimizer", *groups)
+    if len(ours["shares"]) != len(theirs["shares"]):
+        raise ValueError("state must be one of as many drawings, but it is not")
+
+
+def _refuse_other_modules(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Refuse the state of another schedule, or of another architecture."""
-    for name, ours in _schedules(modules).items():
-        theirs = state["schedules"].get(name, ours)
-        if ours.shape != theirs.shape or not torch.allclose(ours.cpu(), theirs.cpu(), rtol=1e-9, atol=0):
+    for name, here in ours["schedules"].items():
+        there = theirs["schedules"].get(name, here)
+        if here.shape != there.shape or not torch.allclose(here.cpu(), there.cpu(), rtol=1e-9, atol=0):
             raise ValueError(f"state must be one of the same noise schedule, but {name} is another there")
-    for name, module in modules.items():
-        _refuse_other_tensors(name, module.state_dict(), state["modules"].get(name, {}))
+    for name, tensors in ours["modules"].items():
+        _refuse_other_tensors(name, tensors, theirs["modules"].get(name, {}))
 
 
 def _refuse_other_tensors(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    def described(tensors: dict[str, Any], key: str) -> str:
+        part = tensors.get(key, "not there")
+        return checks.described(part) if isinstance(part, Tensor) else part if key not in tensors else "no tensor"
+
     for key in [*ours, *theirs]:
-        here, there = (_kind(tensors[key]) if key in tensors else "not there" for tensors in (ours, theirs))
+        here, there = described(ours, key), described(theirs, key)
         if here != there:
             raise ValueError(
                 f"state must be one of the same architecture, but {name}.{key} is {there} in it, and {here} in the "
@@ -550,25 +552,14 @@ def _refuse_other_tensors(name: str, ours: dict[str, Any], theirs: dict[str, Any
             )
 
 
-def _kind(part: object) -> str:
-    return checks.described(part) if isinstance(part, Tensor) else "no tensor"
-
-
 def _refuse_other_names(what: str, ours: list[str], theirs: list[str]) -> None:
     if ours == theirs:
         return
-    alone = [
-        f"{name} is {where} alone"
-        for name, where in ((_first(theirs, ours), "there"), (_first(ours, theirs), "here"))
-        if name
-    ]
+    pairs = ((theirs, ours, "there"), (ours, theirs, "here"))
+    alone = [f"{name} is {where} alone" for a, b, where in pairs for name in [name for name in a if name not in b][:1]]
     raise ValueError(
         f"state must be one of the same {what} in the same order, but {' and '.join(alone) or 'the order is another'}"
     )
-
-
-def _first(names: list[str], others: list[str]) -> str:
-    return next((name for name in names if name not in others), "")
 
 
 def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:

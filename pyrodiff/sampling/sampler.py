@@ -1,0 +1,258 @@
+r"""What every sampler shares: the loop from x_T down to x_0, its seed, its bar, its graph and the states on the way.
+
+A sampler is one :meth:`Sampler.step`, a draw of :math:`x_{t-1}` given :math:`x_t`. In fewer steps it runs on the chain
+of these, which is another :class:`Diffusion`, so that a step is always from t to t - 1.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from tqdm import tqdm
+
+from ..base import checks
+from ..pair.diffusion import Diffusion
+from ..running.compilation import Compiled
+from ..running.evaluation import evaluating, progress_bar, validated
+
+__all__ = ["Sampler", "drawn", "evenly_spaced"]
+
+
+class Sampler(ABC):
+    """Draws data step by step, from x_T to x_0.
+
+    A sampler of one's own defines :meth:`step`, of the chain :attr:`chain`: its denoiser is
+    ``self.chain.reverse.denoiser``, its schedule ``self.chain.forward_process.schedule``. Modules are in evaluation
+    mode meanwhile, and random weights (each ``PyroSample``) are drawn once per call, from their guide.
+
+    Arguments:
+        diffusion: The model.
+        compile: Whether a step runs as one compiled graph, made at the first call with so many samples. A model with
+            random weights cannot be compiled.
+        num_steps: In how many steps, evenly spaced in 1..T; in all T, or at the given times, if not given.
+        times: The times of these steps, increasing ints in 1..T, in the place of their number.
+        guide: The guide of random weights, called as ``guide(None, *context)``; for these only.
+
+    Attributes:
+        diffusion: The model.
+        chain: The diffusion whose steps are taken: the model, or its chain of fewer steps.
+
+    Raises:
+        ValueError: If an argument is of another kind or out of range, random weights are to be compiled, or both
+            ``num_steps`` and ``times`` are given.
+
+    Example:
+        >>> class Denoised(pyrodiff.Sampler):  # the chain with the noise left out of each step
+        ...     def step(self, x_t, t, *context):
+        ...         return self.chain.model.kernel(x_t, t, *context).mean
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> Denoised(diffusion, num_steps=5)(num_samples=3).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        compile: bool = False,
+        *,
+        num_steps: int | None = None,
+        times: Sequence[int] | None = None,
+        guide: Callable | None = None,
+    ) -> None:
+        checks.instance("diffusion", diffusion, Diffusion)
+        checks.one_of("compile", compile, (False, True))
+        if compile and diffusion.model.is_random():
+            raise ValueError("diffusion must have no random weights (PyroSample) to be compiled, but it has some")
+        if num_steps is not None and times is not None:
+            raise ValueError(f"num_steps must be None where times are given, but it is {num_steps!r}")
+        self.diffusion, self.guide = diffusion, guide
+        if num_steps is not None:
+            times = evenly_spaced(num_steps, diffusion.num_steps)
+        self.chain = diffusion if times is None else diffusion.subchain(times)
+        self._times = tuple(range(1, diffusion.num_steps + 1)) if times is None else tuple(int(t) for t in times)
+        self._compiled = Compiled(self._as_a_function, [self.chain.model], name="sampling") if compile else None
+
+    @abstractmethod
+    def step(self, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
+        """A draw of :math:`x_{t-1}`, for t = 2..T of the chain.
+
+        Arguments:
+            x_t: The states, with shape (n, *event_shape).
+            t: Their time, an integer tensor with shape (n,), the same everywhere.
+            *context: Tensors of n rows, or of one for all.
+
+        Returns:
+            A tensor with the shape of ``x_t``.
+        """
+
+    def last(self, x_1: Tensor, t: Tensor, *context: Tensor) -> Tensor:
+        """A draw of x_0 by the decoder, given the states at t = 1; arguments and result as of :meth:`step`."""
+        model = self.chain.model
+        return drawn(model.decoded(model.kernel(x_1, t, *context), x_1), len(x_1))
+
+    def __call__(
+        self,
+        num_samples: int,
+        *context: Tensor,
+        generator: torch.Generator | int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw.
+
+        Arguments:
+            num_samples: How many, n.
+            *context: What the network is told of each sample: tensors of n rows, or of one for all.
+            generator: A generator or a seed, for the same draws each time; a seed from torch's source if not given.
+            progress: Whether to show a progress bar, where there is a terminal.
+
+        Returns:
+            A tensor with shape (n, *event_shape).
+
+        Raises:
+            ValueError: If ``num_samples`` is not a positive int, a context is no tensor of so many rows, or
+                ``generator`` is of another kind.
+        """
+        return self._states((0,), num_samples, context, "generator", generator, progress)[0]
+
+    def trajectory(
+        self,
+        num_samples: int,
+        *context: Tensor,
+        times: Sequence[int] | None = None,
+        generator: torch.Generator | int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw, and keep states on the way: the same steps in the same draws as without, so that x_0 is the same.
+
+        Arguments:
+            num_samples: How many, n.
+            *context: See :meth:`__call__`.
+            times: The times t of the states x_t to keep, decreasing ints among 0 and those of the steps; T and 0 and,
+                evenly between them, nine more, or all if there are fewer than 10, if not given.
+            generator: See :meth:`__call__`.
+            progress: See :meth:`__call__`.
+
+        Returns:
+            A tensor with shape ``(len(times), n, *event_shape)``.
+
+        Raises:
+            ValueError: As :meth:`__call__`; if ``times`` is anything else.
+
+        Example:
+            >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=20))
+            >>> denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP(event_shape=(4,)), forward)
+            >>> reverse = pyrodiff.BinomialReverse(forward, denoiser)
+            >>> sampler = pyrodiff.AncestralSampler(pyrodiff.Diffusion(forward, reverse, event_shape=(4,)))
+            >>> states = sampler.trajectory(num_samples=3, times=(20, 10, 0), generator=5)
+            >>> states.shape, torch.equal(states[-1], sampler(num_samples=3, generator=5))
+            (torch.Size([3, 3, 4]), True)
+        """
+        found = _spread((0, *self._times)) if times is None else _decreasing(times, self.diffusion.num_steps)
+        missing = [t for t in found if t not in (0, *self._times)]
+        if missing:
+            raise ValueError(
+                f"times must be 0 or times of the {len(self._times)} steps, but {missing[0]} is none of them"
+            )
+        return torch.stack(self._states(found, num_samples, context, "times", generator, progress))
+
+    def _states(
+        self,
+        times: tuple[int, ...],
+        num_samples: int,
+        context: tuple[Tensor, ...],
+        keyword: str,
+        generator: torch.Generator | int | None,
+        progress: bool,
+    ) -> list[Tensor]:
+        """The states at these times, as tensors that gradients may pass through, which those of inference are not."""
+        num_samples = checks.positive_int("num_samples", num_samples)
+        checks.context(context, num_samples, self.diffusion.model.device, keyword)
+        no_gradient = torch.inference_mode() if self._compiled is None else torch.no_grad()
+        evaluated = evaluating(self.chain, generator, guide=self.guide, given=(None, *context))
+        with evaluated, no_gradient, progress_bar(progress, "samples") as bar:
+            bar.total = num_samples * len(self._times)
+            at = dict(zip((0, *self._times), range(len(self._times) + 1), strict=True))
+            wanted = {at[t] for t in times}
+            kept = {k: x for k, x in self._run(num_samples, context, bar) if k in wanted}
+        return [kept[at[t]].clone() for t in times]
+
+    def _run(self, num_samples: int, context: tuple[Tensor, ...], bar: tqdm) -> Iterator[tuple[int, Tensor]]:
+        """t and x_t of the chain, from T to 0; the first network call is validated."""
+        model, T = self.chain.model, self.chain.num_steps
+        with validated(model.device):
+            top = model.top(model.dtype(), model.device)
+            top = top.expand((num_samples,))
+            x = top() if callable(top) else top.sample()  # one of torch's own
+        yield T, x
+        times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
+        context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)
+        step = self._as_a_function
+        for t in range(T, 1, -1):
+            with validated(x.device) if t == T else nullcontext():
+                (x,) = step(x, times[t], *context)
+            bar.update(num_samples)
+            yield t - 1, x
+            if step is self._compiled:  # nothing changes from here on, so that its graph need not ask
+                step = self._compiled.graph_for(x, times[t], *context) or step
+            elif t == T and self._compiled is not None:
+                step = self._compiled
+        with validated(x.device) if T == 1 else nullcontext():
+            x = self.last(x, times[1], *context)
+        bar.update(num_samples)
+        yield 0, x
+
+    def _as_a_function(self, x_t: Tensor, t: Tensor, *context: Tensor) -> tuple[Tensor]:
+        return (self.step(x_t, t, *context),)
+
+
+def drawn(law: Distribution, num_samples: int) -> Tensor:
+    """A draw for each sample, also of a law that is the same for all.
+
+    Arguments:
+        law: The law.
+        num_samples: How many samples there are.
+    """
+    return law.sample() if law.batch_shape == (num_samples,) else law.expand((num_samples,)).sample()
+
+
+def evenly_spaced(num_steps: int, T: int) -> tuple[int, ...]:
+    """So many times in 1..T, both ends among them and evenly between; T alone, if it is one.
+
+    Arguments:
+        num_steps: How many, at most T.
+        T: The number of steps of the whole chain.
+
+    Raises:
+        ValueError: If ``num_steps`` is no int in 1..T.
+    """
+    num_steps = checks.positive_int("num_steps", num_steps)
+    if num_steps > T:
+        raise ValueError(f"num_steps must be at most T = {T}, but it is {num_steps}")
+    spaced = torch.linspace(T, 1, num_steps, dtype=torch.float64, device="cpu").round().long()
+    return tuple(reversed(spaced.tolist()))
+
+
+def _spread(times: tuple[int, ...]) -> tuple[int, ...]:
+    """The last of some times and the first and nine evenly between them, or all there are; decreasing."""
+    return tuple(sorted({times[round((len(times) - 1) * part / 10)] for part in range(11)}, reverse=True))
+
+
+def _decreasing(times: Sequence[int], num_steps: int) -> tuple[int, ...]:
+    """Decreasing ints in 0..T, at least one."""
+    try:
+        found = tuple(times.tolist() if isinstance(times, Tensor) else times)
+    except TypeError:
+        found = ()
+    if not (
+        found
+        and all(checks.is_int(t) and 0 <= t <= num_steps for t in found)
+        and all(before > after for before, after in pairwise(found))
+    ):
+        raise ValueError(f"times must be decreasing ints in 0..{num_steps}, at least one, but they are {times!r}")
+    return tuple(int(t) for t in found)

@@ -5,6 +5,7 @@ from .likelihood.accounting import VarianceAccount, variance_account
 from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
 from .likelihood.estimate import Likelihood
 from .likelihood.flows import FlowLikelihood, ode_log_prob
+from .likelihood.pairs import PairBound, pair_bound, pair_importance_bound
 from .likelihood.verification import Claim, Verification, verify
 from .model.clipping import Clipped, Thresholded
 from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
@@ -97,6 +98,7 @@ __all__ = [
     "LowDiscrepancyDrawing",
     "NoisePrediction",
     "OneStep",
+    "PairBound",
     "PosteriorVariance",
     "ReciprocalSchedule",
     "SVI",
@@ -123,6 +125,8 @@ __all__ = [
     "importance_bound",
     "networks",
     "ode_log_prob",
+    "pair_bound",
+    "pair_importance_bound",
     "plots",
     "quantize",
     "variance_account",

@@ -229,7 +229,9 @@ def test_the_bound_term_by_term_is_that_of_the_integrals(low, high):
 def test_no_kl_grows_where_the_data_lie_within_whatever_is_drawn():
     x_0 = data(50, 3)
     plain, clipped = diffusion_of(""), diffusion_of("clipped")
-    ours, theirs = (pyrodiff.bound(one, x_0, generator=1) for one in (clipped, plain))
+    ours = pyrodiff.bound(clipped, x_0, generator=1)
+    with pytest.warns(UserWarning, match=r"the step from t = 6 is \d+ % of the bound: .* pyrodiff.Clipped\("):
+        theirs = pyrodiff.bound(plain, x_0, generator=1)
     assert (ours.denoising <= theirs.denoising + 1e-12).all()
     assert (ours.denoising < theirs.denoising - 0.1).any()
     assert (ours.reconstruction <= theirs.reconstruction + 1e-12).all()

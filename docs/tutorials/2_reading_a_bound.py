@@ -110,7 +110,8 @@ print(f"{error:.4f} is {float(bound.standard_error(bound.nats)):.4f}")
 
 for draws in (1, 8):
     found = [
-        pyrodiff.bound(diffusion, x_0[:100], num_particles=draws, generator=i) for i in range(10)
+        pyrodiff.bound(diffusion, x_0[:100], num_particles=draws, generator=i)
+        for i in range(10)
     ]
     spread = torch.stack([one.nats.mean() for one in found]).std()
     print(f"{draws} draws of each term: ten seeds spread by {float(spread):.3f} nats")

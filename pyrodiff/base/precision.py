@@ -61,7 +61,9 @@ def coefficients(values: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         values: k coefficients in float64, with shape (k,) for one time or (k, *batch_shape) for a time per datum.
         x: The state, with shape (*batch_shape, *event_shape).
     """
-    values = values.to(x.dtype).to(x.device)
+    values = values.to(x.dtype)
+    if values.device != x.device:
+        values = values.to(x.device)
     if values.dim() > 1:
         values = values.reshape(values.shape + (1,) * (x.dim() + 1 - values.dim()))
     return values.unbind()

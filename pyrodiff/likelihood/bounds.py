@@ -370,7 +370,8 @@ def _joined(blocks: Iterable[tuple[Tensor, ...]], rows: int) -> Iterator[tuple[T
 def _prior_entropy(diffusion: Diffusion) -> float | None:
     model = diffusion.model
     try:
-        entropy = model.top(torch.float64, model.forward_process.schedule.device).entropy()
+        dtype = model.dtype() if model.forward_process.is_integer else torch.float64
+        entropy = model.top(dtype, model.forward_process.schedule.device).entropy()
     except NotImplementedError:
         return None
     return None if entropy.is_meta else float(entropy)
@@ -386,7 +387,7 @@ class ImportanceBound(Likelihood):
         log_weights: The :math:`\log w_k`, in nats, with shape (K, B).
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
-        num_steps: The number of steps T.
+        num_steps: The number of steps T; None of a pair that is no diffusion's.
         global_kl: The KL of random weights, with shape (); see :class:`Bound`.
     """
 
@@ -435,7 +436,8 @@ class ImportanceBound(Likelihood):
     @property
     def title(self) -> str:
         size = f"effective sample size {float(self.effective_sample_size.mean()):.3g} of K = {self.num_particles}"
-        return f"importance-weighted bound on -log p(x_0), {size}, T = {self.num_steps}"
+        steps = "" if self.num_steps is None else f", T = {self.num_steps}"
+        return f"importance-weighted bound on -log p(x_0), {size}{steps}"
 
     def rows(self) -> dict[str, Tensor]:
         smaller = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < self.num_particles]

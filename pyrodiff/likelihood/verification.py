@@ -185,9 +185,12 @@ def _of_means(
 ) -> list[Claim]:
     """The claims about means over fresh draws, each a comparison of two sets of them."""
     T, given = diffusion.num_steps, (data.x_0, *data.context)
-    every = data.rows(torch.arange(max(T, len(data)), device=data.x_0.device) % len(data))  # so that every t is drawn
+    rows = torch.arange(len(data), device=data.x_0.device).repeat(math.ceil(T / len(data)))
+    every = data.rows(rows)  # spread over these, every t is drawn each time
     try:
-        bounds = torch.stack([_of_bound(bound(diffusion, *given, guide=guide)) for _ in range(num_repeats)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a step that holds much of it, which is no claim here
+            bounds = torch.stack([_of_bound(bound(diffusion, *given, guide=guide)) for _ in range(num_repeats)])
         learned = {name: parameter for name, parameter in diffusion.model.named_parameters() if parameter.requires_grad}
         signs = [torch.randint_like(parameter, 2) * 2 - 1 for parameter in learned.values()]
         sites, gradients = _estimates(diffusion, data, num_repeats, learned, signs)

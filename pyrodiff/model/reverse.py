@@ -224,12 +224,12 @@ class GaussianReverse(nn.Module):
         Raises:
             ValueError: If t is not an integer or lies outside 1..T, or the denoiser takes another context.
         """
-        schedule = self.forward_process.schedule
-        checks.step(x_t, t, None, self.forward_process.num_steps)
-        weight_t, weight_0, _ = coefficients(schedule.posterior(t), x_t)
-        (deviation,) = coefficients(self.variance(self.forward_process, t).sqrt()[None], x_t)
-        checks.takes_context("denoiser", self.denoiser, context)
-        estimate = self.denoiser(x_t, t, *context)
+        process, denoiser = self.forward_process, self.denoiser
+        checks.step(x_t, t, None, process.num_steps)
+        weight_t, weight_0, _ = coefficients(process.schedule.posterior(t), x_t)
+        (deviation,) = coefficients(self.variance(process, t).sqrt()[None], x_t)
+        checks.takes_context("denoiser", denoiser, context)
+        estimate = denoiser(x_t, t, *context)
         checks.returned("denoiser", estimate, x_t.shape, x_t)
         mean = torch.addcmul(weight_t * x_t, weight_0, estimate)
         return dist.Normal(mean, deviation).to_event(event_dim(x_t, t))

@@ -287,8 +287,9 @@ def adopt_stored(diffusion: Diffusion) -> None:
                 f"Pyro's param store must hold parameters of the diffusion's shapes, but {name!r} is "
                 f"{checks.described(stored[name])} there, and {checks.described(parameter)} in the diffusion"
             )
+    state = store.get_state()
     for key, (tensor, parameter) in diffusion.model.other_stored().items():
         parameter.copy_(tensor)
-        del store[key]
-        if "$$$" in key:  # a PyroModule's other keys, it writes itself
-            store.setdefault(key, parameter)
+        state["params"][key] = parameter
+    store.clear()  # since to set one by one fails where a parameter has two names
+    store.set_state(state)

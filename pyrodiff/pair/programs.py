@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
+from pyro.distributions import Delta, constraints
 from pyro.nn import PyroModule
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
@@ -26,7 +26,7 @@ from ..base.precision import costs_dtype, home
 from ..model.decoders import Decoder
 from ..model.denoisers import Retimed
 from ..process.forward import Forward
-from .entropy import relative_entropy
+from .entropy import innermost, relative_entropy
 from .times import Drawing
 
 __all__ = [
@@ -62,6 +62,14 @@ def check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dis
     return law
 
 
+def _in_whole_chain(part: nn.Module, path: str) -> Iterator[str]:
+    """The names on a path to a module, the same in a chain of fewer steps, where :class:`Retimed` stands around it."""
+    for name in path.split(".") if path else ():
+        if not (isinstance(part, Retimed) and name == "module"):
+            yield name
+        part = part._modules[name]
+
+
 def name_in_store(key: str) -> str:
     """The name of a parameter, from its key in Pyro's param store.
 
@@ -69,16 +77,6 @@ def name_in_store(key: str) -> str:
         key: The key.
     """
     return key.replace("$$$", ".").removesuffix("_unconstrained")
-
-
-def _of_whole_chain(part: nn.Module, path: str) -> str:
-    """The path that a submodule has in the whole chain, where a chain of fewer steps puts ``Retimed`` around it."""
-    names = []
-    for name in path.split(".") if path else ():
-        if not isinstance(part, Retimed):
-            names.append(name)
-        part = part.get_submodule(name)
-    return ".".join(names)
 
 
 def _time(x: Tensor, t: int, event_shape: torch.Size) -> int | Tensor:
@@ -104,6 +102,21 @@ class _Unstored(Messenger):
     def _pyro_param(self, msg: dict) -> None:
         _, parameter = msg["args"][:2]
         msg["fn"] = lambda *args, **kwargs: parameter
+
+
+@contextmanager
+def _store_as_it_is() -> Iterator[None]:
+    """Within, what is put into Pyro's param store is taken out at the end."""
+    store = pyro.get_param_store()
+    names = set(store.keys())
+    try:
+        yield
+    finally:
+        if store.keys() - names:
+            state = store.get_state()
+            kept = {part: {name: values[name] for name in values if name in names} for part, values in state.items()}
+            store.clear()  # since to delete one by one fails where a tensor has two names
+            store.set_state(kept)
 
 
 _PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")  # plates of Pyro's, which repeat a program
@@ -291,14 +304,14 @@ class Generative(nn.Module):
         is_trained = any(isinstance(frame, TraceMessenger) and frame.param_only for frame in _PYRO_STACK)
         if is_trained or modules:  # which read and write the store by themselves
             self.refuse_other_stored()
-        if _PYRO_STACK:
-            with nullcontext() if is_trained else _Unstored():
-                for name, part in self.named_children():
-                    if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
-                        pyro.module(self._path(name), part)
-        if is_trained:
-            self.refuse_other_stored()  # of a parameter that is not contiguous, the store has made a copy
-        with ExitStack() as stack:
+        with nullcontext() if is_trained or not modules else _store_as_it_is(), ExitStack() as stack:
+            if _PYRO_STACK:
+                with nullcontext() if is_trained else _Unstored():
+                    for name, part in self.named_children():
+                        if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
+                            pyro.module(self._path(name), part)
+            if is_trained:
+                self.refuse_other_stored()  # of a parameter that is not contiguous, the store has made a copy
             for context in {id(module._pyro_context): module._pyro_context for module in modules}.values():
                 stack.enter_context(context)
             for module in modules:
@@ -370,10 +383,12 @@ class Generative(nn.Module):
 
     def _named_of_pyro(self) -> list[PyroModule]:
         """The modules that speak to Pyro, whose sites are named after the parts that they stand in."""
+        named: set[PyroModule] = set()
         for name, part in self.named_children():
             for path, module in part.named_modules():
-                if isinstance(module, PyroModule):
-                    module._pyro_name = f"{self._path(name)}.{_of_whole_chain(part, path)}".rstrip(".")
+                if isinstance(module, PyroModule) and module not in named:  # by the first part that it stands in
+                    named.add(module)
+                    module._pyro_name = ".".join([self._path(name), *_in_whole_chain(part, path)])
         return self.of_pyro()
 
     @contextmanager
@@ -417,16 +432,31 @@ class Generative(nn.Module):
 
 
 def _global_cost(model_trace: Trace, guide_trace: Trace) -> Tensor:
-    """The KL of latent sites that stand in no plate, summed, with shape ()."""
-    total = torch.zeros(())
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample" or site["is_observed"]:
-            continue
-        if name not in guide_trace.nodes:
+    """The KL of random weights, summed, with shape ().
+
+    Pyro's automatic guides draw an auxiliary site, and put a Delta at the weight: the entropy is the auxiliary site's.
+    """
+    drawn, total = _latent(guide_trace), torch.zeros(())
+    auxiliary = {name: site for name, site in drawn.items() if site["infer"].get("is_auxiliary")}
+    for name, site in _latent(model_trace).items():
+        if name not in drawn:
             raise ValueError(f"guide must draw every random weight of the diffusion, but {name!r} is missing")
-        q, p = guide_trace.nodes[name]["fn"], site["fn"]
+        q, p = drawn[name]["fn"], site["fn"]
+        if (q.batch_shape, q.event_shape) != (p.batch_shape, p.event_shape):
+            raise ValueError(
+                f"guide must draw {name!r} with the batch_shape {tuple(p.batch_shape)} and the event_shape "
+                f"{tuple(p.event_shape)} that it has in the diffusion, but they are {tuple(q.batch_shape)} and "
+                f"{tuple(q.event_shape)}"
+            )
+        stands_for = auxiliary.get(f"{name}_unconstrained")
+        if isinstance(innermost(q), Delta) and stands_for and torch.equal(stands_for["value"], site["value"]):
+            q = auxiliary.pop(f"{name}_unconstrained")["fn"]
         total = total + relative_entropy(q, p, site["value"]).sum()
-    return total
+    return total + sum(site["fn"].log_prob(site["value"]).sum() for site in auxiliary.values())
+
+
+def _latent(trace: Trace) -> dict[str, dict]:
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not site["is_observed"]}
 
 
 class TrajectoryModel(Generative):
@@ -516,7 +546,7 @@ class Step(nn.Module):
     def draw(self, x_0: Tensor, sample: Callable[[str, dist.Distribution], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The times, with shape (B,), the states x_t and the scale w(t) / p(t); ``sample`` draws from a law by name."""
         like = x_0.new_empty(len(x_0), dtype=torch.float64, device=home(x_0.device))  # exact where a t is rare
-        u = sample("u", _Unscored(self.drawing.uniforms(like), x_0))
+        u = sample("u", self.drawing.uniforms(like))
         t, probability = self.drawing(u, self.forward_process.num_steps)
         weight = self.weighting(t)
         if not isinstance(weight, Tensor) or weight.shape != t.shape:
@@ -526,7 +556,18 @@ class Step(nn.Module):
             )
         scale = (weight / probability).to(costs_dtype(x_0)).to(x_0.device)
         t = t.to(x_0.device)
-        return t, sample("x_t", self.forward_process.marginal(x_0.expand(t.shape + self.event_shape), t)), scale
+        if t.dim() > 1:  # vectorised particles
+            x_0 = x_0.expand(t.shape + self.event_shape)
+        return t, sample("x_t", self.forward_process.marginal(x_0, t)), scale
+
+    def sampled(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as sites ``u`` and ``x_t``, which cost nothing."""
+
+        def sample(name: str, law: dist.Distribution) -> Tensor:
+            return pyro.sample(name, _Unscored(law, x_0) if name == "u" else law)
+
+        with poutine.mask(mask=False):
+            return self.draw(x_0, sample)
 
     @staticmethod
     @contextmanager
@@ -557,8 +598,7 @@ class OneStepGuide(nn.Module):
             q.check(x_0, self.step.event_shape)
         with _data_plate(self.step.plate, len(x_0)):
             pyro.sample("x_T", q.marginal(x_0, q.num_steps))
-            with poutine.mask(mask=False):
-                t, x_t, scale = self.step.draw(x_0, pyro.sample)
+            t, x_t, scale = self.step.sampled(x_0)
             if q.num_steps > 1:
                 with self.step.scored(scale, t > 1):  # at t = 1 the posterior is a point: another stands in, unscored
                     pyro.sample("x_s", q.posterior(x_t, x_0, t.clamp(min=2)), infer=self.step.told(t, t > 1))
@@ -586,8 +626,7 @@ class OneStepModel(Generative):
         data, step = _data_plate(self.plate, len(x_0)), self.step
         with data:
             pyro.sample("x_T", self.top(x_0.dtype, x_0.device))
-            with poutine.mask(mask=False):
-                t, x_t, scale = step.draw(x_0, pyro.sample)
+            t, x_t, scale = step.sampled(x_0)
         kernel = self.kernel(x_t, t, *context)
         law = self.decoded(kernel, x_t)
         with data:

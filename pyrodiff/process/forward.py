@@ -175,8 +175,8 @@ class Forward(Float64Module, ABC):
         if x_0.dim() != 1 + len(event_shape) or x_0.shape[1:] != event_shape or len(x_0) == 0:
             expected = ", ".join(("B", *tuple(str(size) for size in event_shape)))
             raise ValueError(f"x_0 must have shape ({expected}) with B >= 1, but its shape is {tuple(x_0.shape)}")
-        if self.is_integer and (x_0.is_floating_point() or x_0.is_complex() or x_0.dtype == torch.bool):
-            raise ValueError(f"x_0 must have an integer dtype, but its dtype is {x_0.dtype}: give x_0.long()")
+        if self.is_integer and x_0.dtype != torch.long:  # an index of uint8 would be a mask
+            raise ValueError(f"x_0 must have dtype torch.long, but its dtype is {x_0.dtype}: give x_0.long()")
         if not self.is_integer:
             if not x_0.is_floating_point():
                 raise ValueError(f"x_0 must have a floating dtype, but its dtype is {x_0.dtype}")

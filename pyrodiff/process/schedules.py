@@ -119,13 +119,14 @@ class Schedule(Float64Module, ABC):
 
 def _at(table: Tensor, t: int | Tensor) -> Tensor:
     """The columns at t of a table with one for each of t = 0..T, with shape (*rows, *t.shape)."""
-    T = table.shape[-1] - 1
-    checks.time("t", t, T)
+    if checks.validating() or not isinstance(t, Tensor):
+        checks.time("t", t, table.shape[-1] - 1)
     if not isinstance(t, Tensor):
         return table[..., int(t)]
-    if checks.validating() and home(t.device) != table.device:
-        raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
-    t = t.to(table.device)
+    if t.device != table.device:
+        if checks.validating() and home(t.device) != table.device:
+            raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
+        t = t.to(table.device)
     if t.dim() == 1:  # unlike table[..., t], this refuses a negative t whether Pyro validates or not
         return table.index_select(-1, t)
     return table.index_select(-1, t.reshape(-1)).reshape(table.shape[:-1] + t.shape)
@@ -221,10 +222,10 @@ class _FixedSchedule(Schedule):
         return _at(self._table[3], t)
 
     def scales(self, t: int | Tensor) -> Tensor:
-        return _at(self._table[1:3], t)
+        return _at(self._table.narrow(0, 1, 2), t)
 
     def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
-        return _at(self._table[4:], t) if s is None else super().posterior(t, s)
+        return _at(self._table.narrow(0, 4, 3), t) if s is None else super().posterior(t, s)
 
     def extra_repr(self) -> str:
         if self._table.is_meta:

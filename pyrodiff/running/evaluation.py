@@ -128,7 +128,8 @@ def batches(
         yield _batch(diffusion, x_0, context, keyword)
         return
     if context:
-        checks.context(context[:1], 1, diffusion.model.device, keyword)
+        if not isinstance(context[0], Tensor):
+            checks.context(context[:1], 1, diffusion.model.device, keyword)
         raise ValueError("context must come from the loader, which yields (x_0, y), but it is given beside one")
     number = -1
     for number, batch in enumerate(x_0):

@@ -378,6 +378,7 @@ FIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the step from t")  # of networks that are not trained
 @pytest.mark.parametrize(("read_as", "network", "prediction"), ALL)
 def test_every_model_has_a_finite_bound_or_is_refused(made, tmp_path, read_as, network, prediction):
     options = {"network": network, "prediction": prediction, "num_steps": 3}
@@ -539,6 +540,7 @@ def test_no_option_is_forgotten():
 KNOWN = {}  # what was found with the first values
 
 
+@pytest.mark.filterwarnings("ignore:the step from t")  # of networks that are not trained
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_does_what_it_says_and_nothing_before(made, tmp_path, name):
     x, options, value, part = OPTIONS[name]

@@ -84,6 +84,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "relative_entropy",
     "runs",
     "seed_draws",
+    "seeded",
     "seed_of",
     "set_apart",
     "shard_again",

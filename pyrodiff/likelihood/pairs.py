@@ -40,11 +40,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..base import checks
 from ..base.precision import precisely
-from ..base.randomness import copied_source, seed_draws, seed_of
+from ..base.randomness import seed_draws, seed_of
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..pair.entropy import innermost
-from ..running.evaluation import expect, progress_bar
+from ..running.evaluation import expect, progress_bar, seeded
 from .bounds import ImportanceBound
 from .estimate import Likelihood
 
@@ -196,7 +196,7 @@ def pair_bound(
     num_particles, pair = checks.positive_int("num_particles", num_particles), _Pair(model, guide, plate)
     batches = _batches(x_0, context, checks.positive_int("batch_size", batch_size))
     costs, shared, runs = [], {}, 0
-    with pair.evaluated(), _seeded(generator) as seed, progress_bar(progress, "bound") as bar:
+    with pair.evaluated(), seeded(generator, _CPU) as seed, progress_bar(progress, "bound") as bar:
         for number, data in enumerate(batches):
             costs.append({})
             for particle in range(num_particles):
@@ -273,7 +273,7 @@ def pair_importance_bound(
     _refuse_options(context)
     K, pair, weights = checks.positive_int("num_particles", num_particles), _Pair(model, guide, plate), []
     batches = _batches(x_0, context, checks.positive_int("batch_size", batch_size))
-    with pair.evaluated(), _seeded(generator) as seed, progress_bar(progress, "importance bound") as bar:
+    with pair.evaluated(), seeded(generator, _CPU) as seed, progress_bar(progress, "importance bound") as bar:
         for number, data in enumerate(batches):
             with _run(seed_of(seed, 0, number), data[0].device, validated=True), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "the guide draws sites in another order")  # here any order will do
@@ -532,25 +532,6 @@ def _checked(x_0: object, context: tuple) -> tuple[Tensor, ...]:
         raise ValueError(f"x_0 must have shape (B, *event_shape) with B >= 1, but its shape is {tuple(x_0.shape)}")
     checks.context(context, len(x_0), x_0.device, "num_particles")
     return (x_0, *(values.expand(len(x_0), *values.shape[1:]) for values in context))
-
-
-@contextmanager
-def _seeded(generator: torch.Generator | int | None) -> Iterator[int]:
-    """Within, torch draws from a source of its own, and a loader's order with it. Yields the seed, not negative."""
-    source = copied_source()  # drawn from, once all went well
-    if generator is None:
-        seed = int(torch.randint(2**63 - 1, (), generator=source, device="cpu"))
-    elif isinstance(generator, torch.Generator):
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    elif checks.is_int(generator) and -(2**63) <= generator < 2**64:
-        seed = int(generator)
-    else:
-        raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
-        yield seed % 2**64
-    if generator is None:
-        torch.set_rng_state(source.get_state())
 
 
 @contextmanager

@@ -19,7 +19,18 @@ from ..base.randomness import copied_source, seed_draws
 from ..pair.diffusion import Diffusion
 from ..pair.terms import Recorder
 
-__all__ = ["Batch", "Look", "batches", "bytes_per_row", "evaluating", "expect", "look", "progress_bar", "validated"]
+__all__ = [
+    "Batch",
+    "Look",
+    "batches",
+    "bytes_per_row",
+    "evaluating",
+    "expect",
+    "look",
+    "progress_bar",
+    "seeded",
+    "validated",
+]
 
 
 @contextmanager
@@ -49,13 +60,26 @@ def evaluating(
         ValueError: If ``generator`` is something else, or random weights and their guide do not go together.
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    seeded, evaluated = _seeded(generator, diffusion.model.device, agreed), diffusion.model.evaluated(guide, given)
-    with seeded as seed, _evaluation_mode(diffusion), evaluated as cost, pyro.validation_enabled(False):
+    draws, evaluated = seeded(generator, diffusion.model.device, agreed), diffusion.model.evaluated(guide, given)
+    with draws as seed, _evaluation_mode(diffusion), evaluated as cost, pyro.validation_enabled(False):
         yield seed, cost
 
 
 @contextmanager
-def _seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool) -> Iterator[int]:
+def seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool = False) -> Iterator[int]:
+    """Within, draws come from a source of their own; torch's global sources are afterwards where they were.
+
+    Arguments:
+        generator: A seed; or a generator, from which one is drawn; or None, for torch's global source.
+        device: Where is drawn, besides the CPU.
+        agreed: Whether all ranks draw alike, as the first does.
+
+    Yields:
+        The seed, not negative.
+
+    Raises:
+        ValueError: If ``generator`` is something else.
+    """
     source = copied_source()  # drawn from, once all went well
     if generator is None:
         seed = int(torch.randint(2**63 - 1, (), generator=source, device="cpu"))

@@ -635,6 +635,7 @@ def test_the_learning_rate_is_that_of_the_steps_there_are_now(home, tmp_path):
     assert longer.svi.optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-12)  # half-way, not 0
 
 
+@pytest.mark.filterwarnings("ignore:the step from t")  # of networks that are not trained
 def test_a_weighted_loss_is_called_no_likelihood(tmp_path):
     options = {"weighting": "simple", "prediction": "noise"}
     assert train(saved(tmp_path / "x.npy", points()), tmp_path / "run", **options).code == 0
@@ -654,7 +655,7 @@ def test_the_gradient_a_datum_is_clipped_alike_by_any_number_of_processes(home, 
     run = Run.opened(home / "alone")
     monkeypatch.setattr(runs, "SVI", lambda model, guide, optim, loss, clip_norm, **options: clip_norm)
     for count in (1, 2, 5):
-        monkeypatch.setattr(runs.processes, "count", lambda count=count: count)
+        monkeypatch.setattr(runs.ranks, "count", lambda count=count: count)
         assert run._svi() == 10.0 * 4 * count
 
 

@@ -1,7 +1,7 @@
 """What a run of training is told: every option with its type, its meaning and what it may be, in one place.
 
 The command line, a TOML file and the record in a run's folder are three spellings of one :class:`Settings`. An option
-that is None has the value that suits the data, which :mod:`~pyrodiff.recipes` knows.
+that is None has the value that suits the data, which :mod:`~pyrodiff.command.recipes` knows.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ class Settings:
         ValueError: If one cannot be; the message names it as the command line does.
 
     Example:
-        >>> from pyrodiff.settings import Settings
+        >>> from pyrodiff.command.settings import Settings
         >>> settings = Settings(data="digits", steps=100)
         >>> settings.batch_size is None, settings.but(steps=5).steps
         (True, 5)

@@ -237,6 +237,9 @@ def bytes_per_row(diffusion: Diffusion, x_0: Tensor, *context: Tensor) -> int:
         diffusion: The diffusion.
         x_0: One datum, with shape (1, *event_shape).
         *context: What is known of it.
+
+    Raises:
+        ValueError: As :func:`look`.
     """
     return _called(diffusion, Batch(x_0, context))[0]
 

@@ -629,3 +629,29 @@ def test_handlers_around_a_step_have_their_effect(interpreted):
     for number in range(4):
         with pyro.poutine.scale(scale=1.0 + number):
             torch.testing.assert_close(*(svi.step(X) for svi in svis))
+
+
+def test_a_graph_computes_in_the_precision_that_autocast_asks_for():
+    """Each precision has a graph of its own: the same arguments under another one are not run by the first."""
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    compiled = Compiled(lambda x: (layer(x),), [layer])
+    for precision in (None, torch.bfloat16, None, torch.bfloat16):
+        with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None), torch.no_grad():
+            (found,), expected = compiled(x), layer(x)
+        assert found.dtype == expected.dtype == (precision or torch.float32)
+        torch.testing.assert_close(found, expected)
+    assert compiled.made == 2
+
+
+def test_a_graph_makes_numbers_of_the_default_dtype():
+    x = torch.arange(3)
+    compiled = Compiled(lambda x: (x * torch.full((3,), 1 / 3),))
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            (found,) = compiled(x)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, torch.tensor([0, 1 / 3, 2 / 3], dtype=dtype))
+    finally:
+        torch.set_default_dtype(before)

@@ -1,9 +1,12 @@
 """Ways in which a number was once wrong without a word: each is right now, or refused."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.autoname import scope
 from torch import nn
 
 import pyrodiff
@@ -274,3 +277,122 @@ def test_a_prior_of_torch_is_drawn_from():
     reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1))
     diffusions = [pyrodiff.Diffusion(forward, reverse, (2,), prior=prior) for prior in (law, None)]
     torch.testing.assert_close(*(AncestralSampler(diffusion)(4, generator=0) for diffusion in diffusions))
+
+
+# A network wrapped or lazy, a weighting of another chain, a warning for the right reason
+
+
+def of_data_prediction(network, T=3):
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(T))
+    return pyrodiff.Diffusion(
+        forward, pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(network, forward)), (2,)
+    )
+
+
+def losses_of(network, steps=3):
+    diffusion, x_0 = of_data_prediction(network), pyrodiff.datasets.swiss_roll(16)
+    pair = diffusion.one_step()
+    svi = pyrodiff.SVI(pair.model, pair.guide, lambda p: torch.optim.SGD(p, lr=1e-6), pyrodiff.DiffusionELBO())
+    torch.manual_seed(1)
+    return diffusion, torch.stack([svi.step(x_0) for _ in range(steps)])
+
+
+def test_a_network_that_torch_compiles_is_trained_as_it_is():
+    torch.manual_seed(0)
+    network = pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1)
+    wrapped = torch.compile(copy.deepcopy(network), backend="eager")
+    (_, ours), (diffusion, theirs) = losses_of(network), losses_of(wrapped)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
+    x_0 = pyrodiff.datasets.swiss_roll(8)
+    assert pyrodiff.pair_bound(diffusion.model, diffusion.guide, x_0, generator=0).nats.isfinite().all()
+
+
+class Normed(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.layer = norm, torch.nn.Linear(2, 2)
+
+    def forward(self, x_t, t):
+        return self.layer(self.norm(x_t))
+
+
+def test_a_lazy_layer_keeps_the_statistics_of_the_steps_alone():
+    torch.manual_seed(0)
+    plain = Normed(torch.nn.BatchNorm1d(2))
+    lazy = Normed(torch.nn.LazyBatchNorm1d())
+    lazy.layer.load_state_dict(plain.layer.state_dict())
+    (_, ours), (_, theirs) = losses_of(plain), losses_of(lazy)
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=0)
+    torch.testing.assert_close(lazy.norm.running_mean, plain.norm.running_mean, rtol=1e-6, atol=0)
+    assert int(lazy.norm.num_batches_tracked) == int(plain.norm.num_batches_tracked) == 3
+
+
+def test_a_weighting_of_the_whole_chain_is_refused_by_its_sub_chain():
+    diffusion = of_data_prediction(pyrodiff.networks.MLP((2,), hidden=8), T=10)
+    short = diffusion.subchain([2, 5, 10])
+    with pytest.raises(ValueError, match="weighting must be made for the same forward process"):
+        short.one_step(weighting=pyrodiff.SimpleWeighting(diffusion.reverse))
+    short.one_step(weighting=pyrodiff.SimpleWeighting(short.reverse))
+
+
+def test_parts_that_two_chains_share_are_the_same_after_a_step():
+    forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(4), 0.3)
+    denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1), forward)
+    whole = pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, denoiser), (2,))
+    short, rate = whole.subchain([2, 4]), forward.rate
+
+    class Both(torch.nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.whole, self.short = getattr(whole, part), getattr(short, part)
+
+        def forward(self, x_0):
+            with scope(prefix="whole"):
+                self.whole(x_0)
+            with scope(prefix="short"):
+                self.short(x_0)
+
+    svi = pyrodiff.SVI(Both("model"), Both("guide"), torch.optim.Adam, pyrodiff.DiffusionELBO())
+    svi.step(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+    assert forward.rate is rate
+    assert short.forward_process.rate is rate
+
+
+class Signs(torch.nn.Module):
+    """The mean of independent signs given x_t."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.forward_process = forward
+
+    def forward(self, x_t, t):
+        a, b = self.forward_process.scales(x_t, t)
+        return torch.tanh(a * x_t / b**2)
+
+
+def test_a_step_that_stands_for_many_is_no_cause_to_warn():
+    """An exact denoiser, and one draw of t that counts for all others: no warning, whatever is drawn."""
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(1000))
+    diffusion = pyrodiff.Diffusion(
+        forward, pyrodiff.GaussianReverse(forward, Signs(forward)), (16,), pyrodiff.SoftmaxDecoder(forward, 2)
+    )
+    x_0 = torch.ones(1, 16)
+    for seed in range(40):  # a warning is an error here
+        pyrodiff.bound(diffusion, x_0, num_times=1, generator=seed)
+
+
+def test_a_variance_for_each_dimension_is_not_taken_for_one_for_each_datum():
+    class OfDimension(pyrodiff.Variance):
+        def forward(self, process, t):
+            shape = t.shape if isinstance(t, torch.Tensor) else ()
+            return torch.tensor([0.01, 1.0]).double().expand(*shape, 2)
+
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3))
+    denoiser = pyrodiff.DataPrediction(pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1), forward)
+    reverse = pyrodiff.GaussianReverse(forward, denoiser, OfDimension())
+    for t in (2, torch.tensor([2, 2])):
+        with (
+            pyro.validation_enabled(True),
+            pytest.raises(ValueError, match="variance must return a tensor of the shape"),
+        ):
+            reverse(torch.zeros(2, 2), t)

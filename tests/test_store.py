@@ -199,12 +199,12 @@ def test_what_is_not_in_the_store_is_not_adopted_by_halves(kind, tmp_path):
 
 
 def test_an_empty_store_and_other_things_are_refused():
-    with pytest.raises(ValueError, match=r"but 'reverse.denoiser.network.layer.weight' is missing"):
+    with pytest.raises(ValueError, match=r"but it holds none: Pyro's own SVI fills it"):
         adopt_stored(KINDS["plain"]())
     with pytest.raises(ValueError, match=r"diffusion must be a pyrodiff.Diffusion"):
         adopt_stored(KINDS["plain"]().one_step())
     trained(KINDS["plain"]())
-    with pytest.raises(ValueError, match=r"but 'other.reverse.denoiser.network.layer.weight' is missing"):
+    with pytest.raises(ValueError, match=r"'other.reverse.denoiser.network.layer.weight' say, but it holds none"):
         adopt_stored(KINDS["plain"](name="other"))
 
 

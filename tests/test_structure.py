@@ -51,6 +51,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "agree",
     "all_say",
     "agreed",
+    "as_written",
     "batches",
     "bytes_per_row",
     "captured",

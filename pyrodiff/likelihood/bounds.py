@@ -39,8 +39,8 @@ from ..base.randomness import seed_draws, seed_of
 from ..model.reverse import GaussianReverse
 from ..pair.diffusion import Diffusion
 from ..pair.programs import Generative
-from ..pair.terms import prior_cost, step_costs
-from ..running.evaluation import Batch, Look, batches, evaluating, expect, look, progress_bar
+from ..pair.terms import prior_cost, runs, step_costs
+from ..running.evaluation import Batch, Look, batches, evaluating, expect, guided, look, progress_bar
 from .estimate import Likelihood
 
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
@@ -121,16 +121,6 @@ def _global_row(global_kl: Tensor | None) -> dict[str, Tensor]:
     return {} if global_kl is None else {"KL of random weights": global_kl}
 
 
-def guided(x_0: Tensor | Iterable, context: tuple[Tensor, ...]) -> tuple:
-    """What a guide of random weights is called with: the data, where they are one tensor, and their context.
-
-    Arguments:
-        x_0: The data, or a loader.
-        context: Their context.
-    """
-    return (x_0 if isinstance(x_0, Tensor) else None, *context)
-
-
 @torch.no_grad()
 def bound(
     diffusion: Diffusion,
@@ -202,7 +192,8 @@ def bound(
             bounds.append(_bound(diffusion, draws, num_times, rank, count, bar))
             start += len(batch)
     found = replace(Bound.joined(bounds), global_kl=global_kl)
-    _warn_of_one_step(diffusion, found, squares / start)
+    if start * num_particles * num_times >= T - 1:  # else a t that was drawn stands for many that were not
+        _warn_of_one_step(diffusion, found, squares / start)
     return found
 
 
@@ -213,7 +204,7 @@ def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor) -> Non
     the posterior's mean, and c_t what a wrong variance costs: so the term says how far the estimate is off.
     """
     reverse, mean = diffusion.reverse, found.denoising.mean(1)
-    if not isinstance(reverse, GaussianReverse) or len(mean) == 0 or mean.is_meta:
+    if not runs(reverse, GaussianReverse) or len(mean) == 0 or mean.is_meta:
         return
     t = int(mean.argmax()) + 2
     cost, total = float(mean[t - 2]), found.prior.abs().mean() + mean.abs().sum() + found.reconstruction.abs().mean()

@@ -39,8 +39,7 @@ from ..model.reverse import GaussianReverse
 from ..pair.diffusion import Diffusion
 from ..pair.terms import runs
 from ..process.forward import GaussianForward
-from ..running.evaluation import Batch, batches, evaluating, expect, look, progress_bar
-from .bounds import guided
+from ..running.evaluation import Batch, batches, evaluating, expect, guided, look, progress_bar
 from .estimate import Likelihood
 
 __all__ = ["FlowLikelihood", "ode_log_prob"]
@@ -175,7 +174,7 @@ def ode_log_prob(
     with differentiable, evaluated, progress_bar(progress, "probability flow") as bar:
         flow, results = _Flow(diffusion, num_probes, tolerance, max_steps), []
         for batch in batches(diffusion, x_0, context, "num_probes"):
-            batch = Batch(*_out_of_inference(batch.x_0, batch.context))
+            batch = batch.differentiable()
             rows = max(1, look(memory_budget, diffusion, batch).rows // 4)  # two times, and their gradients
             _refuse_a_cut_graph(diffusion, batch.rows(slice(1)))
             draws, B = (num_particles or 1) if is_bound else 1, len(batch)
@@ -203,12 +202,6 @@ def _checked(
         raise ValueError(f"num_probes must be an int of at least 0, or None, but it is {num_probes!r}")
     tolerance, max_steps = checks.number("tolerance", tolerance, 0, 1), checks.positive_int("max_steps", max_steps)
     return None if num_probes is None else int(num_probes), tolerance, max_steps
-
-
-def _out_of_inference(x_0: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Data and context that gradients may pass through, which tensors made under ``inference_mode`` are not."""
-    x_0, *context = (values.clone() if values.is_inference() else values for values in (x_0, *context))
-    return x_0, tuple(context)
 
 
 def _refuse_a_cut_graph(diffusion: Diffusion, one: Batch) -> None:

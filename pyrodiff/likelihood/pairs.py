@@ -44,6 +44,7 @@ from ..base.randomness import seed_draws, seed_of
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..pair.entropy import innermost
+from ..running.compilation import as_written
 from ..running.evaluation import expect, progress_bar, seeded
 from .bounds import ImportanceBound
 from .estimate import Likelihood
@@ -359,6 +360,7 @@ class _Pair:
                 owner = getattr(program, "__self__", program)  # of a method
                 if isinstance(owner, nn.Module):
                     still(owner)
+            stack.enter_context(as_written())
             stack.enter_context(store.scope(store.get_state()))
             yield
 

@@ -117,9 +117,8 @@ def verify(
             raise ValueError(f"{name} must be at least {least}, but it is {value}")
     evaluated = evaluating(diffusion, generator, guide=guide, given=(x_0, *context))
     with _differentiable(), evaluated, pyro.validation_enabled(True):
-        checks.context(context, len(x_0), x_0.device, "num_repeats")
-        data = (values.clone() if values.is_inference() else values for values in (x_0, *context))
-        (data,) = batches(diffusion, next(data), tuple(data))
+        (data,) = batches(diffusion, x_0, context, "num_repeats")
+        data = data.differentiable()
         x_0 = data.x_0
         claims = [
             _tried("the trajectory pair agrees in sites, order, scales and masks", _pair, diffusion, data),

@@ -174,6 +174,17 @@ def _posterior_variance(schedule: Schedule, t: int | Tensor) -> Tensor:
     return schedule.posterior(t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2))[2] ** 2
 
 
+def _check_variance(variance: Tensor, t: int | Tensor) -> None:
+    """One number for each time, while Pyro validates: one for each dimension would be taken for one for each datum."""
+    shape = t.shape if isinstance(t, Tensor) else torch.Size()
+    if checks.validating() and not (
+        isinstance(variance, Tensor) and (variance.shape == shape or variance.numel() == 1)
+    ):
+        raise ValueError(
+            f"variance must return a tensor of the shape {tuple(shape)} of t, but it is {checks.described(variance)}"
+        )
+
+
 class GaussianReverse(nn.Module):
     r"""A Gaussian with the forward posterior's mean at :math:`\hat x_0`.
 
@@ -227,7 +238,9 @@ class GaussianReverse(nn.Module):
         process, denoiser = self.forward_process, self.denoiser
         checks.step(x_t, t, None, process.num_steps)
         weight_t, weight_0, _ = coefficients(process.schedule.posterior(t), x_t)
-        (deviation,) = coefficients(self.variance(process, t).sqrt()[None], x_t)
+        variance = self.variance(process, t)
+        _check_variance(variance, t)
+        (deviation,) = coefficients(variance.sqrt()[None], x_t)
         checks.takes_context("denoiser", denoiser, context)
         estimate = denoiser(x_t, t, *context)
         checks.returned("denoiser", estimate, x_t.shape, x_t)

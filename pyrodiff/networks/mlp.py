@@ -89,6 +89,11 @@ class MLP(nn.Module):
         The context is a label, a vector, or a label and a vector, for which see :class:`ContextEmbedding`.
         """
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
+        if x_t.shape[len(batch_shape) :] != self.event_shape:
+            raise ValueError(
+                f"x_t must have shape (B, {', '.join(map(str, self.event_shape))}), the MLP's event_shape, but its "
+                f"shape is {tuple(x_t.shape)}"
+            )
         told, (time, activation) = self.labels(batch_shape, *context, y=y), self.embedding
         embedding = activation(time(torch.as_tensor(t, device=x_t.device)) + told)
         x = x_t.reshape((*batch_shape, -1))

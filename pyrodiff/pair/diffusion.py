@@ -70,8 +70,9 @@ class Diffusion(nn.Module):
             itself (:class:`GaussianDecoder`) if not given.
         prior: p(x_T): a distribution with the given event_shape, or a module that returns one when called;
             ``forward.prior(event_shape)`` if not given.
-        name: What the names of parameters and random weights begin with, in Pyro's param store and in traces: two
-            diffusions in one program need two names.
+        name: What the names of parameters and random weights begin with, in Pyro's param store and in traces. Two
+            diffusions in one program need two, and ``pyro.contrib.autoname.scope(prefix=...)`` around the model and
+            the guide of each, for their sites.
         plate: The name of the plate of the data, "data" unless a plate of that name is beside it.
 
     Raises:
@@ -118,6 +119,14 @@ class Diffusion(nn.Module):
         checks.text("plate", plate)
         self.model = TrajectoryModel(forward, reverse, event_shape, decoder, prior, name, plate)
         self.guide = TrajectoryGuide(forward, event_shape, plate)
+
+    def forward(self, *args: object) -> None:
+        """Refused: a diffusion is two programs.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a diffusion must be called by its programs, diffusion.model(x_0) and diffusion.guide(x_0)")
 
     @property
     def forward_process(self) -> Forward:
@@ -232,6 +241,7 @@ class OneStep(nn.Module):
         checks.instance("drawing", drawing, Drawing)
         if not callable(weighting):
             raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
+        checks.same_process("weighting", weighting, diffusion.forward_process)
         drawing.to(diffusion.forward_process.schedule.device)
         step = Step(diffusion.model, drawing, weighting)
         self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)
@@ -274,6 +284,11 @@ def adopt_stored(diffusion: Diffusion) -> None:
     checks.instance("diffusion", diffusion, Diffusion)
     store, own = pyro.get_param_store(), diffusion.model.named_for_store()
     stored = {name_in_store(key): tensor for key, tensor in store.named_parameters()}
+    if not own.keys() & stored.keys():
+        raise ValueError(
+            f"Pyro's param store must hold the parameters of the diffusion, {next(iter(own), '')!r} say, but it holds "
+            "none: Pyro's own SVI fills it; after pyrodiff.SVI use diffusion.state_dict(), or pyrodiff.checkpoints"
+        )
     for name, parameter in own.items():
         if not parameter.requires_grad and name not in stored:  # Pyro stores what is learned
             continue

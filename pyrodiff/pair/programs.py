@@ -53,7 +53,7 @@ def check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dis
         ValueError: If it is none, or one of another event_shape.
     """
     if not isinstance(law, torch.distributions.Distribution):
-        raise ValueError(f"{name} must be a distribution or return one, but it is {law!r}")
+        raise ValueError(f"{name} must be a distribution or return one, but it is {checks.described(law)}")
     if law.event_shape != event_shape:
         raise ValueError(
             f"{name} must have the event_shape {tuple(event_shape)}, but its event_shape is {tuple(law.event_shape)} "
@@ -92,7 +92,8 @@ def _data_plate(name: str, size: int) -> Plate:
     except RuntimeError as error:  # Pyro's, of a second site of this name
         raise ValueError(
             f"plate {name!r} must be the diffusion's alone, but this program has another plate or site of that name: "
-            f"give one of them another, Diffusion(..., plate='rows') for the diffusion's"
+            f"put pyro.contrib.autoname.scope(prefix=...) around each of two diffusions; beside a plate of your own, "
+            f"give one of them another name, Diffusion(..., plate='rows')"
         ) from error
 
 
@@ -206,7 +207,8 @@ class Generative(nn.Module):
         if self.prior is None:
             device = self.device if device is None else device
             elsewhere = {} if home(device) == device else {"device": device}
-            return self.forward_process.prior(self.event_shape, dtype, **elsewhere)
+            law = self.forward_process.prior(self.event_shape, dtype, **elsewhere)
+            return check_law(law, "forward.prior", self.event_shape) if checks.validating() else law
         return check_law(self.prior() if isinstance(self.prior, nn.Module) else self.prior, "prior", self.event_shape)
 
     def kernel(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.Distribution:
@@ -350,11 +352,12 @@ class Generative(nn.Module):
         found = {key: (tensor, own.get(name_in_store(key))) for key, tensor in stored}
         return {key: pair for key, pair in found.items() if pair[1] is not None and pair[0] is not pair[1]}
 
-    def refuse_other_stored(self, whole: bool = False) -> None:
+    def refuse_other_stored(self, unless_anothers: bool = False) -> None:
         """Refuse a param store that holds another tensor under a parameter's name: either could be meant.
 
         Arguments:
-            whole: Whether that takes another tensor for each parameter, of its shape: else it is another model's.
+            unless_anothers: Whether a store is let pass that has no other tensor, of its shape, for some parameter: it
+                is another model's.
 
         Raises:
             ValueError: If so.
@@ -364,7 +367,7 @@ class Generative(nn.Module):
         learned = (
             {name for name, parameter in self.named_for_store().items() if parameter.requires_grad} if found else set()
         )
-        if whole and not learned <= alike:
+        if unless_anothers and not learned <= alike:
             return
         for key, (_, parameter) in found.items():
             if not parameter.is_contiguous():
@@ -408,7 +411,7 @@ class Generative(nn.Module):
         Raises:
             ValueError: As :meth:`running`; if there are random weights and no guide of them, or a guide and no weights.
         """
-        self.refuse_other_stored(whole=True)
+        self.refuse_other_stored(unless_anothers=True)
         if self.is_random() != (guide is not None):
             raise ValueError(
                 "guide must be given where there are random weights (PyroSample), to draw them from what was learned, "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..base import checks
 from ..base.precision import Float64Module, default_home
 from ..model.reverse import GaussianReverse
+from ..process.forward import GaussianForward
 
 __all__ = [
     "BoundWeighting",
@@ -359,6 +360,11 @@ class SimpleWeighting(nn.Module):
         if not checks.holds(process.schedule.signal(process.num_steps) != 0):
             raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")
         self._reverse = (reverse,)  # read, but no part of this module: in a tuple, torch does not register it
+
+    @property
+    def forward_process(self) -> GaussianForward:
+        """The forward process that the weighting is made for."""
+        return self._reverse[0].forward_process
 
     def forward(self, t: Tensor) -> Tensor:
         (reverse,) = self._reverse

@@ -104,7 +104,7 @@ class Forward(Float64Module, ABC):
 
         Arguments:
             x_t: The state at time t, with shape (B, *event_shape).
-            x_0: The data, with the same shape.
+            x_0: The data, with a shape that broadcasts to that: particles and enumeration add dimensions to ``x_t``.
             t: The time, in 2..T: an int, or an integer tensor with shape (B,).
             s: The earlier time, in 1..t-1; t - 1 if not given.
 

@@ -47,7 +47,8 @@ __all__ = [
 class Schedule(Float64Module, ABC):
     r"""A noise schedule of :math:`T` steps: the signal :math:`a_t` and the noise :math:`b_t` for t = 0..T.
 
-    All methods take ``t`` as an int or as an integer tensor of any shape, and return float64 of that shape.
+    One's own defines these two, and all else follows; what can be had more exactly, it defines too. All methods take
+    ``t`` as an int or as an integer tensor of any shape, and return float64 of that shape.
 
     Arguments:
         num_steps: The number of steps :math:`T`, at least 1.
@@ -65,9 +66,11 @@ class Schedule(Float64Module, ABC):
         """Where the times are that it is asked for: the model's device, or the CPU if that has no float64."""
         return self.noise(0).device
 
-    @abstractmethod
     def beta(self, t: int | Tensor) -> Tensor:
         r"""The variance :math:`\beta_t` of :math:`q(x_t | x_{t-1})`; 0 at t = 0."""
+        earlier = (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
+        noise = self.step(t, earlier)[1]
+        return torch.where(torch.as_tensor(t == 0, device=noise.device), 0, noise**2)
 
     @abstractmethod
     def signal(self, t: int | Tensor) -> Tensor:
@@ -77,9 +80,9 @@ class Schedule(Float64Module, ABC):
     def noise(self, t: int | Tensor) -> Tensor:
         r"""The noise :math:`b_t`, :math:`\sqrt{1 - \bar\alpha_t}` if VP."""
 
-    @abstractmethod
     def log_snr(self, t: int | Tensor) -> Tensor:
         r"""The log signal-to-noise ratio :math:`\lambda_t = \log a_t^2 / b_t^2`; infinite at t = 0."""
+        return 2 * (self.signal(t).log() - self.noise(t).log())
 
     def alpha_bar(self, t: int | Tensor) -> Tensor:
         r""":math:`\bar\alpha_t = a_t^2`, the product of the :math:`1 - \beta_s` up to t if VP, and 1 if VE."""
@@ -166,12 +169,6 @@ class SubSchedule(Schedule):
     def times(self) -> tuple[int, ...]:
         r"""The times :math:`\tau_1, \dots, \tau_K`."""
         return tuple(self._times[1:].tolist())
-
-    def beta(self, t: int | Tensor) -> Tensor:
-        earlier = (t.long() - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
-        now, before = self.times_at(t), self.times_at(earlier)
-        noise = self.schedule.step(now, before)[1]
-        return torch.where(torch.as_tensor(t == 0, device=noise.device), 0, noise**2)
 
     def signal(self, t: int | Tensor) -> Tensor:
         return self.schedule.signal(self.times_at(t))

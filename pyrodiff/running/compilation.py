@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..pair.terms import Recorder
 
-__all__ = ["Compiled", "Composition", "Replayed", "captured", "kind_of"]
+__all__ = ["Compiled", "Composition", "Replayed", "as_written", "captured", "kind_of"]
 
 
 def kind_of(args: Any) -> Hashable:
@@ -149,16 +150,15 @@ class Compiled:
 
 
 class Composition:
-    """What modules are made of: parameters, buffers and submodules by identity; of what kind tensors are.
+    """What modules are made of: parameters, buffers, submodules, hooks and plain attributes; of what kind tensors are.
 
-    Of the ``whole`` of modules hooks and plain attributes count too: tensors and other objects by identity, numbers and
-    strings by value, and what lists, tuples, dicts, sets, dataclasses, namespaces, distributions and modules in any of
-    these hold likewise, and their classes. What an object of another class holds is not looked into.
+    Tensors and other objects count by identity, numbers and strings by value, and what lists, tuples, dicts, sets,
+    dataclasses, namespaces, distributions and modules in any of these hold likewise, and the modules' classes. What an
+    object of another class holds is not looked into.
 
     Arguments:
         modules: The modules.
         tensors: The tensors.
-        whole: Whether buffers, hooks and plain attributes count.
         keyed: Modules whose mode, training or evaluation, is known otherwise.
 
     Attributes:
@@ -169,7 +169,6 @@ class Composition:
         self,
         modules: Iterable[nn.Module],
         tensors: Iterable[Tensor],
-        whole: bool = True,
         keyed: Iterable[nn.Module] = (),
     ) -> None:
         self._entries: list[tuple[dict, str, Any]] = []
@@ -178,19 +177,14 @@ class Composition:
         self._values: list[tuple[Any, Any]] = []  # lists, sets and arrays, and copies of them
         self._seen: set[int] = set()
         self.held: list[Tensor] = []
-        self._whole, self._keyed = whole, {id(module) for module in keyed}
+        self._keyed = {id(module) for module in keyed}
         for module in modules:
-            self._look_into(module) if whole else self._watch_parts(module, ("_parameters", "_modules"))
-        if whole:
-            for hooks in (_global_forward_hooks, _global_forward_pre_hooks):
-                self._watch(hooks)
+            self._look_into(module)
+        for hooks in (_global_forward_hooks, _global_forward_pre_hooks):
+            self._watch(hooks)
         self._empty = [mapping for mapping, keys in self._keys if not keys]
         self._keys = [(mapping, keys) for mapping, keys in self._keys if keys]
         self._kinds = [(x, x.requires_grad, x.dtype, x.device, x.stride()) for x in tensors]
-
-    def _watch_parts(self, module: nn.Module, parts: Iterable[str]) -> None:
-        for part in parts:
-            self._watch(vars(module)[part])
 
     def _watch(self, mapping: dict, ignored: Iterable[str] = (), grows: bool = False) -> None:
         if not grows:
@@ -198,8 +192,7 @@ class Composition:
         for name, value in mapping.items():
             if name not in ignored:
                 self._entries.append((mapping, name, value))
-                if self._whole:
-                    self._look_into(value)
+                self._look_into(value)
 
     def _look_into(self, value: Any) -> None:
         """Watch what a value holds, if it is of a kind that is looked into."""
@@ -210,7 +203,8 @@ class Composition:
             self.held.append(value)
         elif isinstance(value, nn.Module):
             self._watch_class(value)
-            self._watch_parts(value, _PARTS)
+            for part in _PARTS:
+                self._watch(vars(value)[part])
             self._watch(vars(value), _IGNORED if id(value) in self._keyed else _IGNORED - {"training"})
         elif isinstance(value, list | tuple | set | deque | np.ndarray):
             self._look_through(value)
@@ -324,6 +318,14 @@ def _is_filled(cell: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within, what ``torch.compile`` wraps runs as it is written, beside hooks on all modules, which it would trace."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+        yield
 
 
 class Replayed:

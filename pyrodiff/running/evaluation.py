@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..base import checks, ranks
 from ..base.randomness import copied_source, seed_draws
 from ..pair.diffusion import Diffusion
+from ..pair.programs import check_law
 from ..pair.terms import Recorder
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "bytes_per_row",
     "evaluating",
     "expect",
+    "guided",
     "look",
     "progress_bar",
     "seeded",
@@ -63,6 +65,16 @@ def evaluating(
     draws, evaluated = seeded(generator, diffusion.model.device, agreed), diffusion.model.evaluated(guide, given)
     with draws as seed, _evaluation_mode(diffusion), evaluated as cost, pyro.validation_enabled(False):
         yield seed, cost
+
+
+def guided(x_0: Tensor | Iterable, context: tuple[Tensor, ...]) -> tuple:
+    """What a guide of random weights is called with: the data, where they are one tensor, and their context.
+
+    Arguments:
+        x_0: The data, or a loader.
+        context: Their context.
+    """
+    return (x_0 if isinstance(x_0, Tensor) else None, *context)
 
 
 @contextmanager
@@ -130,6 +142,11 @@ class Batch:
     def rows(self, index: Tensor | slice) -> "Batch":
         """The data of these rows, and their context."""
         return Batch(self.x_0[index], tuple(values[index] for values in self.context))
+
+    def differentiable(self) -> "Batch":
+        """The same, of tensors that gradients may pass through, which those of ``torch.inference_mode`` are not."""
+        x_0, *context = (v.clone() if v.is_inference() else v for v in (self.x_0, *self.context))
+        return Batch(x_0, tuple(context))
 
 
 def batches(
@@ -246,9 +263,13 @@ def bytes_per_row(diffusion: Diffusion, x_0: Tensor, *context: Tensor) -> int:
 
 def _called(diffusion: Diffusion, one: Batch) -> tuple[int, Distribution, list[str]]:
     """The bytes that one datum takes, the reverse kernel, and the Pyro sites that it came upon."""
-    x_0 = one.x_0
+    x_0, q = one.x_0, diffusion.forward_process
     t = torch.full((1,), min(2, diffusion.num_steps), device=x_0.device)  # at t = 1 the kernel may be of another kind
     with torch.no_grad(), validated(x_0.device), Recorder() as heard, _Results() as results:
+        diffusion.model.top(x_0.dtype, x_0.device)
+        check_law(q.marginal(x_0, t), "forward.marginal", diffusion.event_shape)
+        if diffusion.num_steps > 1:
+            check_law(q.posterior(x_0, x_0, t), "forward.posterior", diffusion.event_shape)
         kernel = diffusion.model.kernel(x_0, t, *one.context)
         last = diffusion.model.decoded(kernel, x_0)
         last.log_prob(x_0)

@@ -25,9 +25,12 @@ __all__ = ["Sampler", "drawn", "evenly_spaced"]
 class Sampler(ABC):
     """Draws data step by step, from x_T to x_0.
 
-    A sampler of one's own defines :meth:`step`, of the chain :attr:`chain`: its denoiser is
-    ``self.chain.reverse.denoiser``, its schedule ``self.chain.forward_process.schedule``. Modules are in evaluation
-    mode meanwhile, and random weights (each ``PyroSample``) are drawn once per call, from their guide.
+    A sampler of one's own defines :meth:`step`, on the chain :attr:`chain`. Its denoiser, which returns the estimate of
+    x_0 whatever the network predicts, is ``self.chain.reverse.denoiser(x_t, t, *context)``; signal and noise, in the
+    dtype of x_t and broadcastable against it, are ``self.chain.forward_process.scales(x_t, t)``, of a Gaussian
+    diffusion. Both t and t - 1 are times of the chain, also in fewer steps. The last step, to x_0, is :meth:`last`, by
+    default a draw of the decoder: a deterministic sampler defines it too. Modules are in evaluation mode meanwhile, and
+    random weights (each ``PyroSample``) are drawn once per call, from their guide.
 
     Arguments:
         diffusion: The model.
@@ -46,13 +49,17 @@ class Sampler(ABC):
             ``num_steps`` and ``times`` are given.
 
     Example:
-        >>> class Denoised(pyrodiff.Sampler):  # the chain with the noise left out of each step
+        >>> class DDIM(pyrodiff.Sampler):  # deterministic, with eta = 0 (Song et al., 2021)
         ...     def step(self, x_t, t, *context):
-        ...         return self.chain.model.kernel(x_t, t, *context).mean
+        ...         process, x_0 = self.chain.forward_process, self.last(x_t, t, *context)
+        ...         (a_t, b_t), (a_s, b_s) = process.scales(x_t, t), process.scales(x_t, t - 1)
+        ...         return a_s * x_0 + b_s / b_t * (x_t - a_t * x_0)
+        ...     def last(self, x_1, t, *context):
+        ...         return self.chain.reverse.denoiser(x_1, t, *context)
         >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
         >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
         >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
-        >>> Denoised(diffusion, num_steps=5)(num_samples=3).shape
+        >>> DDIM(diffusion, num_steps=5)(num_samples=3).shape
         torch.Size([3, 2])
     """
 
@@ -133,8 +140,8 @@ class Sampler(ABC):
         Arguments:
             num_samples: How many, n.
             *context: See :meth:`__call__`.
-            times: The times t of the states x_t to keep, decreasing ints among 0 and those of the steps; T and 0 and,
-                evenly between them, nine more, or all if there are fewer than 10, if not given.
+            times: The times t of the states x_t to keep, decreasing ints among 0 and those of the steps; the last
+                of these and 0 and, evenly between them, nine more, or all if there are fewer than 10, if not given.
             generator: See :meth:`__call__`.
             progress: See :meth:`__call__`.
 
@@ -192,10 +199,12 @@ class Sampler(ABC):
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)
-        step = self._as_a_function
+        step, start = self._as_a_function, x
         for t in range(T, 1, -1):
             with validated(x.device) if t == T else nullcontext():
                 (x,) = step(x, times[t], *context)
+            if t == T:
+                _check_states("step", x, start)
             bar.update(num_samples)
             yield t - 1, x
             if step is self._compiled:  # nothing changes from here on, so that its graph need not ask
@@ -204,11 +213,19 @@ class Sampler(ABC):
                 step = self._compiled
         with validated(x.device) if T == 1 else nullcontext():
             x = self.last(x, times[1], *context)
+        _check_states("last", x, start)
         bar.update(num_samples)
         yield 0, x
 
     def _as_a_function(self, x_t: Tensor, t: Tensor, *context: Tensor) -> tuple[Tensor]:
         return (self.step(x_t, t, *context),)
+
+
+def _check_states(name: str, x: object, like: Tensor) -> None:
+    """States as a step returns them."""
+    checks.returned(name, x, like.shape, like)
+    if x.dtype != like.dtype:
+        raise ValueError(f"{name} must return states of dtype {like.dtype}, but they are of {x.dtype}")
 
 
 def drawn(law: Distribution, num_samples: int) -> Tensor:

@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
@@ -23,7 +24,7 @@ from ..pair.programs import Generative
 from ..pair.terms import Recorder, is_listened_to
 from ..pair.times import Drawing
 from ..process.forward import GaussianForward
-from ..running.compilation import Compiled, kind_of
+from ..running.compilation import Compiled, as_written, kind_of
 
 __all__ = ["Gradient", "Programs"]
 
@@ -109,22 +110,22 @@ class Programs:
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Within, the programs work on copies of buffers and counts, and modules that functions call are noted."""
-        seen, before = set(), []
-        copies: dict[Tensor, Tensor] = {}
+        seen, before, copies = set(), [], {}
 
         def set_aside(root: nn.Module, args: tuple = ()) -> None:
             if root in seen:
+                if args and isinstance(root, LazyModuleMixin) and root.has_uninitialized_params():
+                    root.initialize_parameters(*args)  # before it runs, so that its buffers have values to keep
+                    before.extend(_swapped(root, copies))
                 return
             self._roots[root] = None
             for module in set(root.modules()) - seen:
-                for name, buffer in list(module._buffers.items()):
-                    before.append((module._buffers, name, buffer))
-                    if _has_value(buffer):
-                        module._buffers[name] = copies.setdefault(buffer, buffer.detach().clone())
+                before.extend(_swapped(module, copies))
                 if isinstance(module, Drawing):
                     before.append((vars(module), "share", module.share))
                     module.share, module.tell = copy.deepcopy(module.share), lambda *args: None
             seen.update(root.modules())
+            set_aside(root, args)  # it may be lazy itself
 
         for root in list(self._roots):
             set_aside(root)
@@ -133,7 +134,7 @@ class Programs:
             yield
         finally:
             handle.remove()
-            for parts, name, part in before:
+            for parts, name, part in reversed(before):  # two modules may share one dict
                 parts[name] = part
             for drawing in self.drawings():
                 vars(drawing).pop("tell", None)  # the class has it
@@ -290,7 +291,7 @@ class Gradient:
             args: What the programs are called with.
         """
         ready = self.compiled is not None and self._is_settled() and not is_listened_to()
-        return self.compiled.graph_for(None, None, *args) if ready else None
+        return self.compiled.graph_for(None, None, *args) if ready else None  # without a scale, nor keywords
 
     # The loss and its gradient
 
@@ -396,7 +397,8 @@ class Gradient:
         gradients = torch.is_grad_enabled() and not any(map(ranks.is_sharded, self.programs.tensors("_parameters")))
         validated, rehearsing = pyro.validation_enabled(self.validate is not False), self.programs.rehearsing()
         with kept_sources(), rehearsing, validated, torch.set_grad_enabled(gradients), Recorder() as heard:
-            self._loss(*args, **kwargs)
+            with as_written():
+                self._loss(*args, **kwargs)
         ranks.shard_again(self.programs.modules())
         return heard.parameters
 
@@ -445,8 +447,13 @@ def _kind(args: tuple, kwargs: dict) -> Hashable:
     return kind
 
 
-def _has_value(buffer: Tensor | None) -> bool:
-    return buffer is not None and not is_lazy(buffer)
+def _swapped(module: nn.Module, copies: dict[Tensor, Tensor]) -> list[tuple[dict, str, Tensor | None]]:
+    """The buffers of a module, and where they are put back, after copies have taken their places."""
+    before = [(module._buffers, name, buffer) for name, buffer in module._buffers.items()]
+    for buffers, name, buffer in before:
+        if buffer is not None and not is_lazy(buffer):
+            buffers[name] = copies.setdefault(buffer, buffer.detach().clone())
+    return before
 
 
 def _can_be_learned(parameter: Tensor) -> bool:

@@ -32,10 +32,12 @@ class SVI:
     they are modules, and of every ``pyro.param`` and ``pyro.module`` that they come upon, whenever they first do.
 
     The first step with data of some shape is rehearsed: the programs run once more before it, validated by Pyro and by
-    the checks of the pair and of the data, whatever ``pyro.enable_validation`` says, and without a trace in sources of
-    random numbers and buffers. No other step is validated, nor waits for the device. Pyro's store is left as it was
-    found, but for parameters that no module holds. Under ``torch.distributed`` every rank takes its own step on its own
-    batch, and what is learned, and returned, is that of all batches joined (see :doc:`training`).
+    the checks of the pair and of the data, whatever ``pyro.enable_validation`` says, and without a trace in the global
+    sources of random numbers and in buffers; what else a program changes (a counter in Python, a generator of its own,
+    a parameter in place, a buffer that it registers as it runs) it changes once more. No other step is validated, nor
+    waits for the device. Pyro's store is left as it was found, but for parameters that no module holds. Under
+    ``torch.distributed`` every rank takes its own step on its own batch, and what is learned, and returned, is that of
+    all batches joined (see :doc:`training`).
 
     Arguments:
         model, guide: The programs.

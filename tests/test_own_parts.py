@@ -1,0 +1,196 @@
+"""Parts of one's own: what a sampler, a schedule and a forward process have to define, and what is refused."""
+
+import math
+import re
+
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import far, gaussian_diffusion
+from pyro.contrib.autoname import scope
+from torch import nn
+
+import pyrodiff
+
+M, V = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.3, 1.7]).double()
+
+
+class Exact(nn.Module):
+    """The mean of x_0 given x_t, of data N(m, v)."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.forward_process, self.m, self.v = forward, M, V
+
+    def forward(self, x_t, t, *context):
+        a, b = self.forward_process.scales(x_t, t)
+        return self.m + a * self.v / (a**2 * self.v + b**2) * (x_t - a * self.m)
+
+
+class DDIM(pyrodiff.Sampler):
+    """Euler's method for x / a over b / a."""
+
+    def slope(self, x_t, t, *context):
+        a, b = self.chain.forward_process.scales(x_t, t)
+        return (x_t - a * self.chain.reverse.denoiser(x_t, t, *context)) / b
+
+    def step(self, x_t, t, *context):
+        (a, b), (c, d) = (self.chain.forward_process.scales(x_t, when) for when in (t, t - 1))
+        return c * (x_t / a + (d / c - b / a) * self.slope(x_t, t, *context))
+
+    def last(self, x_1, t, *context):
+        a, _ = self.chain.forward_process.scales(x_1, t)
+        return x_1 / a  # as far as the tests follow it
+
+
+class Heun(DDIM):
+    """Karras et al. (2022), Algorithm 1."""
+
+    def step(self, x_t, t, *context):
+        (a, b), (c, d) = (self.chain.forward_process.scales(x_t, when) for when in (t, t - 1))
+        h, slope = d / c - b / a, self.slope(x_t, t, *context)
+        euler = c * (x_t / a + h * slope)
+        return c * (x_t / a + h * (slope + self.slope(euler, t - 1, *context)) / 2)
+
+
+def exact(T=1024):
+    schedule = pyrodiff.GeometricSchedule(T, sigma_min=0.05, sigma_max=20.0)
+    forward = pyrodiff.GaussianForward(schedule)
+    reverse = pyrodiff.GaussianReverse(forward, Exact(forward)).double()
+    return pyrodiff.Diffusion(forward, reverse, (2,), prior=dist.Normal(torch.zeros(2).double(), 20.0).to_event(1))
+
+
+@pytest.mark.parametrize(("kind", "order"), [(DDIM, 1), (Heun, 2)])
+def test_a_deterministic_sampler_of_ones_own_converges_with_its_order(kind, order):
+    """y(sigma) = m + (y_T - m) sqrt((v + sigma^2) / (v + sigma_T^2)), for data N(m, v)."""
+    diffusion, errors, steps = exact(), [], (33, 65, 129)
+    for num_steps in steps:
+        times = torch.linspace(1, 1024, num_steps).round().long().tolist()
+        x_T, x_0 = kind(diffusion, times=times).trajectory(50, times=(1024, 0), generator=1)
+        ends = [diffusion.forward_process.schedule.noise(t) for t in (1, 1024)]
+        truth = M + (x_T - M) * ((V + ends[0] ** 2) / (V + ends[1] ** 2)).sqrt()
+        errors.append(float((x_0 - truth).abs().max()))
+    found = math.log(errors[0] / errors[2]) / math.log(4)
+    assert abs(found - order) < 0.15, (errors, found)
+
+
+def test_a_sampler_of_ones_own_has_the_loop_of_all():
+    diffusion = exact(64)
+    eager, compiled = Heun(diffusion, num_steps=16), Heun(diffusion, compile=True, num_steps=16)
+    torch.testing.assert_close(compiled(3, generator=2), eager(3, generator=2), rtol=1e-9, atol=1e-9)
+    states = eager.trajectory(3, generator=2)
+    assert states.shape == (11, 3, 2)
+    assert torch.equal(states[-1], eager(3, generator=2))
+
+
+def returning(step=None, last=None):
+    class Wrong(pyrodiff.Sampler):
+        def step(self, x_t, t, *context):
+            return x_t if step is None else step(x_t)
+
+        def last(self, x_1, t, *context):
+            return x_1 if last is None else last(x_1)
+
+    return Wrong(exact(8))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"step": lambda x: None}, "step must return a tensor of shape (5, 2)"),
+        ({"step": lambda x: x[:1]}, "step must return a tensor of shape (5, 2)"),
+        ({"step": lambda x: dist.Normal(x, 1.0)}, "step must return a tensor of shape (5, 2)"),
+        (
+            {"step": lambda x: x.float()},
+            "states of dtype torch.float64, but they are of torch.float32",
+        ),
+        ({"last": lambda x: x[:, 0]}, "last must return a tensor of shape (5, 2)"),
+    ],
+)
+def test_what_a_step_returns_is_checked(wrong, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        returning(**wrong)(5)
+
+
+class Two(pyrodiff.Schedule):
+    """A schedule of two methods, linear in the square of the noise."""
+
+    def signal(self, t):
+        return (1 - 0.9 * torch.as_tensor(t).double() / self.num_steps).sqrt()
+
+    def noise(self, t):
+        return (0.9 * torch.as_tensor(t).double() / self.num_steps).sqrt()
+
+
+def test_a_schedule_is_its_signal_and_its_noise():
+    schedule, t = Two(6), torch.arange(7)
+    alpha_bar = 1 - 0.15 * t.double()
+    same = pyrodiff.BetaSchedule(1 - alpha_bar[1:] / alpha_bar[:-1])
+    for name in ("beta", "signal", "noise", "alpha_bar", "log_snr"):
+        torch.testing.assert_close(getattr(schedule, name)(t), getattr(same, name)(t), rtol=1e-12, atol=1e-15)
+        for k in range(7):
+            torch.testing.assert_close(getattr(schedule, name)(k), getattr(same, name)(t)[k], rtol=1e-12, atol=1e-15)
+    ours, theirs = (gaussian_diffusion(one, M, V, 0.3, 1.4) for one in (schedule, same))
+    x_0 = torch.tensor([[1.0, 2.0], [0.3, -1.0]]).double()
+    found = [pyrodiff.bound(one, x_0, generator=3).nats for one in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+class Flat(pyrodiff.GaussianForward):
+    """A process that forgets to say which dimensions are its event's."""
+
+    def __init__(self, schedule, kernel):
+        super().__init__(schedule)
+        self.kernel = kernel
+
+    def marginal(self, x_0, t):
+        law = super().marginal(x_0, t)
+        return law.base_dist if self.kernel == "marginal" else law
+
+    def posterior(self, x_t, x_0, t, s=None):
+        law = super().posterior(x_t, x_0, t, s)
+        return law.base_dist if self.kernel == "posterior" else law
+
+    def prior(self, event_shape, dtype=None, device=None):
+        law = super().prior(event_shape, dtype, device)
+        return law.base_dist if self.kernel == "prior" else law
+
+
+@pytest.mark.parametrize("kernel", ["marginal", "posterior", "prior"])
+def test_a_kernel_of_another_event_shape_is_refused_by_name(kernel):
+    forward = Flat(pyrodiff.LinearSchedule(5, 0.1, 0.3), kernel)
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP((2,), hidden=8))
+    with pytest.raises(ValueError, match=rf"forward.{kernel} must have the event_shape \(2,\), but .* is \(\)"):
+        pyrodiff.bound(pyrodiff.Diffusion(forward, reverse, (2,)), torch.ones(3, 2))
+
+
+def test_two_diffusions_stand_in_one_program():
+    schedule, x_0 = pyrodiff.LinearSchedule(3, 0.1, 0.3), torch.tensor([[1.0, 2.0]]).double().expand(200, 2)
+    first, second = (gaussian_diffusion(schedule, M, V, shift, 1.4) for shift in (0.3, 0.6))
+
+    def beside(one, other):
+        def program(x):
+            with scope(prefix="first"):
+                one(x)
+            with scope(prefix="second"):
+                other(x)
+
+        return program
+
+    elbo = pyrodiff.DiffusionELBO()
+    pair = beside(first.model, second.model), beside(first.guide, second.guide)
+    both = torch.stack([elbo.differentiable_loss(*pair, x_0) for _ in range(50)])
+    each = torch.stack([pyrodiff.bound(one, x_0).nats.sum() for one in (first, second) for _ in range(50)])
+    assert not far(both, float(each.reshape(2, 50).mean(1).sum()), 7)  # some of the error is the expected ones'
+
+    def clash(x):
+        first.model(x)
+        second.model(x)
+
+    with pytest.raises(ValueError, match=r"plate 'data' must be .* pyro.contrib.autoname.scope"):
+        elbo.loss(clash, lambda x: first.guide(x), x_0)
+
+
+def test_a_diffusion_is_no_program():
+    with pytest.raises(ValueError, match=r"by its programs, diffusion.model\(x_0\) and diffusion.guide\(x_0\)"):
+        exact(4)(torch.ones(3, 2))

@@ -6,7 +6,9 @@ from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
 from .likelihood.estimate import Likelihood
 from .likelihood.flows import FlowLikelihood, ode_log_prob
 from .likelihood.pairs import PairBound, pair_bound, pair_importance_bound
+from .likelihood.shortening import analytic_variance, best_subchain
 from .likelihood.verification import Claim, Verification, verify
+from .model.analytic import AnalyticVariance
 from .model.clipping import Clipped, Thresholded
 from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .model.denoisers import (
@@ -58,6 +60,7 @@ from .training.svi import SVI, exponential_average
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnalyticVariance",
     "AncestralSampler",
     "BetaSchedule",
     "BinomialForward",
@@ -116,6 +119,8 @@ __all__ = [
     "VelocityPrediction",
     "Verification",
     "adopt_stored",
+    "analytic_variance",
+    "best_subchain",
     "bin_width",
     "bound",
     "checkpoints",

@@ -71,6 +71,17 @@ def test_the_swiss_roll(example, tmp_path, capsys):
     assert f"K = {float(bound.K.mean()):.2f}" in printed
 
 
+def test_short_chains(example, monkeypatch, tmp_path, capsys):
+    module = example("short_chains")
+    monkeypatch.setattr(module, "T", 16)
+    monkeypatch.setattr(module, "STEPS", (3, 5))
+    bounds = module.main(tmp_path, 10)
+    assert all(bool(bound.nats.isfinite().all()) for bound in bounds.values())
+    printed = capsys.readouterr().out
+    assert f"{float(bounds['analytic', 'best', 5].mean):9.3f} ± " in printed
+    assert (tmp_path / "short_chains.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_heartbeat(example, tmp_path, capsys):
     bound = example("heartbeat").main(tmp_path, 10)
     printed = check(bound, tmp_path, capsys, "heartbeat.png")

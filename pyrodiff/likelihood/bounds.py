@@ -481,7 +481,7 @@ def importance_bound(
         (torch.Size([8, 50]), torch.Size([50]), True)
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    if num_particles is None and context:  # a number in the place of a context
+    if num_particles is None and context and not isinstance(context[-1], Tensor):  # a number in the place of a context
         checks.context(context[-1:], 1, diffusion.model.device, "num_particles")
     K, T = checks.positive_int("num_particles", num_particles), diffusion.num_steps
     evaluated = evaluating(diffusion, generator, guide=guide, given=guided(x_0, context))

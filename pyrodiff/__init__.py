@@ -42,6 +42,7 @@ from .pair.times import (
     UniformDrawing,
 )
 from .process.forward import BinomialForward, Forward, GaussianForward
+from .process.learned import LearnedBetaSchedule, LearnedLogSNRSchedule
 from .process.quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
 from .process.schedules import (
     BetaSchedule,
@@ -90,6 +91,8 @@ __all__ = [
     "GeometricSchedule",
     "ImportanceBound",
     "ImportanceDrawing",
+    "LearnedBetaSchedule",
+    "LearnedLogSNRSchedule",
     "LevelCategorical",
     "LevelPrediction",
     "Levels",

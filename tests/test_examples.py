@@ -82,6 +82,14 @@ def test_short_chains(example, monkeypatch, tmp_path, capsys):
     assert (tmp_path / "short_chains.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_learned_schedule(example, tmp_path, capsys):
+    bounds = example("learned_schedule").main(tmp_path, 10)
+    assert all(bool(bound.nats.isfinite().all()) for bound in bounds.values())
+    printed = capsys.readouterr().out
+    assert all(f"{float(bound.mean):.3f} ± " in printed for bound in bounds.values())
+    assert (tmp_path / "learned_schedule.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_heartbeat(example, tmp_path, capsys):
     bound = example("heartbeat").main(tmp_path, 10)
     printed = check(bound, tmp_path, capsys, "heartbeat.png")

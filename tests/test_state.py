@@ -504,7 +504,14 @@ def test_a_chain_of_a_chain_follows_as_well():
 
 FOLDER = Path(pyrodiff.__file__).parent
 SIMPLE = [
-    *("process/schedules", "process/quantization", "process/forward", "model/denoisers", "model/clipping"),
+    *(
+        "process/schedules",
+        "process/learned",
+        "process/quantization",
+        "process/forward",
+        "model/denoisers",
+        "model/clipping",
+    ),
     *("model/reverse", "model/decoders", "pair/times"),
     *("networks/embeddings", "networks/mlp", "networks/unet", "networks/offset"),
 ]

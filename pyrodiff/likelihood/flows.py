@@ -244,8 +244,8 @@ class _Flow:
         self.diffusion, self.num_probes, self.tolerance, self.max_steps = diffusion, num_probes, tolerance, max_steps
         schedule, T = diffusion.forward_process.schedule, diffusion.num_steps
         t = torch.arange(1, T + 1, device=schedule.device)
-        self.signal, self.log_snr = schedule.signal(t), schedule.log_snr(t)
-        self.scale = (self.signal**2 + schedule.noise(t) ** 2).sqrt()
+        self.signal, self.log_snr = schedule.signal(t).detach(), schedule.log_snr(t).detach()
+        self.scale = (self.signal**2 + schedule.noise(t).detach() ** 2).sqrt()
         self.D = diffusion.event_shape.numel()
 
     def log_prob_of_x_0(self, x_0: Tensor, context: Context, datum: Tensor) -> tuple[Tensor, Tensor]:

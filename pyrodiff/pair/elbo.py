@@ -263,7 +263,8 @@ def _check_reparameterised(name: str, guide_site: dict) -> None:
         raise ValueError(
             f"guide must not learn the law of a site that is not reparameterised, but the parameters of {name!r} "
             f"({type(innermost(q)).__name__}) require a gradient, which would be wrong: detach them, or use "
-            f"pyro.infer.TraceGraph_ELBO"
+            f"pyro.infer.TraceGraph_ELBO; a learned schedule of bits is used as it is after "
+            f"schedule.requires_grad_(False), and best_subchain finds the best of its times"
         )
 
 

@@ -1,0 +1,726 @@
+"""Learned schedules: what they are, that the bound is what teaches them, and the best of them where it is known."""
+
+import math
+from functools import partial
+
+import mpmath
+import numpy as np
+import oracles
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import far, gradient
+from loops import adam, pair_of, same, values
+from torch import nn
+from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyrodiff
+from pyrodiff import SVI, DiffusionELBO, checkpoints
+from pyrodiff.process.learned import LearnedBetaSchedule, LearnedLogSNRSchedule
+
+T, M, V = 5, 0.7, 0.3
+BETAS = [0.05, 0.2, 0.1, 0.5, 0.7]
+MILLION = 10**6
+
+
+def log_snr_schedule(T=T, first=4.0, last=-3.0, hidden=6, learn_ends=True, seed=0, shaken=1.0):
+    """One whose parameters are far from those of the start, the ends but for that."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        schedule = LearnedLogSNRSchedule(T, first, last, hidden, learn_ends)
+        for parameter in (schedule.line, schedule.slopes, schedule.offsets, schedule.weights):
+            parameter += shaken * torch.randn_like(parameter)
+    return schedule
+
+
+MAKE = {
+    "betas": lambda: LearnedBetaSchedule(BETAS),
+    "log SNR": log_snr_schedule,
+    "log SNR, ends kept": partial(log_snr_schedule, learn_ends=False),
+}
+every = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+every_pair = pytest.mark.parametrize("one_step", [False, True], ids=["trajectory", "one step"])
+
+
+class ExactMean(nn.Module):
+    """E[x_0 | x_t] of N(M, V)."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.process = forward
+
+    def forward(self, x_t, t):
+        a, b = self.process.scales(x_t, t)
+        return M + a * V / (a**2 * V + b**2) * (x_t - a * M)
+
+
+def exact(schedule, variance=None):
+    forward = pyrodiff.GaussianForward(schedule)
+    reverse = pyrodiff.GaussianReverse(forward, ExactMean(forward), variance)
+    return pyrodiff.Diffusion(forward, reverse, (2,))
+
+
+def networked(schedule, seed=3):
+    torch.manual_seed(seed)
+    forward = pyrodiff.GaussianForward(schedule)
+    denoiser = pyrodiff.NoisePrediction(pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1), forward)
+    return pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), (2,))
+
+
+def data(size=20, dtype=torch.float32):
+    return M + math.sqrt(V) * torch.randn(size, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def svi_of(pair, **options):
+    return SVI(pair.model, pair.guide, adam, DiffusionELBO(), **options)
+
+
+def close(actual, expected, rtol=1e-12, atol=1e-14):
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=rtol, atol=atol)
+
+
+# What they are
+
+
+def betas_of(schedule):
+    return schedule.beta(torch.arange(1, schedule.num_steps + 1)).detach()
+
+
+@every
+def test_a_learned_schedule_is_the_chain_of_its_betas(make):
+    schedule = make()
+    steps = oracles.preserving_steps(betas_of(schedule).tolist())
+    for s in range(T):
+        gain, variance = np.array(oracles.moments(steps, s)).T
+        t = torch.arange(s + 1, T + 1)
+        signal, noise = schedule.step(t, torch.full_like(t, s))
+        close(signal, gain[1:])
+        close(noise**2, variance[1:])
+        if s == 0:
+            close(schedule.signal(t), gain[1:])
+            close(schedule.noise(t) ** 2, variance[1:])
+            close(schedule.log_snr(t), np.log(gain[1:] ** 2 / variance[1:]))
+            close(schedule.scales(t)[1] ** 2, variance[1:])
+    start = [method(0).item() for method in (schedule.beta, schedule.signal, schedule.noise, schedule.log_snr)]
+    assert start == [0, 1, 0, math.inf]
+
+
+@every
+def test_its_posterior_is_that_of_the_fixed_schedule_of_the_same_betas(make):
+    schedule = make()
+    fixed = pyrodiff.BetaSchedule(betas_of(schedule))
+    t = torch.arange(1, T + 1)
+    close(schedule.posterior(t), fixed.posterior(t))
+    for s in (0, 1, 3):
+        close(schedule.posterior(t[s:], torch.full_like(t[s:], s)), fixed.posterior(t[s:], torch.full_like(t[s:], s)))
+        close(schedule.posterior(4, s), fixed.posterior(4, s))
+
+
+@every
+def test_an_int_and_a_tensor_of_any_shape_give_the_same(make):
+    schedule = make()
+    for method in (schedule.beta, schedule.signal, schedule.noise, schedule.log_snr, schedule.alpha_bar):
+        one_by_one = torch.stack([method(t) for t in range(T + 1)])
+        for dtype in (torch.int32, torch.int64):
+            t = torch.tensor([[0, T, 3], [1, 1, 2]], dtype=dtype)
+            close(method(t), one_by_one[t.long()].detach(), rtol=1e-14)
+            assert method(t[:0]).shape == (0, 3)
+        assert torch.equal(method(np.int64(3)), one_by_one[3])
+        assert one_by_one.dtype == torch.float64
+
+
+@every
+@pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half, lambda m: nn.Sequential(m).bfloat16()[0]])
+def test_parameters_stay_float64_whatever_the_module_is_cast_to(make, cast):
+    kept, schedule = make(), cast(make())
+    assert {tensor.dtype for tensor in (*schedule.parameters(), *schedule.buffers())} == {torch.float64}
+    assert all(map(torch.equal, kept.state_dict().values(), schedule.state_dict().values()))
+    assert len(kept.state_dict()) == len(schedule.state_dict()) > 0
+
+
+@every
+def test_a_schedule_that_was_made_without_memory_is_loaded(make):
+    schedule = make().to("meta").to_empty(device="cpu")
+    schedule.load_state_dict(make().state_dict())
+    assert torch.equal(betas_of(schedule), betas_of(make()))
+    assert "num_steps=5" in repr(make().to("meta"))
+
+
+@every
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_gradients_are_finite_at_both_ends(make):
+    schedule, t = make(), torch.arange(T + 1)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        found = [schedule.beta(t), schedule.scales(t), schedule.posterior(t[1:]), *schedule.step(t[1:], 0 * t[1:])]
+        assert bool(gradient(sum(values.sum() for values in found), schedule).isfinite().all())
+
+
+def test_the_network_between_the_ends_is_the_documented_one():
+    schedule = log_snr_schedule(T=9, first=3.0, last=-8.0)
+    line, slopes, weights = (
+        np.log1p(np.exp(p.detach().numpy())) for p in (schedule.line, schedule.slopes, schedule.weights)
+    )
+    units = list(zip(weights, slopes, schedule.offsets.tolist(), strict=True))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def g(u):
+        return line * u + sum(v * (sigmoid(s * u + c) - sigmoid(c)) for v, s, c in units) / 6
+
+    u = np.arange(9) / 8
+    close(schedule.log_snr(torch.arange(1, 10)), 3 + g(u) / g(1.0) * (-11))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_falls_whatever_its_parameters_are(seed):
+    schedule = log_snr_schedule(T=200, seed=seed, shaken=5.0)
+    with torch.no_grad():
+        schedule.log_fall.fill_(-3.0 * seed)
+    assert bool((schedule.log_snr(torch.arange(201)).diff() < 0).all())
+    assert float(schedule.last.detach()) < float(schedule.first.detach())
+
+
+def test_at_the_start_it_is_nearly_a_line():
+    t, expected = torch.arange(1, 101), pyrodiff.LogSNRSchedule(100, 9.0, -9.0)
+    for hidden in (8, 1024):
+        found = LearnedLogSNRSchedule(100, 9.0, -9.0, hidden)
+        assert float((found.log_snr(t) - expected.log_snr(t)).detach().abs().max()) < 0.03 * 18
+
+
+@pytest.mark.parametrize("hidden", [3, 7, 100, 1024])
+def test_ends_that_are_kept_are_exact_whatever_else_is_asked(hidden):
+    for T in (5, 37, MILLION):
+        schedule = log_snr_schedule(T, 3.3, -7.1, hidden, False)
+        for size in (0, 1, 5, 17):
+            t = torch.cat([torch.randint(1, T + 1, (size,)), torch.tensor([1, T])])
+            assert schedule.log_snr(t).tolist()[-2:] == [3.3, -7.1]
+
+
+@pytest.mark.parametrize("fixed", [0, 2, 4])
+def test_betas_start_where_they_are_told(fixed):
+    schedule = LearnedBetaSchedule(BETAS, fixed)
+    close(schedule.betas, BETAS)
+    assert betas_of(schedule)[:fixed].tolist() == BETAS[:fixed]
+    assert schedule.logits.shape == (T - fixed,)
+
+
+def test_of_one_step_there_is_the_first_log_snr_only():
+    schedule = LearnedLogSNRSchedule(1, 2.0, -5.0, hidden=3)
+    assert schedule.log_snr(1).item() == 2
+    assert schedule.beta(1).item() == pytest.approx(1 / (1 + math.exp(2)))
+
+
+# The bound teaches them
+
+
+def expected_bound(schedule, x_0):
+    """The bound on N(M, V) data in closed form, beta_t being the variance of each reverse step, with shape (B,)."""
+    T = schedule.num_steps
+    t = torch.arange(1, T + 1)
+    alpha_bar, beta = schedule.alpha_bar(t), schedule.beta(t)
+    alpha_bar_s = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    gain = alpha_bar.sqrt() * V / (alpha_bar * V + 1 - alpha_bar)
+    error = (1 - gain * alpha_bar.sqrt()) ** 2 * (x_0[..., None] - M) ** 2 + gain**2 * (1 - alpha_bar)
+    weight = alpha_bar_s.sqrt() * beta / (1 - alpha_bar)
+    posterior = (1 - alpha_bar_s) / (1 - alpha_bar) * beta
+    ratio = posterior[1:] / beta[1:]
+    later = (ratio - 1 - ratio.log()) / 2 + weight[1:] ** 2 * error[..., 1:] / (2 * beta[1:])
+    first = (2 * math.pi * beta[0]).log() / 2 + error[..., 0] / (2 * beta[0])
+    top = (alpha_bar[-1] * (x_0**2 - 1) - (1 - alpha_bar[-1]).log()) / 2
+    return (top + later.sum(-1) + first).sum(-1)
+
+
+@every
+@every_pair
+def test_the_gradient_of_either_pair_is_that_of_the_bound_in_closed_form(make, one_step):
+    diffusion, x_0 = exact(make()), data(3, torch.float64)
+    schedule, pair = diffusion.forward_process.schedule, pair_of(diffusion, one_step)
+    expected = gradient(expected_bound(schedule, x_0).mean(), schedule)
+    many, draws, losses = x_0.repeat(400, 1), [], []
+    for _ in range(30):
+        loss = DiffusionELBO().differentiable_loss(pair.model, pair.guide, many) / len(many)
+        losses.append(loss.detach())
+        draws.append(gradient(loss, schedule))
+    assert not far(torch.stack(draws), expected)
+    assert not far(torch.stack(losses), expected_bound(schedule, x_0).mean().detach())
+    assert float(expected.abs().min()) > 0
+
+
+@pytest.mark.parametrize("name", MAKE)
+@every_pair
+def test_they_are_learned_and_what_is_fixed_stays_exactly(name, one_step):
+    diffusion = networked(MAKE[name]())
+    schedule, svi = diffusion.forward_process.schedule, svi_of(pair_of(diffusion, one_step), clip_norm=10.0)
+    before, t = values(schedule), torch.tensor([1, T])
+    betas, ends = betas_of(schedule), schedule.log_snr(t).detach()
+    for _ in range(5):
+        svi.step(data())
+    assert all(not torch.equal(*both) for both in zip(before, values(schedule), strict=True))
+    stay = [bool(betas_of(schedule)[0] == betas[0]), *(schedule.log_snr(t).detach() == ends).tolist()]
+    assert stay == {"betas": [True, True, False], "log SNR": [False] * 3, "log SNR, ends kept": [True] * 3}[name]
+
+
+@pytest.mark.parametrize("fixed", [0, 1, 3])
+def test_so_many_of_the_first_betas_stay(fixed):
+    diffusion = networked(LearnedBetaSchedule(BETAS, fixed=fixed))
+    before = betas_of(diffusion.forward_process.schedule)
+    svi_of(diffusion).step(data())
+    stay = betas_of(diffusion.forward_process.schedule) == before
+    assert stay.tolist() == [t < fixed for t in range(T)]
+
+
+def test_frozen_noise_is_a_seed_before_each_step():
+    """2015: the noise is held constant, so that the bound is a fixed function of the schedule, and falls."""
+    diffusion = exact(LearnedBetaSchedule([0.3, 0.3, 0.3]))
+    svi, losses = svi_of(diffusion), []
+    for _ in range(40):
+        pyro.set_rng_seed(1)
+        losses.append(float(svi.step(data(dtype=torch.float64))))
+    assert losses == sorted(losses, reverse=True)
+    pyro.set_rng_seed(1)
+    with torch.no_grad():
+        again = DiffusionELBO().loss(diffusion.model, diffusion.guide, data(dtype=torch.float64))
+    pyro.set_rng_seed(1)
+    assert again == DiffusionELBO().loss(diffusion.model, diffusion.guide, data(dtype=torch.float64))
+
+
+# The best
+
+
+def mean_squared_error_of_x_0(snr):
+    return V / (1 + V * snr)
+
+
+def terms(schedule, error, t):
+    """L_{t-1} of steps that are exact but for their mean, from the posterior's weights; error is a function of SNR."""
+    _, weight, deviation = schedule.posterior(t)
+    return weight**2 / (2 * deviation**2) * error(schedule.log_snr(t).exp())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("T", "first", "last"), [(6, 4.0, -3.0), (10, 9.0, -9.0)])
+def test_the_best_signal_to_noise_ratios_are_geometric(T, first, last, seed):
+    """1 + V SNR_t is, and the sum is n (r^(1/n) - 1) / 2 with r the ratio of its ends."""
+    schedule, t = log_snr_schedule(T, first, last, 32, False, seed), torch.arange(2, T + 1)
+    ends = 1 + V * torch.tensor([first, last], dtype=torch.float64).exp()
+    best = (T - 1) / 2 * ((ends[0] / ends[1]) ** (1 / (T - 1)) - 1)
+    optimizer = torch.optim.LBFGS(schedule.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = terms(schedule, mean_squared_error_of_x_0, t).sum()
+        value.backward()
+        return value
+
+    start = float(optimizer.step(loss).detach())
+    assert start > 1.05 * float(best)
+    assert float(best) * (1 - 1e-12) < float(loss().detach()) < 1.0001 * float(best)
+    geometric = ends[0].log() + torch.linspace(0, 1, T).double() * (ends[1] / ends[0]).log()
+    close((1 + V * schedule.log_snr(torch.arange(1, T + 1)).exp()).log(), geometric, rtol=0.02, atol=0.02)
+
+
+def test_the_terms_are_those_of_the_kernels():
+    """What the test above makes least is what the bound has with the posterior's variance."""
+    diffusion = exact(log_snr_schedule(), pyrodiff.PosteriorVariance())
+    x_0 = M + math.sqrt(V) * torch.randn(20000, 2, dtype=torch.float64)
+    found = pyrodiff.bound(diffusion, x_0, generator=2).denoising
+    expected = terms(diffusion.forward_process.schedule, mean_squared_error_of_x_0, torch.arange(2, T + 1))
+    assert not far(found.T, 2 * expected.detach())
+
+
+# A million steps
+
+
+WEIGHTS, MEANS = np.array([0.3, 0.5, 0.2]), np.array([-1.2, 0.4, 1.5])
+SPREAD = 0.15
+
+
+def mixture_error(log_snr):
+    """The least mean squared error of x_0 of three Gaussians, by quadrature over x_t / a_t."""
+    variance = np.exp(-log_snr)
+    deviation = np.sqrt(SPREAD**2 + variance)
+    y = np.linspace(-2 - 10 * deviation, 2.5 + 10 * deviation, 6001)
+    laws = WEIGHTS * np.exp(oracles.log_normal(y[:, None], MEANS, deviation**2))
+    density = laws.sum(1)
+    parts = laws / np.maximum(density, 1e-300)[:, None]
+    means = MEANS + SPREAD**2 / deviation**2 * (y[:, None] - MEANS)
+    mean = (parts * means).sum(1)
+    within = SPREAD**2 * variance / deviation**2 + (parts * (means - mean[:, None]) ** 2).sum(1)
+    return (density * within).sum() * (y[1] - y[0])
+
+
+class MixtureMean(nn.Module):
+    """E[x_0 | x_t] of the three."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.process = forward
+
+    def forward(self, x_t, t):
+        a, b = self.process.scales(x_t, t)
+        weights, means = torch.tensor(WEIGHTS), torch.tensor(MEANS)
+        total = (a * SPREAD) ** 2 + b**2
+        off = x_t - a * means
+        parts = (weights.log() - off**2 / (2 * total)).softmax(-1)
+        return (parts * (means + a * SPREAD**2 / total * off)).sum(-1, keepdim=True)
+
+
+FIRST, LAST = 8.0, -5.0
+SHAPES = [partial(log_snr_schedule, MILLION, FIRST, LAST, 8, False, seed, 2.0) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def continuous():
+    """Half the SNR times the error as a polynomial of the log SNR, and its integral: the terms of infinitely many."""
+    error = np.polynomial.Chebyshev.interpolate(
+        np.vectorize(lambda log_snr: mixture_error(log_snr) * np.exp(log_snr) / 2), 100, [LAST, FIRST]
+    )
+    integral = error.integ()
+    return error, integral(FIRST) - integral(LAST)
+
+
+@pytest.mark.parametrize("make", SHAPES)
+def test_the_bound_of_a_million_steps_is_the_integral_over_the_signal_to_noise_ratio(make, continuous):
+    schedule, (error, integral) = make(), continuous
+    total = 0.0
+    with torch.no_grad():
+        for t in torch.arange(2, MILLION + 1).split(100000):
+            _, weight, deviation = schedule.posterior(t)
+            log_snr = schedule.log_snr(t)
+            fall = (weight / deviation) ** 2 * (-log_snr).exp()  # of the SNR, in parts of it
+            total += float(fall.numpy() @ error(log_snr.numpy()))
+    assert total == pytest.approx(integral, rel=1e-4)
+    assert total > integral
+
+
+def test_three_schedules_of_the_same_ends_have_one_bound(continuous):
+    """And its estimates at a random t vary by what is between the ends alone."""
+    component = torch.multinomial(torch.tensor(WEIGHTS), 20000, replacement=True)
+    x_0 = (torch.tensor(MEANS)[component] + SPREAD * torch.randn(20000).double())[:, None]
+    deviations = []
+    for make in SHAPES:
+        forward = pyrodiff.GaussianForward(make())
+        reverse = pyrodiff.GaussianReverse(forward, MixtureMean(forward), pyrodiff.PosteriorVariance())
+        pair = pyrodiff.Diffusion(forward, reverse, (1,)).one_step()
+        with torch.no_grad():
+            found = DiffusionELBO().terms(pair.model, pair.guide, x_0)
+        assert not far(found["x_s"], continuous[1])
+        deviations.append(float(found["x_s"].std()))
+    assert max(deviations) > 1.05 * min(deviations)
+
+
+def test_falls_of_the_log_snr_are_exact_to_nine_digits_in_a_million_steps():
+    """Against forty digits: the difference of two log SNRs, of 2e-5 or so each, does not cancel too far."""
+    mpmath.mp.dps = 40
+    schedule = log_snr_schedule(MILLION, 13.3, -5.0, 16, False)
+    line, *rest = (p.tolist() for p in (schedule.line, schedule.slopes, schedule.weights, schedule.offsets))
+    slopes, weights = ([mpmath.log1p(mpmath.exp(x)) for x in values] for values in rest[:2])
+
+    def sigmoid(x):
+        return 1 / (1 + mpmath.exp(-x))
+
+    def g(u):
+        units = zip(weights, slopes, rest[2], strict=True)
+        return mpmath.log1p(mpmath.exp(line)) * u + sum(v * (sigmoid(s * u + c) - sigmoid(c)) for v, s, c in units) / 16
+
+    def log_snr(t):
+        return mpmath.mpf(13.3) + g(mpmath.mpf(t - 1) / (MILLION - 1)) / g(1) * (mpmath.mpf(-5.0) - mpmath.mpf(13.3))
+
+    for t in (2, 1000, 333333, 777777, MILLION):
+        fall = log_snr(t) - log_snr(t - 1)
+        assert (schedule.log_snr(t) - schedule.log_snr(t - 1)).item() == pytest.approx(float(fall), rel=2e-9)
+        a_s = mpmath.sqrt(sigmoid(log_snr(t - 1)))
+        assert schedule.posterior(t)[1].item() == pytest.approx(float(-a_s * mpmath.expm1(fall)), rel=2e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that the result of an operation has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, found.numel() if isinstance(found, torch.Tensor) else 0)
+        return found
+
+
+def test_no_tensor_of_a_step_is_as_long_as_the_chain():
+    diffusion = networked(log_snr_schedule(MILLION, hidden=16))
+    pair = diffusion.one_step()
+    with Largest() as largest:
+        gradient(DiffusionELBO().differentiable_loss(pair.model, pair.guide, data()), pair.model)
+    assert largest.numel <= 2 * 20 * 16
+    svi_of(pair).step(data())
+
+
+# The variance of the estimate
+
+
+class Steady(DiffusionELBO):
+    def differentiable_loss(self, model, guide, *args, **kwargs):
+        found = self.terms(model, guide, *args, **kwargs)
+        schedule = model.forward_process.schedule
+        return found["x_T"].sum() + found["x_0"].sum() + schedule.steadied(found["x_s"])
+
+
+def test_between_the_ends_the_gradient_is_that_of_the_squares_and_the_bounds_elsewhere():
+    pair = networked(log_snr_schedule()).one_step()
+    schedule, losses, gradients = pair.model.forward_process.schedule, [], []
+    for loss in (Steady(), DiffusionELBO()):
+        torch.manual_seed(2)
+        losses.append(loss.differentiable_loss(pair.model, pair.guide, data()))
+        found = torch.autograd.grad(losses[-1], list(pair.model.parameters()))
+        gradients.append(dict(zip(names(pair), found, strict=True)))
+    torch.manual_seed(2)
+    costs = DiffusionELBO().terms(pair.model, pair.guide, data())["x_s"]
+    between = ("line", "slopes", "offsets", "weights")
+    squares = torch.autograd.grad((costs**2).sum(), [getattr(schedule, name) for name in between])
+    expected = dict(zip(between, squares, strict=True))
+    torch.testing.assert_close(*losses)
+    for name, found in gradients[0].items():
+        torch.testing.assert_close(found, expected.get(name.split(".")[-1], gradients[1][name]), msg=name)
+    assert len(expected) == 4 < len(gradients[0])
+
+
+def names(pair):
+    return [name if "schedule" in name else f"{name}_" for name, _ in pair.model.named_parameters()]
+
+
+def test_without_a_gradient_the_steadied_loss_is_the_sum():
+    schedule = log_snr_schedule()
+    with torch.no_grad():
+        assert float(schedule.steadied(torch.tensor([1.0, 2.0]))) == 3
+    costs = schedule.log_snr(torch.tensor([1, T]))
+    schedule.requires_grad_(False)
+    assert float(schedule.steadied(costs.detach())) == float(costs.sum().detach())
+
+
+def test_the_variance_of_the_estimate_falls_where_its_mean_cannot():
+    """Of N(M, V) a nat of log SNR costs V SNR / (1 + V SNR): the spread is least with more times where it is more."""
+    diffusion = exact(log_snr_schedule(MILLION, 5.0, -5.0, 32, False, shaken=0.1), pyrodiff.PosteriorVariance())
+    pair, x_0 = diffusion.one_step(), M + math.sqrt(V) * torch.randn(5000, 2).double()
+
+    def estimates():
+        torch.manual_seed(6)
+        with torch.no_grad():
+            return DiffusionELBO().terms(pair.model, pair.guide, x_0)["x_s"]
+
+    before = estimates()
+    svi = SVI(pair.model, pair.guide, lambda p: torch.optim.Adam(p, lr=0.05), Steady())
+    for i in range(100):
+        svi.step(x_0[50 * i : 50 * i + 50])
+    after = estimates()
+    assert float(after.var()) < 0.8 * float(before.var())
+    assert abs(float(after.mean() - before.mean())) < 5 * float((before.var() + after.var()) / 5000) ** 0.5
+
+
+# Parameters like any other
+
+
+@every
+@every_pair
+def test_a_run_goes_on_from_a_file(make, one_step, tmp_path):
+    def run(seed):
+        return svi_of(pair_of(networked(make(), seed), one_step), average=pyrodiff.exponential_average(0.5))
+
+    def on(svi):
+        torch.manual_seed(7)
+        for _ in range(2):
+            svi.step(data())
+        return values(svi.model), values(svi.average.module)
+
+    ours, theirs = run(1), run(2)
+    on(ours)
+    checkpoints.save(tmp_path / "run.pt", ours)
+    checkpoints.restore(tmp_path / "run.pt", theirs)
+    (weights, means), again = on(ours), on(theirs)
+    assert same(weights, again[0])
+    assert same(means, again[1])
+    schedule = ours.model.forward_process.schedule
+    averaged = ours.average.module.forward_process.schedule
+    assert all(p.dtype == torch.float64 for p in averaged.parameters())
+    assert not same(values(schedule), values(averaged))
+    with ours.averaged():
+        assert same(values(schedule), values(averaged))
+
+
+@every
+@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")  # Pyro's
+def test_a_frozen_schedule_stays(make):
+    diffusion = networked(make())
+    schedule = diffusion.forward_process.schedule.requires_grad_(False)
+    before, network = values(schedule), values(diffusion.reverse.denoiser.network)
+    svi = svi_of(diffusion)
+    svi.step(data())
+    assert same(before, values(schedule))
+    assert not same(network, values(diffusion.reverse.denoiser.network))
+    schedule.requires_grad_(True)
+    svi.step(data())
+    assert not same(before, values(schedule))
+
+
+@every
+@every_pair
+def test_a_graph_learns_as_the_programs_do(make, one_step, interpreted):
+    found = []
+    for compile in (False, True):
+        pair = pair_of(networked(make()), one_step)
+        svi = svi_of(pair, compile=compile)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            svi.step(data())
+        found.append([betas_of(pair.model.forward_process.schedule), *values(pair.model)])
+    assert len(interpreted) > 0
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+SEEN = {
+    "bound": lambda d: pyrodiff.bound(d, data(), generator=1).nats,
+    "bound of some times": lambda d: pyrodiff.bound(d, data(), num_times=2, generator=1).nats,
+    "bound of a sub-chain": lambda d: pyrodiff.bound(d.subchain([1, 3, T]), data(), generator=1).nats,
+    "bound of a sub-chain without ends": lambda d: pyrodiff.bound(d.subchain([2, 4]), data(), generator=1).nats,
+    "importance": lambda d: pyrodiff.importance_bound(d, data(), num_particles=3, generator=1).nats,
+    "sampler": lambda d: pyrodiff.AncestralSampler(d)(5, generator=1),
+    "sampler of fewer steps": lambda d: pyrodiff.AncestralSampler(d, num_steps=3)(5, generator=1),
+    "flow": lambda d: pyrodiff.ode_log_prob(d, data(3), num_probes=0, generator=1, tolerance=1e-4).nats,
+    "program": lambda d: DiffusionELBO().terms(d.model, d.guide, data())["x_0"].detach(),
+}
+
+
+@every
+@pytest.mark.parametrize("see", SEEN.values(), ids=SEEN)
+def test_what_reads_a_schedule_reads_what_was_learned(make, see):
+    """As it would a fixed schedule of these betas, before it learns and after."""
+    diffusion = networked(make())
+    for learns in (False, True):
+        if learns:
+            svi_of(diffusion.one_step()).step(data())
+        fixed = networked(pyrodiff.BetaSchedule(betas_of(diffusion.forward_process.schedule)))
+        fixed.reverse.denoiser.network.load_state_dict(diffusion.reverse.denoiser.network.state_dict())
+        torch.manual_seed(4)
+        found = see(diffusion)
+        torch.manual_seed(4)
+        torch.testing.assert_close(found, see(fixed), rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_a_diffusion_of_one_is_verified(make):
+    found = pyrodiff.verify(networked(make()).double(), data(dtype=torch.float64), num_repeats=20, generator=4)
+    assert found.passed, str(found)
+
+
+# A prior on the betas
+
+
+def test_a_prior_on_a_beta_has_the_posterior_of_quadrature():
+    """logit beta_2 ~ N(0, 1): the best Gaussian q for p(z) exp(-bound(z)), the bound in closed form at each z."""
+    schedule, x_0 = LearnedBetaSchedule([0.3, 0.5]), data(100, torch.float64)
+    diffusion, zero = exact(schedule), torch.zeros(1, dtype=torch.float64)
+    del schedule.logits  # no parameter from now on, but what a program sets
+
+    def model(x_0):
+        schedule.logits = pyro.sample("logit", dist.Normal(zero, 1.0).to_event(1))
+        diffusion.model(x_0)
+
+    def guide(x_0):
+        loc, scale = pyro.param("loc", zero + 0), pyro.param("scale", zero + 1, constraint=constraints.positive)
+        schedule.logits = pyro.sample("logit", dist.Normal(loc, scale).to_event(1))
+        diffusion.guide(x_0)
+
+    schedule.logits = zero
+    svi = SVI(
+        model,
+        guide,
+        lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        DiffusionELBO(),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.985),
+    )
+    for _ in range(300):
+        svi.step(x_0)
+
+    def log_density(z):
+        found = []
+        for schedule.logits in z[:, None]:
+            found.append(-(schedule.logits**2).sum() / 2 - expected_bound(schedule, x_0).sum())
+        return torch.stack(found)
+
+    loc, scale = best_gaussian(log_density)
+    assert float(pyro.param("loc").detach()) == pytest.approx(loc, abs=0.2 * scale)
+    assert float(pyro.param("scale").detach()) == pytest.approx(scale, rel=0.2)
+    assert scale < 0.65
+    assert abs(loc) > scale
+
+
+def best_gaussian(log_density):
+    """Mean and deviation of the Gaussian of least KL to a density, by quadrature and Newton's method."""
+    nodes, weights = (torch.tensor(a) for a in np.polynomial.hermite_e.hermegauss(12))
+    weights = weights / weights.sum()
+    q = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([q], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = -(weights * log_density(q[0] + q[1].exp() * nodes)).sum() - q[1]
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return float(q[0].detach()), float(q[1].detach().exp())
+
+
+# Bits, and bad input
+
+
+@every_pair
+@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")  # Pyro's
+def test_with_bits_a_schedule_is_not_learned_but_may_be_used(one_step):
+    forward = pyrodiff.BinomialForward(LearnedBetaSchedule(BETAS), rate=0.3)
+    denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1), forward)
+    pair = pair_of(pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, denoiser), (2,)), one_step)
+    x_0 = (data() > M).float()
+    for compile in (False, True):
+        with pytest.raises(ValueError, match=r"not reparameterised.*Bits"):
+            svi_of(pair, compile=compile).step(x_0)
+    forward.schedule.requires_grad_(False)
+    assert math.isfinite(float(svi_of(pair).step(x_0)))
+
+
+BAD = {
+    "no betas": (lambda: LearnedBetaSchedule([]), "betas must be a sequence of at least one number"),
+    "a table": (lambda: LearnedBetaSchedule([[0.1]]), "betas must be a sequence"),
+    "a beta of 1": (lambda: LearnedBetaSchedule([0.1, 1.0]), r"betas\[1\] of 2 is 1.0: BetaSchedule takes"),
+    "a beta of 0": (lambda: LearnedBetaSchedule([0.0, 0.5]), r"betas must lie in \(0, 1\) .* betas\[0\] of 2 is 0.0"),
+    "no number": (lambda: LearnedBetaSchedule([0.2, math.nan]), r"betas\[1\] of 2 is nan"),
+    "a parameter": (lambda: LearnedBetaSchedule(nn.Parameter(torch.tensor([0.2, 0.3]))), "give betas.detach()"),
+    "all fixed": (lambda: LearnedBetaSchedule([0.2, 0.3], fixed=2), r"fixed must be an int in 0..T-1 = 1.* is 2: give"),
+    "fewer": (lambda: LearnedBetaSchedule([0.2, 0.3], fixed=-1), "fixed must be an int .* but it is -1"),
+    "a bool": (lambda: LearnedBetaSchedule([0.2, 0.3], fixed=True), "fixed must be an int .* but it is True"),
+    "one beta": (lambda: LearnedBetaSchedule([0.2]), "fixed must be an int in 0..T-1 = 0"),
+    "no steps": (lambda: LearnedLogSNRSchedule(0, 9.0, -9.0), "num_steps must be an int of at least 1"),
+    "ends that cross": (lambda: LearnedLogSNRSchedule(5, -1.0, 1.0), r"last must be a number in \(-700, -1.0\), below"),
+    "ends that meet": (lambda: LearnedLogSNRSchedule(5, 1.0, 1.0), "last must be a number .* but it is 1.0"),
+    "an infinite end": (lambda: LearnedLogSNRSchedule(5, math.inf, 1.0), "first must be a number in"),
+    "no end": (lambda: LearnedLogSNRSchedule(5, 1.0, None), "last must be a number .* but it is None"),
+    "no units": (lambda: LearnedLogSNRSchedule(5, 1.0, -1.0, hidden=0), "hidden must be an int of at least 1"),
+    "no bool": (lambda: LearnedLogSNRSchedule(5, 1.0, -1.0, learn_ends="no"), "learn_ends must be one of"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_words(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@every
+@pytest.mark.parametrize("t", [-1, T + 1, 1.0, torch.tensor([0, T + 1]), torch.tensor([0.5])])
+def test_a_time_outside_of_the_chain_is_refused(make, t):
+    for method in (make().beta, make().log_snr, make().scales):
+        with pytest.raises(ValueError, match="t must"):
+            method(t)

@@ -1,4 +1,4 @@
-r"""Plain networks f(x_t, t, *context), which know nothing of probability.
+r"""Plain networks, functions of x_t, t and a context, which know nothing of probability.
 
 A network takes the state ``x_t``, with shape (B, *event_shape), the time ``t``, an int or an integer tensor with shape
 (B,), and the context, tensors whose first dimension is the batch's: none, a label, a vector, or what a network of yours

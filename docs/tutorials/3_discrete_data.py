@@ -75,7 +75,7 @@ print(bound)
 # %%
 # p is a probability of bits. The whole sequence costs little more than the truth's 2.322 bits; what is over comes from
 # the network and from the number of steps, for within a step the bits are drawn independently of each other
-# (``examples/heartbeat.py``, with T = 2000 and longer training, comes to 2.337).
+# (``examples/heartbeat.py``, with T = 2000 and longer training, comes to 2.340).
 
 samples = diffusion.model(num_samples=500)
 beats = samples.view(-1, 4, 5)

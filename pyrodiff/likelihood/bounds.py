@@ -233,7 +233,8 @@ def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, cou
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
         blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
         drawn = (block() for block in islice(blocks, rank, None, count))
-        for i, t, size, *states in _joined(drawn, draws.look.rows):
+        whole = draws.look.rows // draws.rows * draws.rows  # as many blocks as fit, so that none is cut
+        for i, t, size, *states in _joined(drawn, whole or draws.look.rows):
             data = batch.rows(i)
             costs = step_costs(
                 diffusion.model, data.x_0, t, states[0], data.context, *states[1:], first=first, later=not first

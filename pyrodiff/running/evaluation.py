@@ -141,7 +141,9 @@ class Batch:
 
     def rows(self, index: Tensor | slice) -> "Batch":
         """The data of these rows, and their context."""
-        return Batch(self.x_0[index], tuple(values[index] for values in self.context))
+        if isinstance(index, slice):
+            return Batch(self.x_0[index], tuple(values[index] for values in self.context))
+        return Batch(self.x_0.index_select(0, index), tuple(v.index_select(0, index) for v in self.context))
 
     def differentiable(self) -> "Batch":
         """The same, of tensors that gradients may pass through, which those of ``torch.inference_mode`` are not."""

@@ -396,3 +396,50 @@ def test_a_variance_for_each_dimension_is_not_taken_for_one_for_each_datum():
             pytest.raises(ValueError, match="variance must return a tensor of the shape"),
         ):
             reverse(torch.zeros(2, 2), t)
+
+
+class Rotated(pyro.distributions.TorchDistribution):
+    """A Gaussian whose axes are turned, by a product of matrices that autocast would take in half precision."""
+
+    arg_constraints = {}  # noqa: RUF012 - torch's own form
+    support = torch.distributions.constraints.real_vector
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Rotated(self.loc.expand(*batch_shape, 8))
+
+    def log_prob(self, x):
+        scale = torch.linspace(0.3, 1.2, 8)
+        return dist.Normal(torch.zeros(8), scale).log_prob((x - self.loc) @ self.turn).sum(-1)
+
+
+class TurnedKernel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x_t, t):
+        return Rotated(self.weight * x_t)
+
+
+@pytest.mark.parametrize("one_step", [True, False])
+def test_what_is_summed_to_a_bound_is_never_in_half_precision(one_step):
+    """Under autocast networks may compute in less; the laws and their costs do not, in any of the ways to a loss."""
+    diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(pyrodiff.LinearSchedule(4)), TurnedKernel(), (8,))
+    pair, x_0 = diffusion.one_step() if one_step else diffusion, torch.randn(16, 8)
+    for validated in (False, True):
+        found = []
+        for enabled in (False, True):
+            torch.manual_seed(3)
+            with pyro.validation_enabled(validated), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found.append(DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0))
+        assert torch.equal(*found), validated
+    bounds = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            bounds.append(bound(diffusion, x_0, generator=1).nats)
+    assert torch.equal(*bounds)

@@ -83,6 +83,27 @@ def test_a_sampler_of_ones_own_has_the_loop_of_all():
     assert torch.equal(states[-1], eager(3, generator=2))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sampler_of_fewer_steps_has_the_parts_that_the_diffusion_has_now(compiled):
+    """Written in place, replaced, put back: the samples are those of a sampler newly made."""
+    diffusion = exact(32)
+    sampler = pyrodiff.AncestralSampler(diffusion, compile=compiled, num_steps=8)
+
+    def agrees():
+        new = pyrodiff.AncestralSampler(diffusion, num_steps=8)(4, generator=1)
+        torch.testing.assert_close(sampler(4, generator=1), new, rtol=1e-9, atol=1e-9)
+        return new
+
+    first, denoiser = agrees(), diffusion.reverse.denoiser
+    diffusion.reverse.denoiser = Exact(diffusion.forward_process)
+    diffusion.reverse.denoiser.m = M + 5
+    assert not torch.allclose(agrees(), first)
+    diffusion.reverse.variance = pyrodiff.PosteriorVariance()
+    agrees()
+    diffusion.reverse.denoiser, diffusion.reverse.variance = denoiser, pyrodiff.ForwardVariance()
+    assert torch.equal(agrees(), first)
+
+
 def returning(step=None, last=None):
     class Wrong(pyrodiff.Sampler):
         def step(self, x_t, t, *context):

@@ -76,6 +76,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "Look",
     "validated",
     "number",
+    "number_of_values",
     "pair_costs",
     "path_of",
     "precisely",

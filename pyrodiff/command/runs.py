@@ -39,7 +39,7 @@ from .. import checkpoints, plots
 from ..base import ranks
 from ..base.files import write
 from ..likelihood.bounds import Bound, bound
-from ..pair.diffusion import Diffusion
+from ..pair.diffusion import Diffusion, evenly_spaced
 from ..pair.elbo import DiffusionELBO
 from ..sampling.ancestral import AncestralSampler
 from ..training.svi import SVI, exponential_average
@@ -297,7 +297,7 @@ def shortened(diffusion: Diffusion, steps: int | None) -> Diffusion:
     T = diffusion.num_steps
     if steps is None or steps >= T:
         return diffusion
-    return diffusion.subchain(sorted(set(torch.linspace(T, 1, steps).round().int().tolist())))
+    return diffusion.subchain(evenly_spaced(steps, T))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -97,7 +97,7 @@ def variance_account(
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape).
-        *context: What the network is told of each datum: tensors of B rows, or of one for all.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         drawings: The ways of drawing t, by name. If not given: "uniform"; "low discrepancy"; "loss second moment",
             which has been told its history of costs at each t; "optimal", from the second moments measured here.
         num_particles: The number of draws of a datum and :math:`x_t` at each t that the moments come from, at least 2.

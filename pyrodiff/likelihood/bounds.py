@@ -143,7 +143,7 @@ def bound(
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
-        *context: What the network is told of each datum: tensors of B rows, or of one for all.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number of draws of each x_t that a term is the mean of.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes. The bound
             does not depend on it, but for rounding.
@@ -456,7 +456,7 @@ def importance_bound(
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
-        *context: What the network is told of each datum: tensors of B rows, or of one for all.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number K of trajectories a datum: T network evaluations each.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes.
         generator: A generator or a seed, for the same number each time; torch's global source if not given.

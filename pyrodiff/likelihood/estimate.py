@@ -69,8 +69,8 @@ class Likelihood(ABC):
 
     Attributes:
         event_shape: The shape of one datum.
-        levels: How many values a dimension of a datum may take, where p is a probability, infinity counted; None where
-            it is a density.
+        levels: How many values each dimension of a datum may take, where p is a probability, infinity counted; None
+            where it is a density.
     """
 
     event_shape: torch.Size

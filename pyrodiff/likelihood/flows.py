@@ -128,7 +128,7 @@ def ode_log_prob(
         diffusion: A Gaussian diffusion. Its :math:`\hat x_0` is the denoiser's, or, of a reverse process of another
             kind, what the mean of its kernel says.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
-        *context: What the network is told of each datum: tensors of B rows, or of one for all.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_probes: The number of random signs whose mean estimates the divergence; 0 to compute it, D gradients an
             evaluation. If not given, 0 up to 20 dimensions and 10 above.
         num_particles: The number of draws of :math:`x_1`, where a decoder follows; 1 if not given.

@@ -8,8 +8,8 @@ observes of datum i,
     -\log p(x_1, \dots, x_B) \;\le\; \mathbb{E}_q KL(q(w) \| p(w)) + \sum_{i=1}^{B} \mathbb{E}_q
         \log \frac{q(z_i | w, x_i)}{p(x_i, z_i | w)}
 
-The sum over i falls into one cost a datum, and that into one a site, the terms of :class:`DiffusionELBO`. The rest is
-no datum's, and is reported by itself.
+The sum over i falls into one cost per datum, and that into one per site, the terms of :class:`DiffusionELBO`. The rest
+is no datum's, and is reported by itself.
 
 The programs are run as they are, on a fixed number of neighbouring data at a time, and each run draws from a seed made
 of the seed of the whole, of the particle, and of which run it is. So the draws depend on the seed, on the position of
@@ -21,7 +21,6 @@ References:
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit, constraints
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from ..base.randomness import seed_draws, seed_of
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..pair.entropy import innermost
+from ..process.quantization import number_of_values
 from ..running.compilation import as_written
 from ..running.evaluation import expect, progress_bar, seeded
 from .bounds import ImportanceBound
@@ -65,8 +65,8 @@ class PairBound(Likelihood):
             "auxiliary", log q, of a site of the guide alone.
         costs: Their costs, each the mean over particles, with shape (S, B).
         event_shape: The shape of one datum of ``x_0``.
-        levels: How many values a dimension may take, where p is a probability, the most of any observed site, infinity
-            counted; None where it is a density.
+        levels: How many values each dimension may take, where p is a probability, the most of any observed site,
+            infinity counted; None where it is a density.
         global_names: The sites outside of that plate, in the model's order.
         global_costs: Their costs, which all data share: no part of ``nats``.
     """
@@ -164,7 +164,7 @@ def pair_bound(
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context,
             on the device that the programs take them.
         *context: What else the programs are called with: tensors of B rows, or of one for all. The indices of the data
-            are one, for a guide that keeps parameters a datum.
+            are one, for a guide that keeps parameters per datum.
         plate: The name of the plate of the data.
         num_particles: The number of runs that a cost is the mean of.
         batch_size: How many data a run has. All sites of a run are held in memory; other draws belong to another
@@ -173,7 +173,7 @@ def pair_bound(
         progress: Whether to show a progress bar, where there is a terminal.
 
     Returns:
-        The costs, in nats, a datum each, and what all data share.
+        The costs in nats, per datum, and what all data share.
 
     Raises:
         ValueError: If ``x_0`` is no data or an empty loader, or a number is not a positive int; if the programs have no
@@ -381,8 +381,8 @@ class _Pair:
         for name, cost in self.terms(data).items():
             if cost.dim() == 0:
                 raise ValueError(
-                    f"plate {self.plate!r} must hold every site with a cost for an importance-weighted bound a datum, "
-                    f"but {name!r} stands outside of it: what all data share leaves no datum a weight of its own"
+                    f"plate {self.plate!r} must hold every site with a cost for an importance-weighted bound per "
+                    f"datum, but {name!r} stands outside of it: what all data share leaves no datum a weight of its own"
                 )
         for name, site in {**self.guide.sites(), **self.model.sites()}.items():
             if site["mask"] is not False and not bool((torch.as_tensor(site["scale"]) == 1).all()):
@@ -406,7 +406,7 @@ class _Pair:
 
     @property
     def levels(self) -> int | float | None:
-        """How many values a dimension may take, the most of all observed sites; None of a density."""
+        """How many values each dimension may take, the most of all observed sites; None of a density."""
         return max(((levels for found in self._levels.values() for levels in found)), key=lambda n: n or 0)
 
     def _frame(self, site: dict) -> Any:
@@ -469,22 +469,13 @@ def _levels_of(name: str, law: Distribution) -> set[int | float | None]:
             elif hasattr(support, "base_constraint"):
                 supports.append(support.base_constraint)
             else:
-                found.add(_number_of_values(support) if support.is_discrete else None)
+                found.add(number_of_values(support))
         return found
     except NotImplementedError as error:
         raise ValueError(
             f"the law of observed site {name!r} must say its support, since p is a probability where that is discrete "
             f"and a density elsewhere, but {type(innermost(law)).__name__} says none"
         ) from error
-
-
-def _number_of_values(support: constraints.Constraint) -> int | float:
-    if isinstance(support, type(constraints.boolean) | type(constraints.one_hot)):
-        return 2
-    if isinstance(support, constraints.integer_interval | constraints.multinomial):
-        width = torch.as_tensor(support.upper_bound) - getattr(support, "lower_bound", 0)
-        return int(width.max()) + 1
-    return getattr(support, "levels", math.inf)  # of one's own, as Levels has them
 
 
 def _batches(x_0: Tensor | Iterable, context: tuple, size: int) -> Iterator[tuple[Tensor, ...]]:

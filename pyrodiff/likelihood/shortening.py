@@ -27,7 +27,7 @@ from ..base.precision import float64, home, precisely
 from ..base.randomness import seed_draws, seed_of
 from ..model.analytic import AnalyticVariance
 from ..model.reverse import BinomialReverse, GaussianReverse
-from ..pair.diffusion import Diffusion
+from ..pair.diffusion import Diffusion, evenly_spaced
 from ..pair.terms import prior_cost, runs, step_costs
 from ..process.forward import GaussianForward, with_parts
 from ..process.quantization import bin_width
@@ -49,7 +49,7 @@ def analytic_variance(
     progress: bool = False,
     guide: Callable | None = None,
 ) -> AnalyticVariance:
-    r"""The variance of least bound for a trained denoiser, of every step of every chain, by T network calls a datum.
+    r"""The variance of least bound for a trained denoiser, of every step of every chain, by T network calls per datum.
 
     .. math:: \sigma_{s|t}^2 = \tilde\beta_{s|t}
         + w_0(s, t)^2 \, \frac1D \mathbb{E} \lVert x_0 - \hat x_0(x_t, t) \rVert^2
@@ -68,15 +68,15 @@ def analytic_variance(
         diffusion: The model: a Gaussian one, whose reverse process has a ``denoiser``. Its own variance plays no part.
         x_0: The data, with shape (B, *event_shape), at least 2 of them; or a loader of such batches, or of tuples of
             one and its context. Those of the training, not those that the bound is to be of.
-        *context: What the network is told of each datum: tensors of B rows, or of one for all.
-        num_particles: The number of draws of each :math:`x_t` of a datum.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
+        num_particles: The number of draws of each :math:`x_t` per datum.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes.
         generator: A generator or a seed, for the same numbers each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, as of :func:`bound`.
 
     Returns:
-        The variance. A relative error :math:`\delta` of it costs a step :math:`\delta^2 / 4` nats a dimension; where
+        The variance. A relative error :math:`\delta` of it costs a step :math:`\delta^2 / 4` nats per dimension; where
         the standard error of the mean over so few data makes it a tenth, a warning says so.
 
     Raises:
@@ -84,7 +84,7 @@ def analytic_variance(
             there is a single datum.
 
     References:
-        Analytic-DPM (Bao et al., 2022), Theorem 1 and Eq. 8: the mean over data,
+        Analytic-DPM (Bao et al., 2022), Theorem 1, as a mean over data,
         https://arxiv.org/abs/2201.06503
 
         Estimating the Optimal Covariance with Imperfect Mean in Diffusion Probabilistic Models (Bao et al., 2022),
@@ -186,7 +186,7 @@ def best_subchain(
     chain is the shortest path of K nodes: one from the cost :math:`L_0` of the step to the data, which may depend on
     the second time too (:class:`PosteriorVariance`), to that of the prior, :math:`L_T`. It ends at T where the prior
     was given, and elsewhere where that is best. With many candidates it costs :math:`n` network calls and
-    :math:`n^2 / 2` evaluations of the kernels and of the decoder a datum, besides n^2 numbers of memory: where a
+    :math:`n^2 / 2` evaluations of the kernels and of the decoder per datum, besides n^2 numbers of memory: where a
     reverse process is of one's own, which may use its network in any way, that is :math:`n^2` network calls.
 
     The costs are means, and what is noise in them is chosen too. With few data the chain may be no better than an even
@@ -196,11 +196,11 @@ def best_subchain(
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
             Those of the training, not those that the bound is to be of.
-        *context: What the network is told of each datum: tensors of B rows, or of one for all.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_steps: The number K of steps, at most as many as there are candidates.
         candidates: The times among which to choose, increasing ints in 1..T; or so many, evenly spaced from 1 to T,
             and all if T is not above it.
-        num_particles: The number of draws of each :math:`x_t` of a datum.
+        num_particles: The number of draws of each :math:`x_t` per datum.
         memory_budget: What the states and activations of one batch of network calls may take, in bytes.
         generator: A generator or a seed, for the same times each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
@@ -214,10 +214,10 @@ def best_subchain(
             range, or no chain has a finite bound.
 
     References:
-        Learning to Efficiently Sample from Diffusion Probabilistic Models (Watson et al., 2021), section 3 and
-        Algorithm 1, https://arxiv.org/abs/2106.03802
+        Learning to Efficiently Sample from Diffusion Probabilistic Models (Watson et al., 2021): a shortest
+        path, https://arxiv.org/abs/2106.03802
 
-        Analytic-DPM (Bao et al., 2022), section 4: the same with the best variances, https://arxiv.org/abs/2201.06503
+        Analytic-DPM (Bao et al., 2022): the same with the best variances, https://arxiv.org/abs/2201.06503
 
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=20))
@@ -251,8 +251,7 @@ def _candidates(diffusion: Diffusion, candidates: int | Sequence[int]) -> tuple[
     """The times, refused where no chain of them can be."""
     T = diffusion.num_steps
     if checks.is_int(candidates):
-        number = min(checks.positive_int("candidates", candidates), T)
-        times = tuple(torch.linspace(T, 1, number, dtype=torch.float64, device="cpu").round().long().flip(0).tolist())
+        times = evenly_spaced(min(checks.positive_int("candidates", candidates), T), T)
     else:
         times = checks.increasing("candidates", candidates, T)
     if diffusion.model.prior is not None and times[-1] != T:

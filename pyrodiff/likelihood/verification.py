@@ -89,7 +89,7 @@ def verify(
     Arguments:
         diffusion: The model.
         x_0: A few data, with shape (B, *event_shape).
-        *context: What the network is told of each datum: tensors of B rows, or of one for all.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_repeats: The number of fresh evaluations of each side, at least 10.
         num_particles: The number K of trajectories of the importance-weighted bound, at least 2.
         generator: A generator or a seed, for the same draws each time; torch's global source if not given.

@@ -100,7 +100,7 @@ class Clipped(_Around):
     Arguments:
         denoiser: A module called as ``denoiser(x_t, t, *context)`` that returns :math:`\hat x_0`, with the shape of
             ``x_t``.
-        low: The least value l: a number, or a tensor that broadcasts against one datum (a value a dimension).
+        low: The least value l: a number, or a tensor that broadcasts against one datum (one value per dimension).
         high: The greatest value h, likewise.
 
     Raises:
@@ -154,7 +154,7 @@ class Thresholded(_Around):
         s = \min\left(\max\left(1, \, \mathrm{quantile}_p |\hat x_0|\right), \, s_\max\right), \qquad
         \hat x_0 \leftarrow \frac{\min(\max(\hat x_0, \, -s), \, s)}{s}
 
-    a datum by itself, with the quantile over all its numbers, linear between two of them. Where next to nothing of a
+    each datum by itself, with the quantile over all its numbers, linear between two of them. Where next to nothing of a
     datum lies outside [-1, 1], s is 1 and this is ``Clipped(denoiser, -1.0, 1.0)``; where much does, as under strong
     guidance, the datum is made less bright, instead of being cut at the ends.
 

@@ -51,7 +51,7 @@ class LogSNREmbedding(nn.Module):
     .. math:: \left(\sin(50 \lambda_t \omega_k), \cos(50 \lambda_t \omega_k)\right)_{k = 0}^{K - 1}, \qquad
         \omega_k = 10000^{-k / K}
 
-    A network that is told :math:`\lambda_t`, and not the number of a step, means the same under any schedule and any
+    A network that is given :math:`\lambda_t`, and not the number of a step, means the same under any schedule and any
     number of steps. Variational diffusion models spread the schedule's ends over 1000 radians; they are some 20 nats
     apart, so 50 radians a nat is nearly that, but the ends need not be known, and where they are learned the network
     sees them move.
@@ -69,7 +69,7 @@ class LogSNREmbedding(nn.Module):
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), Appendix B, https://arxiv.org/abs/2107.00630: the network
-        is told :math:`\gamma = -\lambda`.
+        is given :math:`\gamma = -\lambda`.
 
     Example:
         >>> schedule = pyrodiff.LogSNRSchedule(num_steps=1000)

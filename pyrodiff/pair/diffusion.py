@@ -47,7 +47,7 @@ from .programs import (
 )
 from .times import BoundWeighting, Drawing, LowDiscrepancyDrawing
 
-__all__ = ["Diffusion", "OneStep", "adopt_stored"]
+__all__ = ["Diffusion", "OneStep", "adopt_stored", "evenly_spaced"]
 
 
 class Diffusion(nn.Module):
@@ -251,6 +251,23 @@ def _check_levels(reverse: nn.Module, decoder: nn.Module) -> None:
     ours, theirs = (getattr(part, "levels", None) for part in (getattr(reverse, "denoiser", None), decoder))
     if ours is not None and theirs is not None and ours != theirs:
         raise ValueError(f"decoder must have the {ours} levels that the denoiser predicts, but it has {theirs}")
+
+
+def evenly_spaced(num_steps: int, T: int) -> tuple[int, ...]:
+    """So many times in 1..T, both ends among them and evenly between; T alone, if it is one.
+
+    Arguments:
+        num_steps: How many, at most T.
+        T: The number of steps of the whole chain.
+
+    Raises:
+        ValueError: If ``num_steps`` is no int in 1..T.
+    """
+    num_steps = checks.positive_int("num_steps", num_steps)
+    if num_steps > T:
+        raise ValueError(f"num_steps must be at most T = {T}, but it is {num_steps}")
+    spaced = torch.linspace(T, 1, num_steps, dtype=torch.float64, device="cpu").round().long()
+    return tuple(reversed(spaced.tolist()))
 
 
 @torch.no_grad()

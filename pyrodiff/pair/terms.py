@@ -70,7 +70,7 @@ def step_costs(
         x_0: The data, with shape (B, *event_shape).
         t: The times, with shape (B,).
         x_t: The states, draws of q(x_t | x_0), with the shape of ``x_0``.
-        context: What the network is told of each datum: tensors of B rows, or of one.
+        context: The context of each datum, for the network: tensors of B rows, or of one.
         x_s: Draws of the posterior q(x_{t-1} | x_t, x_0): L_{t-1} is then the log ratio at these. If not given, it is
             the KL, or, where none is registered, the log ratio at fresh draws.
         first, later: Whether t is 1 for some data, and whether it is above for some.

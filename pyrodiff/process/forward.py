@@ -22,7 +22,6 @@ References:
 """
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -36,6 +35,7 @@ from torch.nn.functional import softplus
 
 from ..base import checks
 from ..base.precision import Float64Module, coefficients, home
+from .quantization import number_of_values
 from .schedules import Schedule, SubSchedule
 
 __all__ = ["BinomialForward", "Forward", "GaussianForward"]
@@ -70,12 +70,7 @@ class Forward(Float64Module, ABC):
     @property
     def levels(self) -> int | float | None:
         """How many values a number of a state may take, infinity of them counted; None where p is a density."""
-        if not self.support.is_discrete:
-            return None
-        if self.support is constraints.boolean:
-            return 2
-        ends = getattr(self.support, "lower_bound", None), getattr(self.support, "upper_bound", None)
-        return math.inf if None in ends else int(ends[1]) - int(ends[0]) + 1
+        return number_of_values(self.support)
 
     @abstractmethod
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:

@@ -294,7 +294,7 @@ class LearnedLogSNRSchedule(_Learned):
                     return terms["x_T"].sum() + terms["x_0"].sum() + schedule.steadied(terms["x_s"])
 
         Arguments:
-            costs: The estimates, a datum each, with shape (B,).
+            costs: The estimates per datum, with shape (B,).
 
         Returns:
             Their sum, with shape ().

@@ -148,6 +148,22 @@ def whole_levels(name: str, k: Tensor, levels: int) -> Tensor:
     return whole
 
 
+def number_of_values(support: constraints.Constraint) -> int | float | None:
+    """How many values a number may take, infinity counted; None where they are not discrete, so that p is a density.
+
+    Arguments:
+        support: What the number may be.
+    """
+    if not support.is_discrete:
+        return None
+    if isinstance(support, type(constraints.boolean) | type(constraints.one_hot)):
+        return 2
+    if isinstance(support, constraints.integer_interval | constraints.multinomial):
+        width = torch.as_tensor(support.upper_bound) - getattr(support, "lower_bound", 0)
+        return int(width.max()) + 1
+    return getattr(support, "levels", math.inf)  # of one's own, as Levels has them
+
+
 class Levels(constraints.Constraint):
     r"""The points :math:`v_0, \dots, v_{L-1}`, to a thousandth of a bin or the precision of the dtype.
 

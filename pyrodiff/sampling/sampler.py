@@ -15,11 +15,11 @@ from torch.distributions import Distribution
 from tqdm import tqdm
 
 from ..base import checks
-from ..pair.diffusion import Diffusion
-from ..running.compilation import Compiled
+from ..pair.diffusion import Diffusion, evenly_spaced
+from ..running.compilation import Compiled, Composition
 from ..running.evaluation import evaluating, progress_bar, validated
 
-__all__ = ["Sampler", "drawn", "evenly_spaced"]
+__all__ = ["Sampler", "drawn"]
 
 
 class Sampler(ABC):
@@ -81,9 +81,16 @@ class Sampler(ABC):
         self.diffusion, self.guide = diffusion, guide
         if num_steps is not None:
             times = evenly_spaced(num_steps, diffusion.num_steps)
-        self.chain = diffusion if times is None else diffusion.subchain(times)
-        self._times = tuple(range(1, diffusion.num_steps + 1)) if times is None else tuple(int(t) for t in times)
-        self._compiled = Compiled(self._as_a_function, [self.chain.model], name="sampling") if compile else None
+        self._is_cut, self._compiles = times is not None, compile
+        self._times = tuple(int(t) for t in (range(1, diffusion.num_steps + 1) if times is None else times))
+        self._cut()
+
+    def _cut(self) -> None:
+        """Make the chain of the diffusion as it is now, and note what that is made of."""
+        modules = list(self.diffusion.modules())
+        self._made_of = Composition(modules, [], keyed=modules)
+        self.chain = self.diffusion.subchain(self._times) if self._is_cut else self.diffusion
+        self._compiled = Compiled(self._as_a_function, [self.chain.model], name="sampling") if self._compiles else None
 
     @abstractmethod
     def step(self, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ class Sampler(ABC):
 
         Arguments:
             num_samples: How many, n.
-            *context: What the network is told of each sample: tensors of n rows, or of one for all.
+            *context: The context of each sample, for the network: tensors of n rows, or of one for all.
             generator: A generator or a seed, for the same draws each time; a seed from torch's source if not given.
             progress: Whether to show a progress bar, where there is a terminal.
 
@@ -181,6 +188,8 @@ class Sampler(ABC):
         num_samples = checks.positive_int("num_samples", num_samples)
         checks.context(context, num_samples, self.diffusion.model.device, keyword)
         no_gradient = torch.inference_mode() if self._compiled is None else torch.no_grad()
+        if self._is_cut and not self._made_of.holds():  # a part was replaced since, which the chain does not have
+            self._cut()
         evaluated = evaluating(self.chain, generator, guide=self.guide, given=(None, *context))
         with evaluated, no_gradient, progress_bar(progress, "samples") as bar:
             bar.total = num_samples * len(self._times)
@@ -236,23 +245,6 @@ def drawn(law: Distribution, num_samples: int) -> Tensor:
         num_samples: How many samples there are.
     """
     return law.sample() if law.batch_shape == (num_samples,) else law.expand((num_samples,)).sample()
-
-
-def evenly_spaced(num_steps: int, T: int) -> tuple[int, ...]:
-    """So many times in 1..T, both ends among them and evenly between; T alone, if it is one.
-
-    Arguments:
-        num_steps: How many, at most T.
-        T: The number of steps of the whole chain.
-
-    Raises:
-        ValueError: If ``num_steps`` is no int in 1..T.
-    """
-    num_steps = checks.positive_int("num_steps", num_steps)
-    if num_steps > T:
-        raise ValueError(f"num_steps must be at most T = {T}, but it is {num_steps}")
-    spaced = torch.linspace(T, 1, num_steps, dtype=torch.float64, device="cpu").round().long()
-    return tuple(reversed(spaced.tolist()))
 
 
 def _spread(times: tuple[int, ...]) -> tuple[int, ...]:

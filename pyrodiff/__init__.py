@@ -8,7 +8,6 @@ from .likelihood.flows import FlowLikelihood, ode_log_prob
 from .likelihood.pairs import PairBound, pair_bound, pair_importance_bound
 from .likelihood.shortening import analytic_variance, best_subchain
 from .likelihood.verification import Claim, Verification, verify
-from .model.analytic import AnalyticVariance
 from .model.clipping import Clipped, Thresholded
 from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .model.denoisers import (
@@ -20,14 +19,16 @@ from .model.denoisers import (
     ScorePrediction,
     VelocityPrediction,
 )
-from .model.reverse import (
-    BinomialReverse,
-    D3PMReverse,
+from .model.reverse import BinomialReverse, D3PMReverse, GaussianReverse
+from .model.variances import (
+    AnalyticVariance,
+    DiagonalVariance,
     FixedLargeVariance,
     FixedVariance,
     ForwardVariance,
-    GaussianReverse,
+    LearnedVariance,
     PosteriorVariance,
+    RangeVariance,
     Variance,
 )
 from .pair.diffusion import Diffusion, OneStep, adopt_stored
@@ -35,6 +36,7 @@ from .pair.elbo import DiffusionELBO
 from .pair.times import (
     BoundWeighting,
     Drawing,
+    HybridWeighting,
     ImportanceDrawing,
     LossSecondMoment,
     LowDiscrepancyDrawing,
@@ -75,6 +77,7 @@ __all__ = [
     "DataPrediction",
     "Decoder",
     "Denoiser",
+    "DiagonalVariance",
     "Diffusion",
     "DiffusionELBO",
     "DiscretizedDecoder",
@@ -89,10 +92,12 @@ __all__ = [
     "GaussianForward",
     "GaussianReverse",
     "GeometricSchedule",
+    "HybridWeighting",
     "ImportanceBound",
     "ImportanceDrawing",
     "LearnedBetaSchedule",
     "LearnedLogSNRSchedule",
+    "LearnedVariance",
     "LevelCategorical",
     "LevelPrediction",
     "Levels",
@@ -106,6 +111,7 @@ __all__ = [
     "OneStep",
     "PairBound",
     "PosteriorVariance",
+    "RangeVariance",
     "ReciprocalSchedule",
     "SVI",
     "Sampler",

@@ -122,14 +122,15 @@ def described(value: object) -> str:
     return text if len(text) <= 300 and "\n" not in text else f"a {type(value).__name__}"
 
 
-def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor) -> None:
-    """A tensor of a shape, as what a network, say, returns for a state."""
+def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor, or_else: str = "") -> None:
+    """A tensor of a shape, as what a network, say, returns for a state; else an error, with another way out."""
     if isinstance(value, Tensor) and value.shape == shape:
         return
     got = repr(value) if is_number(value) or value is None else f"a {type(value).__name__}"
     got = tuple(value.shape) if isinstance(value, Tensor) else got
     raise ValueError(
-        f"{name} must return a tensor of shape {tuple(shape)} for input of shape {tuple(x_t.shape)}, but it is {got}"
+        f"{name} must return a tensor of shape {tuple(shape)} for input of shape {tuple(x_t.shape)}{or_else}, but it "
+        f"is {got}"
     )
 
 
@@ -158,8 +159,8 @@ def context(values: Sequence, size: int, device: torch.device, keyword: str = ""
             )
 
 
-def takes_context(name: str, module: nn.Module, context: Sequence[Tensor]) -> None:
-    """A module whose ``forward`` takes a state, a time and this context, while Pyro validates."""
+def takes_context(name: str, module: nn.Module, context: Sequence[Tensor], **options: bool) -> None:
+    """A module whose ``forward`` takes a state, a time, this context and these options, while Pyro validates."""
     if not validating():
         return
     try:
@@ -167,8 +168,14 @@ def takes_context(name: str, module: nn.Module, context: Sequence[Tensor]) -> No
     except (TypeError, ValueError):  # it does not say
         return
     try:
-        signature.bind("x_t", "t", *context)
+        signature.bind("x_t", "t", *context, **options)
     except TypeError as error:
+        if options and _binds(signature, context):
+            raise ValueError(
+                f"{name} must return what a learned variance is made of, when it is called with variance=True, but it "
+                f"is a {type(module).__name__}, called as {signature}: put DataPrediction(network, forward), say, "
+                f"around a network of two outputs"
+            ) from error
         given = f"{len(context)} tensor{'s' * (len(context) != 1)} of context"
         way = (
             "let its forward take them as (x_t, t, *context), or drop them: svi.step(x_0), bound(diffusion, x_0), or "
@@ -180,6 +187,14 @@ def takes_context(name: str, module: nn.Module, context: Sequence[Tensor]) -> No
             f"{name} must take what it is called with, a state, a time and {given}, but it is a "
             f"{type(module).__name__}, called as {signature}: {way}"
         ) from error
+
+
+def _binds(signature: inspect.Signature, context: Sequence[Tensor]) -> bool:
+    try:
+        signature.bind("x_t", "t", *context)
+    except TypeError:
+        return False
+    return True
 
 
 def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:

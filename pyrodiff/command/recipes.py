@@ -21,7 +21,8 @@ from ..model.denoisers import (
     ScorePrediction,
     VelocityPrediction,
 )
-from ..model.reverse import BinomialReverse, ForwardVariance, GaussianReverse, PosteriorVariance
+from ..model.reverse import BinomialReverse, GaussianReverse
+from ..model.variances import ForwardVariance, PosteriorVariance
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.times import LossSecondMoment, LowDiscrepancyDrawing, SimpleWeighting, UniformDrawing
 from ..process.forward import BinomialForward, GaussianForward

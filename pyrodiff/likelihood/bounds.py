@@ -37,6 +37,7 @@ from ..base import checks, ranks
 from ..base.precision import costs_dtype, home, precisely
 from ..base.randomness import seed_draws, seed_of
 from ..model.reverse import GaussianReverse
+from ..model.variances import LearnedVariance
 from ..pair.diffusion import Diffusion
 from ..pair.programs import Generative
 from ..pair.terms import prior_cost, runs, step_costs
@@ -205,6 +206,8 @@ def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor) -> Non
     """
     reverse, mean = diffusion.reverse, found.denoising.mean(1)
     if not runs(reverse, GaussianReverse) or len(mean) == 0 or mean.is_meta:
+        return
+    if isinstance(reverse.variance, LearnedVariance):  # which grows with the error, so that no such step costs much
         return
     t = int(mean.argmax()) + 2
     cost, total = float(mean[t - 2]), found.prior.abs().mean() + mean.abs().sum() + found.reconstruction.abs().mean()

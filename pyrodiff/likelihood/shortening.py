@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..base import checks
 from ..base.precision import float64, home, precisely
 from ..base.randomness import seed_draws, seed_of
-from ..model.analytic import AnalyticVariance
 from ..model.reverse import BinomialReverse, GaussianReverse
+from ..model.variances import AnalyticVariance
 from ..pair.diffusion import Diffusion, evenly_spaced
 from ..pair.terms import prior_cost, runs, step_costs
 from ..process.forward import GaussianForward, with_parts
@@ -311,13 +311,13 @@ class _Asked(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.kept: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self.kept: list[tuple[tuple[Tensor, ...], Tensor | tuple[Tensor, Tensor]]] = []
 
-    def forward(self, *given: Tensor) -> Tensor:
-        for known, said in self.kept:
+    def forward(self, *given: Tensor, **options: bool) -> Tensor | tuple[Tensor, Tensor]:
+        for known, said in self.kept:  # with the same options, which a reverse process does not change
             if len(known) == len(given) and all(map(torch.equal, known, given)):
                 return said
-        said = self.network(*given)
+        said = self.network(*given, **options)
         self.kept.append((given, said))
         return said
 

@@ -58,24 +58,30 @@ class _Around(Float64Module, ABC):
         """The network of the denoiser, where it has one."""
         return self.denoiser.network
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: int | Tensor, *context: Tensor, **options: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         r"""The data :math:`\hat x_0`, within their range.
 
         Arguments:
             x_t: The state, with shape (B, *event_shape).
             t: The time, in 1..T: an int, or an integer tensor with shape (B,).
             *context: What is known of each datum, for the denoiser: tensors of B rows.
+            **options: The denoiser's own: with ``variance=True`` it also returns what a :class:`LearnedVariance` is
+                made of, which passes through.
 
         Returns:
-            A tensor with the shape of ``x_t``.
+            A tensor with the shape of ``x_t``, or a pair of them.
 
         Raises:
             ValueError: If the denoiser returns another shape, or takes another context.
         """
-        checks.takes_context("denoiser", self.denoiser, context)
-        x_0 = self.denoiser(x_t, t, *context)
+        checks.takes_context("denoiser", self.denoiser, context, **options)
+        found = self.denoiser(x_t, t, *context, **options)
+        x_0, *v = found if isinstance(found, tuple) else (found,)
         checks.returned("denoiser", x_0, x_t.shape, x_t)
-        return self._within(x_0.to(x_t.dtype), event_dim(x_t, t))
+        x_0 = self._within(x_0.to(x_t.dtype), event_dim(x_t, t))
+        return (x_0, *v) if v else x_0
 
     @abstractmethod
     def _within(self, x_0: Tensor, event: int) -> Tensor:

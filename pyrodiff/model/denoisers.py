@@ -47,7 +47,9 @@ class Denoiser(nn.Module, ABC):
     r"""A network read as the data :math:`\hat x_0(x_t, t)`.
 
     Arguments:
-        network: A module called as ``network(x_t, t, *context)`` that returns a tensor of the shape of ``x_t``.
+        network: A module called as ``network(x_t, t, *context)`` that returns a tensor of the shape of ``x_t``. For a
+            reverse process with a :class:`LearnedVariance` it returns two numbers for each of x_t's, with shape
+            (*x_t.shape, 2): the prediction, and what the variance is made of.
         forward: The forward process.
 
     Raises:
@@ -81,11 +83,11 @@ class Denoiser(nn.Module, ABC):
         """What the network returns, after a check of its shape; arguments, result and errors as of a call."""
         checks.takes_context("network", self.network, context)
         output = self.network(x_t, t, *context)
-        checks.returned("network", output, self._output_shape(x_t), x_t)
+        self._check_output(output, x_t)
         return output.to(x_t.dtype)  # under autocast a network is less precise than what is made of it
 
-    def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
-        return tuple(x_t.shape)
+    def _check_output(self, output: Tensor, x_t: Tensor) -> None:
+        checks.returned("network", output, x_t.shape, x_t)
 
     def _check_forward(self, forward: Forward) -> None:
         if not isinstance(forward, GaussianForward):
@@ -116,13 +118,57 @@ class Retimed(nn.Module):
         """The network itself, where the module is a denoiser around one."""
         return getattr(self.module, "network", self.module)
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
-        checks.takes_context("network", self.module, context)
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor, **options: bool) -> Tensor:
+        checks.takes_context("network", self.module, context, **options)
         t = self.schedule.times_at(t).to(x_t.device)
-        return self.module(x_t, t if t.dim() else t.expand(x_t.shape[:1]), *context)
+        return self.module(x_t, t if t.dim() else t.expand(x_t.shape[:1]), *context, **options)
 
 
-class DataPrediction(Denoiser):
+class _Prediction(Denoiser):
+    """A network that predicts one number for each of a Gaussian state's, and perhaps another for its variance."""
+
+    def forward(
+        self, x_t: Tensor, t: int | Tensor, *context: Tensor, variance: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        r"""The data :math:`\hat x_0` that the network sees in ``x_t``.
+
+        Arguments:
+            x_t: The state, with shape (B, *event_shape).
+            t: The time, in 1..T: an int, or an integer tensor with shape (B,).
+            *context: What is known of each datum, for the network: tensors of B rows.
+            variance: Whether to return what a :class:`LearnedVariance` is made of, too.
+
+        Returns:
+            A tensor with the shape of ``x_t``; with ``variance`` a pair of them.
+
+        Raises:
+            ValueError: If the network returns another shape, or takes another context.
+        """
+        output, v = self.output(x_t, t, *context), None
+        if output.dim() > x_t.dim():
+            output, v = output.unbind(-1)
+        x_0 = self._read(output, x_t, t)
+        if not variance:
+            return x_0
+        if v is None:
+            raise ValueError(
+                f"network must return two numbers for each of x_t's where the variance is learned, with shape "
+                f"{(*x_t.shape, 2)}, but its output has shape {tuple(x_t.shape)}: give networks.UNet or networks.MLP "
+                f"outputs=2, or take a variance that is not learned"
+            )
+        return x_0, v
+
+    @abstractmethod
+    def _read(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The data, given what is predicted."""
+
+    def _check_output(self, output: Tensor, x_t: Tensor) -> None:
+        shape = (*x_t.shape, 2)
+        if not isinstance(output, Tensor) or output.shape != shape:
+            checks.returned("network", output, x_t.shape, x_t, f", or of shape {shape} for a learned variance")
+
+
+class DataPrediction(_Prediction):
     r"""The network predicts the data themselves.
 
     Arguments, errors: see :class:`Denoiser`.
@@ -137,11 +183,11 @@ class DataPrediction(Denoiser):
         torch.Size([5, 2])
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
-        return self.output(x_t, t, *context)
+    def _read(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return output
 
 
-class _DividesBySignal(Denoiser):
+class _DividesBySignal(_Prediction):
     def _check_forward(self, forward: Forward) -> None:
         super()._check_forward(forward)
         if not checks.holds(forward.schedule.signal(forward.num_steps) != 0):
@@ -165,9 +211,9 @@ class NoisePrediction(_DividesBySignal):
         Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 115.
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+    def _read(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return torch.addcmul(x_t / signal, noise / signal, self.output(x_t, t, *context), value=-1)
+        return torch.addcmul(x_t / signal, noise / signal, output, value=-1)
 
 
 class ScorePrediction(_DividesBySignal):
@@ -182,12 +228,12 @@ class ScorePrediction(_DividesBySignal):
         Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 133: Tweedie's formula.
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+    def _read(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
-        return torch.addcmul(x_t / signal, noise**2 / signal, self.output(x_t, t, *context))
+        return torch.addcmul(x_t / signal, noise**2 / signal, output)
 
 
-class VelocityPrediction(Denoiser):
+class VelocityPrediction(_Prediction):
     r"""The network predicts the velocity :math:`a_t \epsilon - b_t x_0`, at ease with and without signal.
 
     .. math:: \hat x_0 = (a_t x_t - b_t \hat v) / (a_t^2 + b_t^2)
@@ -198,10 +244,10 @@ class VelocityPrediction(Denoiser):
         Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4.
     """
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+    def _read(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         signal, noise = self.forward_process.scales(x_t, t)
         total = signal**2 + noise**2
-        return torch.addcmul(signal / total * x_t, noise / total, self.output(x_t, t, *context), value=-1)
+        return torch.addcmul(signal / total * x_t, noise / total, output, value=-1)
 
 
 class LogitPrediction(Denoiser):
@@ -271,5 +317,5 @@ class LevelPrediction(Denoiser):
         off = (x_t[..., None] - signal * Levels(self.levels).points(x_t)) / noise
         return (self.output(x_t, t, *context) - off**2 / 2).log_softmax(-1)
 
-    def _output_shape(self, x_t: Tensor) -> tuple[int, ...]:
-        return (*x_t.shape, self.levels)
+    def _check_output(self, output: Tensor, x_t: Tensor) -> None:
+        checks.returned("network", output, (*x_t.shape, self.levels), x_t)

@@ -32,13 +32,15 @@ class MLP(nn.Module):
         num_blocks: The number of residual blocks.
         dropout: The probability that a hidden unit of a block is dropped while training.
         frequency: :math:`\omega`, the frequency of the sine features; 0 for none.
+        outputs: How many numbers are returned for each of the input's, in a last dimension, of which only the first
+            has the linear part :math:`g_t`; just one, without that dimension, if not given.
         classes: The number of labels, 0..classes - 1; none if not given.
         vector: The number of features of a context vector; none if not given.
 
     Raises:
         ValueError: If ``event_shape`` is not a sequence of positive ints, ``hidden`` is not a positive even int,
-            ``num_blocks``, ``classes`` or ``vector`` is not a positive int, ``dropout`` lies outside [0, 1), or
-            ``frequency`` is negative. On a call, if the context is not what :class:`ContextEmbedding` takes.
+            ``num_blocks``, ``outputs``, ``classes`` or ``vector`` is not a positive int, ``dropout`` lies outside
+            [0, 1), or ``frequency`` is negative. On a call, if the context is not what :class:`ContextEmbedding` takes.
 
     References:
         Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains (Tancik et al., 2020),
@@ -61,6 +63,7 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         frequency: float = 3.0,
         *,
+        outputs: int | None = None,
         classes: int | None = None,
         vector: int | None = None,
     ) -> None:
@@ -70,13 +73,15 @@ class MLP(nn.Module):
         if not (checks.is_number(frequency) and 0 <= frequency < math.inf):
             raise ValueError(f"frequency must be a number of at least 0, but it is {frequency!r}")
         self.event_shape, self.frequency = checks.event_shape(event_shape), float(frequency)
+        self.outputs = None if outputs is None else checks.positive_int("outputs", outputs)
         size = self.event_shape.numel()
         self.embedding = nn.Sequential(TimeEmbedding(hidden), nn.SiLU())
         self.inlet = nn.Linear(size, hidden)
         if frequency > 0:
             self.directions, self.sines = nn.Linear(size, hidden), nn.Linear(hidden, hidden)
         self.blocks = nn.ModuleList(_Block(hidden, dropout) for _ in range(num_blocks))
-        self.outlet, self.scale, self.gate = (nn.Linear(hidden, size) for _ in range(3))
+        self.outlet = nn.Linear(hidden, size * (outputs or 1))
+        self.scale, self.gate = nn.Linear(hidden, size), nn.Linear(hidden, size)
         for parameter in self.outlet.parameters():
             nn.init.zeros_(parameter)
         self.labels = ContextEmbedding(hidden, classes, vector)
@@ -84,7 +89,7 @@ class MLP(nn.Module):
     def forward(
         self, x_t: Tensor, t: int | Tensor, *context: int | Tensor | None, y: int | Tensor | None = None
     ) -> Tensor:
-        """The output, with the shape of ``x_t``.
+        """The output, with the shape of ``x_t``, and a last dimension of ``outputs`` if that is given.
 
         The context is a label, a vector, or a label and a vector, for which see :class:`ContextEmbedding`.
         """
@@ -102,8 +107,11 @@ class MLP(nn.Module):
             h = h + self.sines(torch.sin(self.frequency * self.directions(x)))
         for block in self.blocks:
             h = h + block(h, embedding)
-        output = (1 + self.scale(embedding) / 10) * self.outlet(nn.functional.silu(h)) + self.gate(embedding) / 10 * x
-        return output.reshape(x_t.shape)
+        output, *others = self.outlet(nn.functional.silu(h)).chunk(self.outputs or 1, -1)
+        output = (1 + self.scale(embedding) / 10) * output + self.gate(embedding) / 10 * x
+        if self.outputs is None:
+            return output.reshape(x_t.shape)
+        return torch.stack([output, *others], -1).reshape((*x_t.shape, self.outputs))
 
 
 class _Block(nn.Module):

@@ -3,6 +3,7 @@ r"""The programs of the two pairs, and what the two models share: the parts of p
 What they mean is said in :mod:`pyrodiff.pair.diffusion`, which puts them together.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ClassVar
@@ -22,12 +23,12 @@ from pyro.primitives import plate as Plate
 from torch import Tensor, nn
 
 from ..base import checks
-from ..base.precision import costs_dtype, home
+from ..base.precision import coefficients, costs_dtype, home
 from ..model.decoders import Decoder
 from ..model.denoisers import Retimed
-from ..process.forward import Forward
+from ..process.forward import Forward, event_dim
 from .entropy import innermost, relative_entropy
-from .times import Drawing
+from .times import Drawing, HybridWeighting
 
 __all__ = [
     "Generative",
@@ -563,6 +564,33 @@ class Step(nn.Module):
             x_0 = x_0.expand(t.shape + self.event_shape)
         return t, sample("x_t", self.forward_process.marginal(x_0, t)), scale
 
+    def apart(
+        self, kernel: dist.Distribution, x_0: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[dist.Distribution, dist.Distribution, Tensor]:
+        """Mean and variance of a kernel apart, for :class:`HybridWeighting`.
+
+        The kernel with its mean detached; N(ε̂, 1 / 2π) with the noise that the mean stands for, of which -log p(ε) is
+        π times the squared error, without a constant; and the noise ε itself.
+        """
+        law = innermost(kernel)
+        if not isinstance(law, torch.distributions.Normal):
+            raise ValueError(
+                f"weighting must not be HybridWeighting where the reverse kernel is not Gaussian, but a "
+                f"{type(law).__name__}: give none, which is the bound's"
+            )
+        event, schedule = event_dim(x_t, t), self.forward_process.schedule
+        signal, noise = coefficients(schedule.scales(t), x_t)
+        weight_t, weight_0, _ = coefficients(schedule.posterior(t), x_t)
+        off = (law.loc - weight_t * x_t - weight_0 * x_0) / weight_0  # the data that the mean stands for, less x_0
+        epsilon = (x_t - signal * x_0) / noise
+        of_noise = dist.Normal(epsilon - signal / noise * off, (2 * math.pi) ** -0.5)
+        return dist.Normal(law.loc.detach(), law.scale).to_event(event), of_noise.to_event(event), epsilon
+
+    @property
+    def noise_scale(self) -> float:
+        """What -log p(ε) weighs against the bound's step, under :class:`HybridWeighting`."""
+        return 1 / (self.weighting.scale * self.forward_process.num_steps * math.pi)
+
     def sampled(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as sites ``u`` and ``x_t``, which cost nothing."""
 
@@ -631,6 +659,10 @@ class OneStepModel(Generative):
             pyro.sample("x_T", self.top(x_0.dtype, x_0.device))
             t, x_t, scale = step.sampled(x_0)
         kernel = self.kernel(x_t, t, *context)
+        if isinstance(step.weighting, HybridWeighting):
+            kernel, of_noise, epsilon = step.apart(kernel, x_0, x_t, t)
+            with data, poutine.scale(scale=scale * step.noise_scale):
+                pyro.sample("noise", of_noise, obs=epsilon)
         law = self.decoded(kernel, x_t)
         with data:
             if self.num_steps > 1:

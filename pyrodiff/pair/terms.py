@@ -21,6 +21,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
@@ -29,6 +30,7 @@ from ..model.decoders import DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder
 from ..model.reverse import GaussianReverse
 from .entropy import relative_entropy
 from .programs import Generative, OneStepGuide, OneStepModel, TrajectoryGuide, TrajectoryModel
+from .times import HybridWeighting
 
 __all__ = [
     "Recorder",
@@ -78,7 +80,20 @@ def step_costs(
     Returns:
         Costs in nats, with shape (B,).
     """
-    kernel = model.kernel(x_t, t, *context)
+    return _kernel_costs(model, model.kernel(x_t, t, *context), x_0, t, x_t, x_s, first, later)
+
+
+def _kernel_costs(
+    model: Generative,
+    kernel: Distribution,
+    x_0: Tensor,
+    t: Tensor,
+    x_t: Tensor,
+    x_s: Tensor | None,
+    first: bool,
+    later: bool,
+) -> Tensor:
+    """The costs of steps, given the reverse kernels."""
     with precisely():
         if later:
             posterior = model.forward_process.posterior(x_t, x_0, t.clamp(min=2) if first else t)
@@ -208,10 +223,15 @@ def _one_step_costs(model: OneStepModel, x_0: Tensor, context: tuple[Tensor, ...
     # and where nothing else is lost: a decoder of one's own may have sites, or parameters, whose gradient is then 0
     known = t.device.type == "cpu" and get_proxy_mode() is None and any(runs(model.decoder, k) for k in _DECODERS)
     first = not known or bool((t == 1).any())
-    costs = step_costs(model, x_0, t, x_t, context, first=first, later=model.num_steps > 1)
+    kernel, simple = model.kernel(x_t, t, *context), 0.0
+    if isinstance(step.weighting, HybridWeighting):
+        with precisely():
+            kernel, of_noise, epsilon = step.apart(kernel, x_0, x_t, t)
+            simple = -step.noise_scale * of_noise.log_prob(epsilon)
+    costs = _kernel_costs(model, kernel, x_0, t, x_t, None, first, model.num_steps > 1)
     if torch.is_grad_enabled():
         step.drawing.tell(t, costs.detach(), torch.ones_like(t, dtype=torch.bool))
-    return torch.addcmul(prior, scale, costs)
+    return torch.addcmul(prior, scale, costs + simple)
 
 
 def _trajectory_costs(model: TrajectoryModel, x_0: Tensor, context: tuple[Tensor, ...]) -> Tensor:

@@ -12,6 +12,7 @@ References:
     https://arxiv.org/abs/2006.11239
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from ..base import checks
 from ..base.precision import Float64Module, default_home
 from ..model.reverse import GaussianReverse
+from ..model.variances import LearnedVariance
 from ..process.forward import GaussianForward
 
 __all__ = [
     "BoundWeighting",
     "Drawing",
+    "HybridWeighting",
     "ImportanceDrawing",
     "LossSecondMoment",
     "LowDiscrepancyDrawing",
@@ -347,7 +350,8 @@ class SimpleWeighting(nn.Module):
         reverse: The reverse process, whose variance :math:`\sigma_t^2` the weighting undoes.
 
     Raises:
-        ValueError: If ``reverse`` is not a :class:`GaussianReverse`, or its schedule ends without signal.
+        ValueError: If ``reverse`` is not a :class:`GaussianReverse`, its variance is learned by its network
+            (:class:`HybridWeighting` is for that), or its schedule ends without signal.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eqs. 12 and 14.
@@ -356,6 +360,12 @@ class SimpleWeighting(nn.Module):
     def __init__(self, reverse: GaussianReverse) -> None:
         super().__init__()
         checks.instance("reverse", reverse, GaussianReverse)
+        if isinstance(reverse.variance, LearnedVariance):
+            raise ValueError(
+                f"reverse must have a variance that is a function of t, for the weighting to undo, but it has a "
+                f"{type(reverse.variance).__name__}, which the simple loss would not train: give "
+                f"HybridWeighting(), or no weighting, which is the bound's"
+            )
         process = reverse.forward_process
         if not checks.holds(process.schedule.signal(process.num_steps) != 0):
             raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")
@@ -372,3 +382,49 @@ class SimpleWeighting(nn.Module):
         _, weight_0, _ = schedule.posterior(t)
         variance = reverse.variance(reverse.forward_process, t).detach()
         return 2 * variance / weight_0**2 * schedule.log_snr(t).exp() / schedule.num_steps
+
+
+class HybridWeighting(nn.Module):
+    r"""Two losses at once: the simple one for the mean, and a little of the bound for the variance alone.
+
+    .. math:: L_\mathrm{hybrid} = \mathbb{E}_{t \sim U\{1..T\}} \left\| \epsilon - \hat\epsilon \right\|^2
+        + \lambda L_\mathrm{vlb}, \qquad \hat\epsilon = \frac{x_t - a_t \hat x_0}{b_t}
+
+    with the mean detached in :math:`L_\mathrm{vlb}`, so that a network learns the mean by the first, and what a
+    :class:`LearnedVariance` is made of by the second. It is no scale of one step, as other weightings are: the one-step
+    pair has one more site, ``noise``, where :math:`\epsilon` is observed under
+    :math:`N(\hat\epsilon, \frac{1}{2 \pi})`, and ``x_s`` or ``x_0`` weigh :math:`\lambda`. Any Gaussian kernel will do,
+    whose mean says :math:`\hat x_0`. As no bound, it is not for a learned schedule.
+
+    Arguments:
+        scale: :math:`\lambda`, a positive number. Both losses are summed over a datum's numbers, the second in nats;
+            theirs is in bits, so that their 0.001 is 0.00144 here.
+
+    Raises:
+        ValueError: If ``scale`` is not; on a call of the programs, if the kernel is not Gaussian.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), Eq. 16,
+        https://arxiv.org/abs/2102.09672
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
+        >>> network = pyrodiff.networks.MLP(event_shape=(2,), outputs=2)
+        >>> denoiser = pyrodiff.NoisePrediction(network, forward)
+        >>> reverse = pyrodiff.GaussianReverse(forward, denoiser, pyrodiff.RangeVariance())
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> pair = diffusion.one_step(weighting=pyrodiff.HybridWeighting())
+        >>> sorted(pyrodiff.DiffusionELBO().terms(pair.model, pair.guide, torch.randn(5, 2)))
+        ['noise', 'x_0', 'x_T', 'x_s']
+    """
+
+    def __init__(self, scale: float = 0.001) -> None:
+        super().__init__()
+        self.scale = checks.number("scale", scale, 0, math.inf)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """The weight of the bound's step."""
+        return torch.full(t.shape, self.scale, dtype=torch.get_default_dtype(), device=t.device)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}"

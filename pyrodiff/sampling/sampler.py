@@ -1,7 +1,8 @@
 r"""What every sampler shares: the loop from x_T down to x_0, its seed, its bar, its graph and the states on the way.
 
 A sampler is one :meth:`Sampler.step`, a draw of :math:`x_{t-1}` given :math:`x_t`. In fewer steps it runs on the chain
-of these, which is another :class:`Diffusion`, so that a step is always from t to t - 1.
+of these, which is another :class:`Diffusion`, so that a step is always from t to t - 1. A multistep method
+also says, in :meth:`Sampler.advance`, what one step leaves for the next.
 """
 
 from abc import ABC, abstractmethod
@@ -41,6 +42,8 @@ class Sampler(ABC):
         guide: The guide of random weights, called as ``guide(None, *context)``; for these only.
 
     Attributes:
+        order: The order of a solver of the probability flow: with h the step in the log signal-to-noise ratio, its
+            error falls as h to this power. None of a sampler that draws.
         diffusion: The model.
         chain: The diffusion whose steps are taken: the model, or its chain of fewer steps.
 
@@ -63,6 +66,8 @@ class Sampler(ABC):
         torch.Size([3, 2])
     """
 
+    order: int | None = None
+
     def __init__(
         self,
         diffusion: Diffusion,
@@ -79,17 +84,17 @@ class Sampler(ABC):
         if num_steps is not None and times is not None:
             raise ValueError(f"num_steps must be None where times are given, but it is {num_steps!r}")
         self.diffusion, self.guide = diffusion, guide
-        if num_steps is not None:
-            times = evenly_spaced(num_steps, diffusion.num_steps)
-        self._is_cut, self._compiles = times is not None, compile
-        self._times = tuple(int(t) for t in (range(1, diffusion.num_steps + 1) if times is None else times))
-        self._cut()
+        self._given = times if num_steps is None else evenly_spaced(num_steps, diffusion.num_steps)
+        self._compiles = compile
+        self._cut(self._given)
 
-    def _cut(self) -> None:
-        """Make the chain of the diffusion as it is now, and note what that is made of."""
+    def _cut(self, times: Sequence[int] | None) -> None:
+        """Make the chain of these times, or of all, of the diffusion as it is now, and note what that is made of."""
         modules = list(self.diffusion.modules())
         self._made_of = Composition(modules, [], keyed=modules)
-        self.chain = self.diffusion.subchain(self._times) if self._is_cut else self.diffusion
+        self.chain = self.diffusion if times is None else self.diffusion.subchain(times)
+        self._is_cut = times is not None
+        self._times = tuple(int(t) for t in (range(1, self.diffusion.num_steps + 1) if times is None else times))
         self._compiled = Compiled(self._as_a_function, [self.chain.model], name="sampling") if self._compiles else None
 
     @abstractmethod
@@ -105,6 +110,20 @@ class Sampler(ABC):
             A tensor with the shape of ``x_t``.
         """
 
+    def advance(
+        self, x_t: Tensor, t: Tensor, memory: tuple[Tensor, ...], *context: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A step, and what it leaves for the next: of a multistep method, which defines this too.
+
+        Arguments:
+            x_t, t, *context: As of :meth:`step`, which this is by default, with nothing left.
+            memory: What the step before has left: tensors, none in the first step.
+
+        Returns:
+            A tensor with the shape of ``x_t``, and tensors, as many in every step.
+        """
+        return self.step(x_t, t, *context), ()
+
     def last(self, x_1: Tensor, t: Tensor, *context: Tensor) -> Tensor:
         """A draw of x_0 by the decoder, given the states at t = 1; arguments and result as of :meth:`step`."""
         model = self.chain.model
@@ -114,6 +133,7 @@ class Sampler(ABC):
         self,
         num_samples: int,
         *context: Tensor,
+        num_steps: int | None = None,
         generator: torch.Generator | int | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -122,6 +142,7 @@ class Sampler(ABC):
         Arguments:
             num_samples: How many, n.
             *context: The context of each sample, for the network: tensors of n rows, or of one for all.
+            num_steps: In how many steps, evenly spaced in 1..T; as the sampler was made, if not given.
             generator: A generator or a seed, for the same draws each time; a seed from torch's source if not given.
             progress: Whether to show a progress bar, where there is a terminal.
 
@@ -129,15 +150,17 @@ class Sampler(ABC):
             A tensor with shape (n, *event_shape).
 
         Raises:
-            ValueError: If ``num_samples`` is not a positive int, a context is no tensor of so many rows, or
-                ``generator`` is of another kind.
+            ValueError: If ``num_samples`` is not a positive int, a context is no tensor of so many rows,
+                ``num_steps`` is no int in 1..T, or ``generator`` is of another kind.
         """
+        self._choose(num_steps)
         return self._states((0,), num_samples, context, "generator", generator, progress)[0]
 
     def trajectory(
         self,
         num_samples: int,
         *context: Tensor,
+        num_steps: int | None = None,
         times: Sequence[int] | None = None,
         generator: torch.Generator | int | None = None,
         progress: bool = False,
@@ -147,6 +170,7 @@ class Sampler(ABC):
         Arguments:
             num_samples: How many, n.
             *context: See :meth:`__call__`.
+            num_steps: See :meth:`__call__`.
             times: The times t of the states x_t to keep, decreasing ints among 0 and those of the steps; the last
                 of these and 0 and, evenly between them, nine more, or all if there are fewer than 10, if not given.
             generator: See :meth:`__call__`.
@@ -167,6 +191,7 @@ class Sampler(ABC):
             >>> states.shape, torch.equal(states[-1], sampler(num_samples=3, generator=5))
             (torch.Size([3, 3, 4]), True)
         """
+        self._choose(num_steps)
         found = _spread((0, *self._times)) if times is None else _decreasing(times, self.diffusion.num_steps)
         missing = [t for t in found if t not in (0, *self._times)]
         if missing:
@@ -174,6 +199,13 @@ class Sampler(ABC):
                 f"times must be 0 or times of the {len(self._times)} steps, but {missing[0]} is none of them"
             )
         return torch.stack(self._states(found, num_samples, context, "times", generator, progress))
+
+    def _choose(self, num_steps: int | None) -> None:
+        """Take so many steps from here on, or as many as the sampler was made for; of the parts as they are now."""
+        times = self._given if num_steps is None else evenly_spaced(num_steps, self.diffusion.num_steps)
+        is_other = (times is not None) != self._is_cut or (self._is_cut and tuple(times) != self._times)
+        if is_other or (self._is_cut and not self._made_of.holds()):
+            self._cut(times)
 
     def _states(
         self,
@@ -188,8 +220,6 @@ class Sampler(ABC):
         num_samples = checks.positive_int("num_samples", num_samples)
         checks.context(context, num_samples, self.diffusion.model.device, keyword)
         no_gradient = torch.inference_mode() if self._compiled is None else torch.no_grad()
-        if self._is_cut and not self._made_of.holds():  # a part was replaced since, which the chain does not have
-            self._cut()
         evaluated = evaluating(self.chain, generator, guide=self.guide, given=(None, *context))
         with evaluated, no_gradient, progress_bar(progress, "samples") as bar:
             bar.total = num_samples * len(self._times)
@@ -208,16 +238,16 @@ class Sampler(ABC):
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)
-        step, start = self._as_a_function, x
+        step, start, memory, self._contexts = self._as_a_function, x, (), len(context)
         for t in range(T, 1, -1):
             with validated(x.device) if t == T else nullcontext():
-                (x,) = step(x, times[t], *context)
+                x, *memory = step(x, times[t], *context, *memory)
             if t == T:
                 _check_states("step", x, start)
             bar.update(num_samples)
             yield t - 1, x
             if step is self._compiled:  # nothing changes from here on, so that its graph need not ask
-                step = self._compiled.graph_for(x, times[t], *context) or step
+                step = self._compiled.graph_for(x, times[t], *context, *memory) or step
             elif t == T and self._compiled is not None:
                 step = self._compiled
         with validated(x.device) if T == 1 else nullcontext():
@@ -226,8 +256,10 @@ class Sampler(ABC):
         bar.update(num_samples)
         yield 0, x
 
-    def _as_a_function(self, x_t: Tensor, t: Tensor, *context: Tensor) -> tuple[Tensor]:
-        return (self.step(x_t, t, *context),)
+    def _as_a_function(self, x_t: Tensor, t: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        context, memory = given[: self._contexts], given[self._contexts :]
+        x, memory = self.advance(x_t, t, memory, *context)
+        return x, *memory
 
 
 def _check_states(name: str, x: object, like: Tensor) -> None:

@@ -6,7 +6,7 @@ What they mean is said in :mod:`pyrodiff.pair.diffusion`, which puts them togeth
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -28,7 +28,7 @@ from ..model.decoders import Decoder
 from ..model.denoisers import Retimed
 from ..process.forward import Forward, event_dim
 from .entropy import innermost, relative_entropy
-from .times import Drawing, HybridWeighting
+from .times import Drawing, NoiseWeighting
 
 __all__ = [
     "Generative",
@@ -533,6 +533,22 @@ class _Unscored(dist.TorchDistribution):
         return self.x_0.new_zeros(value.shape, dtype=costs_dtype(self.x_0))
 
 
+class Drawn(NamedTuple):
+    """What the one-step pair draws.
+
+    Arguments:
+        t: The times, with shape (B,).
+        x_t: The states.
+        scale: w(t) / p(t), what the step of the bound weighs, with shape (B,).
+        noise_scale: What the squared error of the noise weighs, under a :class:`NoiseWeighting`.
+    """
+
+    t: Tensor
+    x_t: Tensor
+    scale: Tensor
+    noise_scale: Tensor | None = None
+
+
 class Step(nn.Module):
     """What the two programs of the one-step pair share: the drawing of t and x_t, and the scale of the step.
 
@@ -547,27 +563,30 @@ class Step(nn.Module):
         self.forward_process, self.event_shape, self.plate = model.forward_process, model.event_shape, model.plate
         self.drawing, self.weighting = drawing, weighting
 
-    def draw(self, x_0: Tensor, sample: Callable[[str, dist.Distribution], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The times, with shape (B,), the states x_t and the scale w(t) / p(t); ``sample`` draws from a law by name."""
+    def draw(self, x_0: Tensor, sample: Callable[[str, dist.Distribution], Tensor]) -> "Drawn":
+        """Times, states and what they weigh; ``sample`` draws from a law by name."""
         like = x_0.new_empty(len(x_0), dtype=torch.float64, device=home(x_0.device))  # exact where a t is rare
         u = sample("u", self.drawing.uniforms(like))
         t, probability = self.drawing(u, self.forward_process.num_steps)
-        weight = self.weighting(t)
-        if not isinstance(weight, Tensor) or weight.shape != t.shape:
-            raise ValueError(
-                f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is "
-                f"{checks.described(weight)}"
-            )
-        scale = (weight / probability).to(costs_dtype(x_0)).to(x_0.device)
+        weights = [self.weighting(t)]
+        if isinstance(self.weighting, NoiseWeighting):
+            weights.append(self.weighting.noise(t, self.forward_process.schedule))
+        for weight in weights:
+            if not isinstance(weight, Tensor) or weight.shape != t.shape:
+                raise ValueError(
+                    f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is "
+                    f"{checks.described(weight)}"
+                )
+        scales = [(weight / probability).to(costs_dtype(x_0)).to(x_0.device) for weight in weights]
         t = t.to(x_0.device)
         if t.dim() > 1:  # vectorised particles
             x_0 = x_0.expand(t.shape + self.event_shape)
-        return t, sample("x_t", self.forward_process.marginal(x_0, t)), scale
+        return Drawn(t, sample("x_t", self.forward_process.marginal(x_0, t)), *scales)
 
     def apart(
         self, kernel: dist.Distribution, x_0: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[dist.Distribution, dist.Distribution, Tensor]:
-        """Mean and variance of a kernel apart, for :class:`HybridWeighting`.
+        """Mean and variance of a kernel apart, for a :class:`NoiseWeighting`.
 
         The kernel with its mean detached; N(ε̂, 1 / 2π) with the noise that the mean stands for, of which -log p(ε) is
         π times the squared error, without a constant; and the noise ε itself.
@@ -575,8 +594,8 @@ class Step(nn.Module):
         law = innermost(kernel)
         if not isinstance(law, torch.distributions.Normal):
             raise ValueError(
-                f"weighting must not be HybridWeighting where the reverse kernel is not Gaussian, but a "
-                f"{type(law).__name__}: give none, which is the bound's"
+                f"weighting must not be a {type(self.weighting).__name__} where the reverse kernel is not Gaussian, "
+                f"but a {type(law).__name__}: give none, which is the bound's"
             )
         event, schedule = event_dim(x_t, t), self.forward_process.schedule
         signal, noise = coefficients(schedule.scales(t), x_t)
@@ -586,12 +605,7 @@ class Step(nn.Module):
         of_noise = dist.Normal(epsilon - signal / noise * off, (2 * math.pi) ** -0.5)
         return dist.Normal(law.loc.detach(), law.scale).to_event(event), of_noise.to_event(event), epsilon
 
-    @property
-    def noise_scale(self) -> float:
-        """What -log p(ε) weighs against the bound's step, under :class:`HybridWeighting`."""
-        return 1 / (self.weighting.scale * self.forward_process.num_steps * math.pi)
-
-    def sampled(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sampled(self, x_0: Tensor) -> "Drawn":
         """The same as sites ``u`` and ``x_t``, which cost nothing."""
 
         def sample(name: str, law: dist.Distribution) -> Tensor:
@@ -603,8 +617,9 @@ class Step(nn.Module):
     @staticmethod
     @contextmanager
     def scored(scale: Tensor, where: Tensor) -> Iterator[None]:
-        """Sites within cost ``scale`` times as much, and nothing but ``where``."""
-        with poutine.scale(scale=scale), poutine.mask(mask=where):
+        """Sites within cost ``scale`` times as much, and nothing but ``where``; Pyro takes no scale of 0."""
+        counts = scale > 0
+        with poutine.scale(scale=torch.where(counts, scale, 1.0)), poutine.mask(mask=where & counts):
             yield
 
     def told(self, t: Tensor, where: Tensor) -> dict[str, Callable[[Tensor], None]]:
@@ -629,7 +644,7 @@ class OneStepGuide(nn.Module):
             q.check(x_0, self.step.event_shape)
         with _data_plate(self.step.plate, len(x_0)):
             pyro.sample("x_T", q.marginal(x_0, q.num_steps))
-            t, x_t, scale = self.step.sampled(x_0)
+            t, x_t, scale, _ = self.step.sampled(x_0)
             if q.num_steps > 1:
                 with self.step.scored(scale, t > 1):  # at t = 1 the posterior is a point: another stands in, unscored
                     pyro.sample("x_s", q.posterior(x_t, x_0, t.clamp(min=2)), infer=self.step.told(t, t > 1))
@@ -657,11 +672,11 @@ class OneStepModel(Generative):
         data, step = _data_plate(self.plate, len(x_0)), self.step
         with data:
             pyro.sample("x_T", self.top(x_0.dtype, x_0.device))
-            t, x_t, scale = step.sampled(x_0)
+            t, x_t, scale, noise_scale = step.sampled(x_0)
         kernel = self.kernel(x_t, t, *context)
-        if isinstance(step.weighting, HybridWeighting):
+        if noise_scale is not None:
             kernel, of_noise, epsilon = step.apart(kernel, x_0, x_t, t)
-            with data, poutine.scale(scale=scale * step.noise_scale):
+            with data, step.scored(noise_scale / math.pi, t > 0):
                 pyro.sample("noise", of_noise, obs=epsilon)
         law = self.decoded(kernel, x_t)
         with data:

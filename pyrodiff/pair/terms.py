@@ -14,6 +14,7 @@ References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 58, https://arxiv.org/abs/2208.11970
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -30,7 +31,6 @@ from ..model.decoders import DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder
 from ..model.reverse import GaussianReverse
 from .entropy import relative_entropy
 from .programs import Generative, OneStepGuide, OneStepModel, TrajectoryGuide, TrajectoryModel
-from .times import HybridWeighting
 
 __all__ = [
     "Recorder",
@@ -218,20 +218,20 @@ def _one_step_costs(model: OneStepModel, x_0: Tensor, context: tuple[Tensor, ...
     step = model.step
     with precisely():
         prior = prior_cost(model, x_0)
-        t, x_t, scale = step.draw(x_0, lambda name, law: law())
+        t, x_t, scale, noise_scale = step.draw(x_0, lambda name, law: law())
     # what no datum needs is left out where that is cheap to know, not on an accelerator, nor in a graph being traced,
     # and where nothing else is lost: a decoder of one's own may have sites, or parameters, whose gradient is then 0
     known = t.device.type == "cpu" and get_proxy_mode() is None and any(runs(model.decoder, k) for k in _DECODERS)
     first = not known or bool((t == 1).any())
-    kernel, simple = model.kernel(x_t, t, *context), 0.0
-    if isinstance(step.weighting, HybridWeighting):
+    kernel = model.kernel(x_t, t, *context)
+    if noise_scale is not None:
         with precisely():
             kernel, of_noise, epsilon = step.apart(kernel, x_0, x_t, t)
-            simple = -step.noise_scale * of_noise.log_prob(epsilon)
+            prior = prior - noise_scale / math.pi * of_noise.log_prob(epsilon)
     costs = _kernel_costs(model, kernel, x_0, t, x_t, None, first, model.num_steps > 1)
     if torch.is_grad_enabled():
         step.drawing.tell(t, costs.detach(), torch.ones_like(t, dtype=torch.bool))
-    return torch.addcmul(prior, scale, costs + simple)
+    return torch.addcmul(prior, scale, costs)
 
 
 def _trajectory_costs(model: TrajectoryModel, x_0: Tensor, context: tuple[Tensor, ...]) -> Tensor:

@@ -14,7 +14,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -27,6 +27,7 @@ from ..base.precision import Float64Module, default_home
 from ..model.reverse import GaussianReverse
 from ..model.variances import LearnedVariance
 from ..process.forward import GaussianForward
+from ..process.schedules import Schedule
 
 __all__ = [
     "BoundWeighting",
@@ -35,6 +36,8 @@ __all__ = [
     "ImportanceDrawing",
     "LossSecondMoment",
     "LowDiscrepancyDrawing",
+    "NoiseWeighting",
+    "ScoreWeighting",
     "SimpleWeighting",
     "UniformDrawing",
 ]
@@ -384,17 +387,50 @@ class SimpleWeighting(nn.Module):
         return 2 * variance / weight_0**2 * schedule.log_snr(t).exp() / schedule.num_steps
 
 
-class HybridWeighting(nn.Module):
-    r"""Two losses at once: the simple one for the mean, and a little of the bound for the variance alone.
+class NoiseWeighting(nn.Module, ABC):
+    r"""A weighting of the squared error of the noise, beside the bound's step, or in its place.
+
+    .. math:: L = \sum_{t=1}^T w_\epsilon(t) \, \mathbb{E} \lVert \epsilon - \hat\epsilon \rVert^2 + w(t) \, L_{t-1},
+        \qquad \hat\epsilon = \frac{x_t - a_t \hat x_0}{b_t},
+
+    with :math:`w_\epsilon` by :meth:`noise` and w by a call, 0 unless defined. The one-step pair then has one more
+    site, ``noise``, where :math:`\epsilon` is observed under :math:`N(\hat\epsilon, \frac{1}{2 \pi})`, whose
+    :math:`-\log p` is :math:`\pi` times the squared error; in ``x_s`` and ``x_0`` the mean is detached. Any Gaussian
+    kernel will do, whose mean says :math:`\hat x_0`. As no bound, it is not for a learned schedule.
+
+    Example:
+        >>> class MinSNR(pyrodiff.NoiseWeighting):  # Hang et al., 2023
+        ...     def noise(self, t, schedule):
+        ...         return (5.0 / schedule.log_snr(t).exp()).clamp(max=1) / schedule.num_steps
+        >>> MinSNR().noise(torch.tensor([1, 500]), pyrodiff.CosineSchedule(num_steps=1000)) * 1000
+        tensor([0.0002, 1.0000], dtype=torch.float64)
+    """
+
+    def forward(self, t: Tensor) -> Tensor:
+        """The weight w(t) of the bound's step, with the shape (B,) of t."""
+        return torch.zeros(t.shape, dtype=torch.get_default_dtype(), device=t.device)
+
+    @abstractmethod
+    def noise(self, t: Tensor, schedule: Schedule) -> Tensor:
+        r"""The weight :math:`w_\epsilon(t)` of the squared error.
+
+        Arguments:
+            t: The times, with shape (B,).
+            schedule: The schedule.
+
+        Returns:
+            Numbers of at least 0, with the shape of t.
+        """
+
+
+class HybridWeighting(NoiseWeighting):
+    r"""The simple loss for the mean, and a little of the bound for the variance alone.
 
     .. math:: L_\mathrm{hybrid} = \mathbb{E}_{t \sim U\{1..T\}} \left\| \epsilon - \hat\epsilon \right\|^2
-        + \lambda L_\mathrm{vlb}, \qquad \hat\epsilon = \frac{x_t - a_t \hat x_0}{b_t}
+        + \lambda L_\mathrm{vlb}
 
     with the mean detached in :math:`L_\mathrm{vlb}`, so that a network learns the mean by the first, and what a
-    :class:`LearnedVariance` is made of by the second. It is no scale of one step, as other weightings are: the one-step
-    pair has one more site, ``noise``, where :math:`\epsilon` is observed under
-    :math:`N(\hat\epsilon, \frac{1}{2 \pi})`, and ``x_s`` or ``x_0`` weigh :math:`\lambda`. Any Gaussian kernel will do,
-    whose mean says :math:`\hat x_0`. As no bound, it is not for a learned schedule.
+    :class:`LearnedVariance` is made of by the second. It is no scale of one step, as other weightings are.
 
     Arguments:
         scale: :math:`\lambda`, a positive number. Both losses are summed over a datum's numbers, the second in nats;
@@ -423,8 +459,51 @@ class HybridWeighting(nn.Module):
         self.scale = checks.number("scale", scale, 0, math.inf)
 
     def forward(self, t: Tensor) -> Tensor:
-        """The weight of the bound's step."""
         return torch.full(t.shape, self.scale, dtype=torch.get_default_dtype(), device=t.device)
+
+    def noise(self, t: Tensor, schedule: Schedule) -> Tensor:
+        return torch.full(t.shape, 1 / schedule.num_steps, dtype=torch.get_default_dtype(), device=t.device)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}"
+
+
+class ScoreWeighting(NoiseWeighting):
+    r"""Denoising score matching at all noise levels, NCSN's loss, in the place of the bound.
+
+    .. math:: \sum_{t=1}^T \lambda(t) \, \ell(\theta; t), \qquad
+        \ell(\theta; t) = \tfrac12 \mathbb{E} \left\| \hat s(x_t, t) + \frac{x_t - a_t x_0}{b_t^2} \right\|^2
+        = \frac{1}{2 b_t^2} \mathbb{E} \lVert \epsilon - \hat\epsilon \rVert^2
+
+    of the score :math:`\hat s = -\hat\epsilon / b_t`, whatever the network predicts. NCSN is that for
+    :class:`GeometricSchedule` and :class:`ScorePrediction` with :math:`\lambda(t) = \sigma_t^2`, where
+    :math:`\sigma_t` is the noise :math:`b_t`; theirs is the mean over the levels. The variance of the reverse kernel
+    plays no part.
+
+    Arguments:
+        weight: :math:`\lambda`: called with integers of shape (B,), it returns numbers of at least 0, of that shape.
+
+    Raises:
+        ValueError: If ``weight`` is not callable; on a call of the programs, if it returns another shape, or the kernel
+            is not Gaussian.
+
+    References:
+        Generative Modeling by Estimating Gradients of the Data Distribution (Song and Ermon, 2019), Eqs. 5 and 6,
+        https://arxiv.org/abs/1907.05600
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.GeometricSchedule(10, 0.01, 10.0))
+        >>> denoiser = pyrodiff.ScorePrediction(pyrodiff.networks.MLP(event_shape=(2,)), forward)
+        >>> diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), event_shape=(2,))
+        >>> weighting = pyrodiff.ScoreWeighting(lambda t: forward.schedule.noise(t) ** 2)
+        >>> pair = diffusion.one_step(weighting=weighting)
+    """
+
+    def __init__(self, weight: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        if not callable(weight):
+            raise ValueError(f"weight must be called with t, as lambda t: schedule.noise(t) ** 2, but it is {weight!r}")
+        self.weight = weight
+
+    def noise(self, t: Tensor, schedule: Schedule) -> Tensor:
+        return self.weight(t) / (2 * schedule.noise(t) ** 2)

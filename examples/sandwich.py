@@ -2,7 +2,7 @@
 
     python examples/sandwich.py
 
-Half a minute on two cores; needs the extra ``pyrodiff[ode]``. Each number is a mean over the same data, in nats, and
+Half a minute on two cores; Each number is a mean over the same data, in nats, and
 ELBO <= IW_2 <= IW_64 <= log p: with perturbed kernels -2.165, -2.126, -2.084 and -2.080. The last column is how far
 the flow is, at most, from the truth of a datum: it is another model than the chain, the same only where the denoiser is
 exact and the steps are small. The truth is

@@ -131,7 +131,6 @@ def test_the_demo_runs_all_three(example, tmp_path, capsys, monkeypatch):
 
 
 def test_the_sandwich_around_what_is_known(example, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("torchode")
     sandwich = example("sandwich")
     monkeypatch.setattr(sandwich, "PARTICLES", (1, 2, 64))
     for name in ("gaussian", "eight_gaussians", "bits"):

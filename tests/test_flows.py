@@ -676,9 +676,3 @@ def test_data_that_do_not_converge_are_counted_and_the_first_is_named():
     row = bytes_per_row(diffusion, x_0[:1])
     with pytest.raises(RuntimeError, match=r"the first number 5 of its batch"):
         ode_log_prob(diffusion, x_0, memory_budget=8 * row)
-
-
-def test_without_torchode_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchode", None)
-    with pytest.raises(ImportError, match=r"pip install 'pyrodiff\[ode\]'"):
-        ode_log_prob(small(), some_data((2,)))

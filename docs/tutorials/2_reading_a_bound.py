@@ -206,7 +206,7 @@ axes.legend(frameon=False)
 # --------
 #
 # The same network defines a deterministic flow from noise to data, and a flow has an exact density, up to the solver's
-# tolerance. :func:`pyrodiff.ode_log_prob` integrates it (it needs ``pip install pyrodiff[ode]``). It is the density of
+# tolerance. :func:`pyrodiff.ode_log_prob` integrates it. It is the density of
 # *another model* with the same network, not of the chain: it is no bound on the chain's likelihood, and may lie on
 # either side of it. Datum by datum it has no noise of drawing.
 

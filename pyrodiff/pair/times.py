@@ -402,8 +402,8 @@ class NoiseWeighting(nn.Module, ABC):
         >>> class MinSNR(pyrodiff.NoiseWeighting):  # Hang et al., 2023
         ...     def noise(self, t, schedule):
         ...         return (5.0 / schedule.log_snr(t).exp()).clamp(max=1) / schedule.num_steps
-        >>> MinSNR().noise(torch.tensor([1, 500]), pyrodiff.CosineSchedule(num_steps=1000)) * 1000
-        tensor([0.0002, 1.0000], dtype=torch.float64)
+        >>> MinSNR().noise(torch.tensor([250, 500]), pyrodiff.CosineSchedule(num_steps=1000)) * 1000
+        tensor([0.9031, 1.0000], dtype=torch.float64)
     """
 
     def forward(self, t: Tensor) -> Tensor:

@@ -225,16 +225,16 @@ class Sampler(ABC):
             bar.total = num_samples * len(self._times)
             at = dict(zip((0, *self._times), range(len(self._times) + 1), strict=True))
             wanted = {at[t] for t in times}
-            kept = {k: x for k, x in self._run(num_samples, context, bar) if k in wanted}
+            kept = {k: x for k, x in self._run(num_samples, context, bar, wanted) if k in wanted}
         return [kept[at[t]].clone() for t in times]
 
-    def _run(self, num_samples: int, context: tuple[Tensor, ...], bar: tqdm) -> Iterator[tuple[int, Tensor]]:
-        """t and x_t of the chain, from T to 0; the first network call is validated."""
+    def _run(
+        self, num_samples: int, context: tuple[Tensor, ...], bar: tqdm, wanted: set[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """t and x_t of the chain, from T to 0, those wanted among them; the first network call is validated."""
         model, T = self.chain.model, self.chain.num_steps
         with validated(model.device):
-            top = model.top(model.dtype(), model.device)
-            top = top.expand((num_samples,))
-            x = top() if callable(top) else top.sample()  # one of torch's own
+            x = drawn(model.top(model.dtype(), model.device), num_samples)
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)

@@ -21,7 +21,7 @@ from commands import TINY, call, files, points, saved, train, with_pictures, wit
 import pyrodiff
 from pyrodiff.base.randomness import kept_sources
 from pyrodiff.command import cli, recipes, runs
-from pyrodiff.command.runs import Metrics, Run, shortened
+from pyrodiff.command.runs import SAMPLERS, Metrics, Run, shortened
 from pyrodiff.command.settings import Settings, kind, option
 
 LEVELS = np.random.default_rng(1).integers(0, 6, (40, 4, 4)).astype(np.uint8)
@@ -507,6 +507,25 @@ def test_sample(home, tmp_path):
     np.testing.assert_allclose(found["short"], run.form.decoded(short).numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpm", "heun", "pc", "flow"])
+def test_sample_by_any_sampler(home, tmp_path, name):
+    """The file holds what the sampler of that name draws, in so many steps."""
+    run, _ = opened(home / "run")
+    options = [f"--sampler={name}", "--sample-steps=3", "--number=4", "--save", tmp_path / "s.npz"]
+    assert call("sample", home / "run", *options).code == 0
+    generator = torch.Generator().manual_seed(0)
+    expected = run.form.decoded(SAMPLERS[name](run.diffusion)(4, num_steps=3, generator=generator))
+    np.testing.assert_allclose(drawn(tmp_path / "s.npz"), expected.numpy(), rtol=1e-5)
+
+
+def test_a_sampler_that_does_not_suit_is_refused_before_anything_is_written(home, tmp_path):
+    assert train(saved(tmp_path / "b.npy", points() > 0), tmp_path / "bits").code == 0
+    said = call("sample", tmp_path / "bits", "--sampler=dpm", "--save", tmp_path / "s.npz")
+    assert said.is_refused("--sampler dpm", "AncestralSampler")
+    assert not (tmp_path / "s.npz").exists()
+    assert call("sample", home / "run", "--sampler=euler").is_refused("--sampler", "ancestral")
+
+
 def test_samples_are_in_the_units_of_the_data(home, tmp_path):
     assert call("sample", home / "run", "--number=400", "--save", tmp_path / "s.npz").code == 0
     x = drawn(tmp_path / "s.npz")
@@ -674,8 +693,9 @@ def test_data_may_move(home, tmp_path):
 
 
 def test_more_steps_than_the_chain_has_are_refused(home):
-    for command in ("bound", "sample"):
-        assert call(command, home / "run", "--num-steps=6").is_refused("--num-steps", "at most 5")
+    for command, name in (("bound", "--chain-steps"), ("sample", "--sample-steps")):
+        for spelling in (name, "--num-steps"):
+            assert call(command, home / "run", f"{spelling}=6").is_refused(name, "at most 5")
 
 
 def test_the_version(capsys):

@@ -6,6 +6,7 @@ half-written), 1 where the training itself failed, 128 and the signal's number w
 
 import argparse
 import dataclasses
+import functools
 import os
 import shlex
 import signal
@@ -26,11 +27,13 @@ from .. import plots
 from ..base import ranks
 from ..base.files import write
 from ..likelihood.bounds import Bound, bound, importance_bound
-from ..sampling.ancestral import AncestralSampler
+from ..pair.diffusion import evenly_spaced
+from ..sampling.sampler import Sampler
 from . import recipes
 from .loading import BUILT_IN, Data
 from .reports import report, versions
 from .runs import (
+    SAMPLERS,
     Interrupted,
     Metrics,
     Run,
@@ -152,7 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     bounds.add_argument("--number", type=_count, help="of how many data, the first ones (default: all)")
     bounds.add_argument("--times", type=_count, help="how many of the T terms a datum, at random (default: all)")
     bounds.add_argument(
-        "--num-steps", type=_count, help="the bound of a chain of so many of the T steps (default: all)"
+        *("--chain-steps", "--num-steps"),
+        dest="num_steps",
+        type=_count,
+        help="the bound of a chain of so many of the T steps (default: all)",
     )
     bounds.add_argument("--particles", type=_count, help="beside it, the importance-weighted bound of K trajectories")
     bounds.add_argument("--save", type=Path, help="an .npz file for the terms of each datum")
@@ -160,7 +166,15 @@ def _parser() -> argparse.ArgumentParser:
     samples = _command(commands, "sample", _sample, "draw samples: an .npz file and a picture")
     samples.add_argument("--number", type=_count, default=64, help="how many (default: 64)")
     samples.add_argument("--batch-size", type=_count, default=256, help="how many at a time (default: 256)")
-    samples.add_argument("--num-steps", type=_count, help="in how many of the T steps (default: all)")
+    samples.add_argument(
+        "--sampler", choices=tuple(SAMPLERS), default="ancestral", help="by which sampler (default: ancestral)"
+    )
+    samples.add_argument(
+        *("--sample-steps", "--num-steps"),
+        dest="num_steps",
+        type=_count,
+        help="in how many of the T steps (default: all)",
+    )
     samples.add_argument("--save", type=Path, help="the .npz file; the picture stands beside it (RUN/samples.npz)")
     samples.add_argument(
         "--trajectory", choices=("strip", "gif"), help="the way from noise to data too, as a strip or an animation"
@@ -389,7 +403,9 @@ def _finish(run: Run, data: Data, stop: Stop, options: argparse.Namespace) -> No
     found.save(folder / "bound.npz")
     print(found, flush=True)
     print(f"test data: {spelled(found)}")
-    samples = _write_samples(run, folder / "samples.npz", settings.samples, 256, settings.seed, None)
+    samples = _write_samples(
+        run, folder / "samples.npz", run.sampler("ancestral"), settings.samples, 256, settings.seed
+    )
     stop.check()
     commands = (folder / "commands.txt").read_text(encoding="utf-8").splitlines()
     print(f"report: {report(run, found, samples, data.split('test', len(samples)), commands)}")
@@ -402,10 +418,10 @@ def _opened(options: argparse.Namespace) -> Run:
     return _mistakes(Run.opened, options.run, options.checkpoint, options.device)
 
 
-def _refuse_more_steps(run: Run, options: argparse.Namespace) -> None:
+def _refuse_more_steps(run: Run, options: argparse.Namespace, name: str) -> None:
     T = run.settings.num_steps
     if options.num_steps is not None and options.num_steps > T:
-        raise Mistake(f"--num-steps must be at most {T}, those of the run, but it is {options.num_steps}")
+        raise Mistake(f"{name} must be at most {T}, those of the run, but it is {options.num_steps}")
 
 
 def _data_of(run: Run, options: argparse.Namespace) -> Data:
@@ -429,7 +445,7 @@ def _bound(options: argparse.Namespace) -> int:
         _mistakes(_refuse_place, options.save)
     run = _opened(options)
     x_0 = _mistakes(_data_of, run, options).split(options.split, options.number)
-    _refuse_more_steps(run, options)
+    _refuse_more_steps(run, options, "--chain-steps")
     diffusion = shortened(run.diffusion, options.num_steps)
     with Stop() as stop:
         found = _mistakes(
@@ -449,24 +465,29 @@ def _bound(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     run = _opened(options)
-    _refuse_more_steps(run, options)
+    _refuse_more_steps(run, options, "--sample-steps")
+    try:
+        sampler = run.sampler(options.sampler)
+    except ValueError as error:
+        raise Mistake(f"--sampler {options.sampler} does not suit this run: {error}") from None
     path = options.save or run.folder / "samples.npz"
     _mistakes(_refuse_place, path)
     if options.trajectory is not None and not run.form.is_drawable:
         raise Mistake(f"--trajectory must be left out for data of shape {tuple(run.form.event_shape)}")
-    _mistakes(_write_samples, run, path, options.number, options.batch_size, options.seed, options.num_steps)
+    draw = functools.partial(sampler, num_steps=options.num_steps)
+    _mistakes(_write_samples, run, path, draw, options.number, options.batch_size, options.seed)
     if options.trajectory is not None:
-        _mistakes(_write_trajectory, run, path, options)
+        _mistakes(_write_trajectory, run, path, sampler, options)
     return 0
 
 
-def _write_samples(run: Run, path: Path, number: int, size: int, seed: int, steps: int | None) -> Tensor:
+def _write_samples(run: Run, path: Path, draw: Callable[..., Tensor], number: int, size: int, seed: int) -> Tensor:
     """Samples batch by batch, all from one seed, and a picture of the first ones."""
     generator = torch.Generator("cpu").manual_seed(seed)
     sizes = [size] * (number // size) + [number % size] * (number % size > 0)
     several = len(sizes) > 1
     with tqdm(sizes, desc="samples", unit="batch", disable=None if several else True) as bar:
-        x_0 = torch.cat([run.sampled(size, generator, steps, progress=not several) for size in bar])
+        x_0 = torch.cat([draw(size, generator=generator, progress=not several) for size in bar])
     save_arrays(path, samples=run.form.decoded(x_0))
     picture = path.with_suffix(".png")
     if run.form.is_drawable:
@@ -476,12 +497,13 @@ def _write_samples(run: Run, path: Path, number: int, size: int, seed: int, step
     return x_0
 
 
-def _write_trajectory(run: Run, path: Path, options: argparse.Namespace) -> None:
-    diffusion = shortened(run.diffusion, options.num_steps)
-    T, gif = diffusion.num_steps, options.trajectory == "gif"
-    times = sorted(set(torch.linspace(0, T, min(T + 1, 61 if gif else 9)).round().int().tolist()), reverse=True)
+def _write_trajectory(run: Run, path: Path, sampler: Sampler, options: argparse.Namespace) -> None:
+    T, gif = run.diffusion.num_steps, options.trajectory == "gif"
+    steps = (0, *evenly_spaced(options.num_steps or T, T))
+    shown = torch.linspace(0, len(steps) - 1, min(len(steps), 61 if gif else 9)).round().int().tolist()
+    times = sorted({steps[i] for i in shown}, reverse=True)
     number = min(options.number, (64 if gif else 6) if run.form.event_shape != (2,) else 2000)
-    states = AncestralSampler(diffusion).trajectory(number, times=times, generator=options.seed, progress=True)
+    states = sampler.trajectory(number, num_steps=options.num_steps, times=times, generator=options.seed, progress=True)
     states = torch.stack([run.form.drawable(state) for state in states])
     out = path.with_name(f"{path.stem}-trajectory.{'gif' if gif else 'png'}")
     if gif:
@@ -505,7 +527,9 @@ def _plot(options: argparse.Namespace) -> int:
     if kept.is_file() and run.settings.num_steps > 1:
         pictures["terms"] = plots.terms(_mistakes(Bound.load, kept)).figure
     if run.form.is_drawable:
-        samples = run.sampled(64 if run.form.event_shape != (2,) else 2000, options.seed, progress=True)
+        samples = run.sampler("ancestral")(
+            64 if run.form.event_shape != (2,) else 2000, generator=options.seed, progress=True
+        )
         pictures["samples"] = plots.samples(run.form.drawable(samples)).figure
         pictures["data"] = plots.samples(run.form.drawable(x_0[: len(samples)])).figure
     if run.form.event_shape == (2,):

@@ -42,12 +42,16 @@ from ..likelihood.bounds import Bound, bound
 from ..pair.diffusion import Diffusion, evenly_spaced
 from ..pair.elbo import DiffusionELBO
 from ..sampling.ancestral import AncestralSampler
+from ..sampling.flow import FlowSampler
+from ..sampling.sampler import Sampler
+from ..sampling.solvers import DDIMSampler, DPMSolverSampler, HeunSampler, PredictorCorrectorSampler
 from ..training.svi import SVI, exponential_average
 from . import recipes
 from .loading import Data, Form
 from .settings import Settings, option
 
 __all__ = [
+    "SAMPLERS",
     "Interrupted",
     "Metrics",
     "Run",
@@ -60,6 +64,16 @@ __all__ = [
     "shortened",
     "spelled",
 ]
+
+
+SAMPLERS = {  # by their names on the command line
+    "ancestral": AncestralSampler,
+    "ddim": DDIMSampler,
+    "dpm": DPMSolverSampler,
+    "heun": HeunSampler,
+    "pc": PredictorCorrectorSampler,
+    "flow": FlowSampler,
+}
 
 
 class Interrupted(Exception):
@@ -268,18 +282,16 @@ class Run:
         settings = {name: list(one) if isinstance(one, tuple) else one for name, one in self.settings.given().items()}
         checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
 
-    def sampled(
-        self, number: int, seed: int | torch.Generator, steps: int | None = None, progress: bool = False
-    ) -> Tensor:
-        """Samples, as the model has them.
+    def sampler(self, name: str) -> Sampler:
+        """A sampler of the model.
 
         Arguments:
-            number: How many.
-            seed: The seed, or a generator.
-            steps: In how many steps at most; all T if not given.
-            progress: Whether to show a bar.
+            name: Which, of :data:`SAMPLERS`.
+
+        Raises:
+            ValueError: If it is not for such a model.
         """
-        return AncestralSampler(shortened(self.diffusion, steps))(number, generator=seed, progress=progress)
+        return SAMPLERS[name](self.diffusion)
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:
@@ -495,7 +507,8 @@ class Trainer:
         with run.svi.averaged() if run.svi.average is not None else nullcontext():
             found = bound(run.diffusion, x_0, num_times=times, generator=settings.seed, sharded=ranks.count() > 1)
             found = run.form.in_units(found)
-            samples = run.sampled(settings.samples, settings.seed, steps=50) if self.is_first else None
+            few, draw = min(50, settings.num_steps), run.sampler("ancestral")
+            samples = draw(settings.samples, num_steps=few, generator=settings.seed) if self.is_first else None
         mean = float(found.nats.mean())
         self._bound = f", bound {spelled(found)}"
         if self.is_first:

@@ -27,9 +27,9 @@ from pyrodiff import datasets, networks
 LEVELS = 17
 
 
-def build(prediction: str, k: Tensor, T: int) -> pyrodiff.Diffusion:
+def build(prediction: str, k: Tensor, schedule: pyrodiff.Schedule) -> pyrodiff.Diffusion:
     """The diffusion: the network says the level of each pixel of pictures like k, or, of other readings, a number."""
-    forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(T))
+    forward = pyrodiff.GaussianForward(schedule)
     if prediction == "level":
         counts = one_hot(k.long(), LEVELS).float().sum(0)
         histogram = (counts + 8 * counts.mean((0, 1)) / len(k)) / (len(k) + 8)
@@ -69,12 +69,9 @@ def variations(diffusion: pyrodiff.Diffusion, x_0: Tensor) -> None:
         line(f"T = {T}, {name}", pyrodiff.bound(other, x_0, num_times=T // 10, generator=0).nats)
 
 
-def main(out: Path, num_steps: int = 2200, prediction: str = "level", T: int = 1000) -> pyrodiff.Bound:
-    """Train, print the bound beside the simple models, draw the picture; returns the bound."""
-    pyro.set_rng_seed(0)
-    splits = [datasets.digits(split) for split in ("train", "validation", "test")]
-    k, x_0 = splits[0], pyrodiff.dequantize(splits[2], LEVELS)
-    diffusion, strokes = build(prediction, k, T), datasets.Strokes(k)
+def fit(diffusion: pyrodiff.Diffusion, k: Tensor, num_steps: int) -> None:
+    """Train on these pictures, a third of them as they are and the others turned and moved."""
+    strokes = datasets.Strokes(k)
 
     def draw(size: int) -> Tensor:
         i = torch.randint(len(k), (size,))
@@ -84,6 +81,14 @@ def main(out: Path, num_steps: int = 2200, prediction: str = "level", T: int = 1
     settings = {"batch_size": 128, "lr": 3e-3, "weight_decay": 0.2, "drawing": drawing, "average": 0.998}
     train(diffusion, draw, num_steps, name="digits", **settings)
 
+
+def main(out: Path, num_steps: int = 2200, prediction: str = "level", T: int = 1000) -> pyrodiff.Bound:
+    """Train, print the bound beside the simple models, draw the picture; returns the bound."""
+    pyro.set_rng_seed(0)
+    splits = [datasets.digits(split) for split in ("train", "validation", "test")]
+    k, x_0 = splits[0], pyrodiff.dequantize(splits[2], LEVELS)
+    diffusion = build(prediction, k, pyrodiff.LogSNRSchedule(T))
+    fit(diffusion, k, num_steps)
     validation = pyrodiff.bound(diffusion, pyrodiff.dequantize(splits[1], LEVELS), num_times=T // 10, generator=0)
     line("validation split, a tenth of the times", validation.nats)
     bound = pyrodiff.bound(diffusion, x_0, generator=0, progress=True)

@@ -1,6 +1,6 @@
 """Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
 
-from . import checkpoints, datasets, networks, plots
+from . import checkpoints, datasets, networks, plots, scores
 from .likelihood.accounting import VarianceAccount, variance_account
 from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
 from .likelihood.estimate import Likelihood
@@ -47,6 +47,7 @@ from .pair.times import (
 )
 from .process.forward import BinomialForward, Forward, GaussianForward
 from .process.learned import LearnedBetaSchedule, LearnedLogSNRSchedule
+from .process.noise_levels import initial_noise, langevin_step_size, noise_ratio
 from .process.quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
 from .process.schedules import (
     BetaSchedule,
@@ -59,7 +60,10 @@ from .process.schedules import (
     SubSchedule,
 )
 from .sampling.ancestral import AncestralSampler
+from .sampling.flow import FlowSampler
+from .sampling.langevin import AnnealedLangevinSampler, LangevinSampler
 from .sampling.sampler import Sampler
+from .sampling.solvers import DDIMSampler, DPMSolverSampler, HeunSampler, PredictorCorrectorSampler
 from .training.svi import SVI, exponential_average
 
 __version__ = "0.1.0"
@@ -67,6 +71,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AnalyticVariance",
     "AncestralSampler",
+    "AnnealedLangevinSampler",
     "BetaSchedule",
     "BinomialForward",
     "BinomialReverse",
@@ -76,6 +81,8 @@ __all__ = [
     "Clipped",
     "CosineSchedule",
     "D3PMReverse",
+    "DDIMSampler",
+    "DPMSolverSampler",
     "DataPrediction",
     "Decoder",
     "Denoiser",
@@ -88,15 +95,18 @@ __all__ = [
     "FixedLargeVariance",
     "FixedVariance",
     "FlowLikelihood",
+    "FlowSampler",
     "Forward",
     "ForwardVariance",
     "GaussianDecoder",
     "GaussianForward",
     "GaussianReverse",
     "GeometricSchedule",
+    "HeunSampler",
     "HybridWeighting",
     "ImportanceBound",
     "ImportanceDrawing",
+    "LangevinSampler",
     "LearnedBetaSchedule",
     "LearnedLogSNRSchedule",
     "LearnedVariance",
@@ -114,6 +124,7 @@ __all__ = [
     "OneStep",
     "PairBound",
     "PosteriorVariance",
+    "PredictorCorrectorSampler",
     "RangeVariance",
     "ReciprocalSchedule",
     "SVI",
@@ -141,12 +152,16 @@ __all__ = [
     "dequantize",
     "exponential_average",
     "importance_bound",
+    "initial_noise",
+    "langevin_step_size",
     "networks",
+    "noise_ratio",
     "ode_log_prob",
     "pair_bound",
     "pair_importance_bound",
     "plots",
     "quantize",
+    "scores",
     "variance_account",
     "verify",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 
 from .base import checks
+from .base.precision import home
 from .process.quantization import whole_levels
 from .readers import array, idx, idx_folder, image_folder
 
@@ -31,6 +32,7 @@ __all__ = [
     "idx_folder",
     "image_folder",
     "swiss_roll",
+    "swiss_roll_log_prob",
 ]
 
 
@@ -61,8 +63,9 @@ def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
 
     .. math:: x \propto (r \cos r, r \sin r) / 4 + \text{noise}, \qquad r \sim U[1.5 \pi, 4.5 \pi]
 
-    shifted and scaled, by its exact moments, to mean 0 and variance 1 in each dimension. Its entropy has no closed
-    form. The 2015 paper does not say how much noise its roll has.
+    shifted and scaled, by its exact moments, to mean 0 and variance 1 in each dimension. Its entropy is 0.9638 nats at
+    the default noise, by quadrature (:func:`swiss_roll_log_prob`). The 2015 paper does not say how much noise its roll
+    has.
 
     Arguments:
         num_samples: The number of points.
@@ -93,6 +96,47 @@ def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
     x = (x - mean) / std
     x = x + noise * torch.randn(x.shape, generator=generator, dtype=torch.float64)
     return (x / math.sqrt(1 + noise**2)).float()
+
+
+@torch.no_grad()
+def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
+    r"""The log density of :func:`swiss_roll`, by quadrature over the spiral.
+
+    .. math:: p(x) = \int N(x; c(r), s^2 I) \, \frac{dr}{3 \pi}, \qquad s = \text{noise} / \sqrt{1 + \text{noise}^2}
+
+    with the spiral c(r) shifted and scaled, by Gauss and Legendre's rule on nodes that are a fourth of s apart. No
+    bound on -log p has a lower mean over draws of the roll than minus the mean of this.
+
+    Arguments:
+        x: Points with shape (B, 2), floats.
+        noise: The noise of the roll; above 0.
+
+    Returns:
+        Nats in float64, with shape (B,).
+
+    Raises:
+        ValueError: If ``x`` has another shape or dtype, or ``noise`` is not above 0.
+
+    Example:
+        >>> x = pyrodiff.datasets.swiss_roll(10000, seed=1)
+        >>> print(f"{float(-pyrodiff.datasets.swiss_roll_log_prob(x).mean()):.1f}")
+        1.0
+    """
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2 and x.shape[1] == 2):
+        raise ValueError(f"x must be floats with shape (B, 2), but it is {checks.described(x)}")
+    if not (checks.is_number(noise) and 0 < noise < math.inf):
+        raise ValueError(f"noise must be a number above 0 for a density, but it is {noise!r}")
+    scale = math.sqrt(1 + noise**2)
+    number = math.ceil(4 * 3 * math.pi * 2.2 * max(1.0, 1 / noise))  # the spiral moves by 2.2 at most as r does by 1
+    node, weight = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(number))
+    r, s = math.pi * (3 + 1.5 * node), noise / scale
+    mean, std = _swiss_roll_moments()
+    centre = (torch.stack([r * r.cos(), r * r.sin()], -1) - mean) / std / scale
+    found = []
+    for part in x.double().cpu().split(2**24 // number):
+        square = ((part[:, None] - centre) ** 2).sum(-1)
+        found.append(torch.logsumexp((weight / 2).log() - square / (2 * s**2), 1) - math.log(2 * math.pi * s**2))
+    return torch.cat(found).to(home(x.device)) if found else x.new_zeros(0, dtype=torch.float64)
 
 
 def _swiss_roll_moments() -> tuple[Tensor, Tensor]:

@@ -238,3 +238,15 @@ def test_a_run_in_parts_is_one_run(example, tmp_path, pictures, capsys, name, un
         assert torch.equal(pyrodiff.Bound.load(out / "test.npz").nats, result.nats)
         assert all((out / picture).exists() for picture in ("curve.png", "samples.png"))
     assert torch.equal(results[1], results[2])
+
+
+def test_ncsn(example, tmp_path, capsys, monkeypatch):
+    ncsn = example("ncsn")
+    monkeypatch.setattr(ncsn, "NUM_UPDATES", 2)
+    samples = ncsn.main(tmp_path, 5, num_samples=50)
+    printed = capsys.readouterr().out
+    for name, x in samples.items():
+        assert f"{name}: {float((x.sum(1) < 0).float().mean()):.3f} ± " in printed
+    assert len(samples) == 4
+    assert printed.count(" nats") == 2
+    assert (tmp_path / "ncsn.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,6 @@
 """The likelihood of the probability flow, against closed forms and against an integration of its own in numpy."""
 
 import math
-import sys
 
 import numpy as np
 import oracles

@@ -255,3 +255,23 @@ def test_the_last_beta_may_be_one_and_leaves_no_signal():
 def test_a_line_of_log_snr_has_to_fall_within_float64(first, last, words):
     with pytest.raises(ValueError, match=words):
         pyrodiff.LogSNRSchedule(5, first, last)
+
+
+@pytest.mark.parametrize("make", [pyrodiff.LinearSchedule, pyrodiff.CosineSchedule, pyrodiff.ReciprocalSchedule])
+@pytest.mark.parametrize("T", [1, 2, 3, 40, 1000])
+def test_even_times_are_the_nearest_to_even_falls_of_the_log_snr(make, T):
+    """Both ends, so many, each once; where none would be taken twice, the nearest by trying all."""
+    schedule = make(T)
+    for number in {1, 2, 3, min(7, T), T} & set(range(1, T + 1)):
+        times = schedule.even_times(number)
+        assert len(times) == number
+        assert times[-1] == T
+        assert number == 1 or times[0] == 1
+        assert all(s < t for s, t in pairwise(times))
+    if T == 1000 and make is pyrodiff.LinearSchedule:
+        log_snr = schedule.log_snr(torch.arange(1, T + 1))
+        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), 9, dtype=torch.float64)
+        assert schedule.even_times(9) == tuple(((log_snr - one).abs().argmin() + 1).item() for one in wanted)
+    for number in (0, T + 1):
+        with pytest.raises(ValueError, match="num_steps must be"):
+            schedule.even_times(number)

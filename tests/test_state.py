@@ -507,13 +507,15 @@ SIMPLE = [
     *(
         "process/schedules",
         "process/learned",
+        "process/noise_levels",
         "process/quantization",
         "process/forward",
         "model/denoisers",
         "model/clipping",
+        "model/variances",
     ),
     *("model/reverse", "model/decoders", "pair/times"),
-    *("networks/embeddings", "networks/mlp", "networks/unet", "networks/offset"),
+    *("networks/embeddings", "networks/mlp", "networks/unet", "networks/offset", "networks/scaled"),
 ]
 WORDS = ("trust", "blind", "tabulat", "proxy", "make_fx", "tracing", "traced", "_version", "lru_cache", "cached")
 NAMES = {"cache", "trace", "tracer", "_version"}

@@ -30,7 +30,11 @@ ORDER = [
 ]
 INSIDE = {  # what modules share, and the package does not offer
     "Batch",
+    "Drawn",
+    "Flow",
     "Generative",
+    "Solution",
+    "check_flow",
     "check_law",
     "costs_dtype",
     "drawn",
@@ -90,13 +94,14 @@ INSIDE = {  # what modules share, and the package does not offer
     "seed_of",
     "set_apart",
     "shard_again",
+    "solve",
     "sources",
     "step_costs",
     "together",
     "total_norm",
     "write",
 }
-OFFERED_WHOLE = {"checkpoints", "datasets", "plots", "readers"}  # as modules, as ``networks`` is
+OFFERED_WHOLE = {"checkpoints", "datasets", "plots", "readers", "scores"}  # as modules, as ``networks`` is
 MODULES = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py") if path.stem != "__init__"
 )

@@ -206,6 +206,16 @@ def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:
         )
 
 
+def data(x: object) -> None:
+    """Data: floats of full precision, one datum for each index of the first dimension."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+        raise ValueError(
+            f"x must be a tensor of floats, one datum for each index of its first dimension, but it is "
+            f"{described(x)}: give x.float(), or pyrodiff.dequantize(k, levels) of levels"
+        )
+    full_precision("x", x.dtype)
+
+
 def full_precision(name: str, dtype: torch.dtype) -> None:
     """A dtype that bounds can be computed in: half precision is the networks' alone, under autocast."""
     if torch.finfo(dtype).bits < 32:

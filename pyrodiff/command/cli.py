@@ -163,22 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     bounds.add_argument("--particles", type=_count, help="beside it, the importance-weighted bound of K trajectories")
     bounds.add_argument("--save", type=Path, help="an .npz file for the terms of each datum")
     bounds.add_argument("--data", help="where the run's data are, if they have moved")
-    samples = _command(commands, "sample", _sample, "draw samples: an .npz file and a picture")
-    samples.add_argument("--number", type=_count, default=64, help="how many (default: 64)")
-    samples.add_argument("--batch-size", type=_count, default=256, help="how many at a time (default: 256)")
-    samples.add_argument(
-        "--sampler", choices=tuple(SAMPLERS), default="ancestral", help="by which sampler (default: ancestral)"
-    )
-    samples.add_argument(
-        *("--sample-steps", "--num-steps"),
-        dest="num_steps",
-        type=_count,
-        help="in how many of the T steps (default: all)",
-    )
-    samples.add_argument("--save", type=Path, help="the .npz file; the picture stands beside it (RUN/samples.npz)")
-    samples.add_argument(
-        "--trajectory", choices=("strip", "gif"), help="the way from noise to data too, as a strip or an animation"
-    )
+    _sample_parser(commands)
     plot = _command(commands, "plot", _plot, "draw the curves, the terms over t, samples beside data")
     plot.add_argument("--data", help="where the run's data are, if they have moved")
     about = "versions and devices; of a run, what it is and how far it came"
@@ -188,6 +173,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(command=_info)
     return parser
+
+
+def _sample_parser(commands: Any) -> None:
+    parser = _command(commands, "sample", _sample, "draw samples: an .npz file and a picture")
+    parser.add_argument("--number", type=_count, default=64, help="how many (default: 64)")
+    parser.add_argument("--batch-size", type=_count, default=256, help="how many at a time (default: 256)")
+    parser.add_argument(
+        "--sampler", choices=tuple(SAMPLERS), default="ancestral", help="by which sampler (default: ancestral)"
+    )
+    parser.add_argument(
+        *("--sample-steps", "--num-steps"),
+        dest="num_steps",
+        type=_count,
+        help="in how many of the T steps (default: all)",
+    )
+    parser.add_argument("--save", type=Path, help="the .npz file; the picture stands beside it (RUN/samples.npz)")
+    parser.add_argument(
+        "--trajectory", choices=("strip", "gif"), help="the way from noise to data too, as a strip or an animation"
+    )
 
 
 def _command(commands: Any, name: str, command: Callable, help: str) -> argparse.ArgumentParser:

@@ -51,7 +51,6 @@ from .loading import Data, Form
 from .settings import Settings, option
 
 __all__ = [
-    "SAMPLERS",
     "Interrupted",
     "Metrics",
     "Run",

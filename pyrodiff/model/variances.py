@@ -274,8 +274,8 @@ class RangeVariance(LearnedVariance):
 
     with :math:`\tilde\beta_2` in the place of :math:`\tilde\beta_1 = 0`, and :math:`\beta_1` if T = 1. Nothing keeps v
     within [-1, 1]. A chain of fewer steps has its own :math:`\beta_t` and :math:`\tilde\beta_t`, and v as it is. Where
-    the variance of the data is at most 1 the best variance lies in this range; data that vary more, or a poor mean,
-    need :class:`DiagonalVariance`.
+    the variance of the data is at most 1 the best variance of all steps but the last, to the data, lies in this range;
+    data that vary more, or a poor mean, need :class:`DiagonalVariance`.
 
     References:
         Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), Eq. 15, whose v is

@@ -13,6 +13,7 @@ References:
 from .embeddings import ContextEmbedding, LogSNREmbedding, TimeEmbedding
 from .mlp import MLP
 from .offset import Offset
+from .scaled import DividedByNoise
 from .unet import UNet
 
-__all__ = ["ContextEmbedding", "LogSNREmbedding", "MLP", "Offset", "TimeEmbedding", "UNet"]
+__all__ = ["ContextEmbedding", "DividedByNoise", "LogSNREmbedding", "MLP", "Offset", "TimeEmbedding", "UNet"]

@@ -408,7 +408,7 @@ class NoiseWeighting(nn.Module, ABC):
 
     def forward(self, t: Tensor) -> Tensor:
         """The weight w(t) of the bound's step, with the shape (B,) of t."""
-        return torch.zeros(t.shape, dtype=torch.get_default_dtype(), device=t.device)
+        return torch.zeros(t.shape, dtype=torch.float64, device=t.device)
 
     @abstractmethod
     def noise(self, t: Tensor, schedule: Schedule) -> Tensor:
@@ -459,10 +459,10 @@ class HybridWeighting(NoiseWeighting):
         self.scale = checks.number("scale", scale, 0, math.inf)
 
     def forward(self, t: Tensor) -> Tensor:
-        return torch.full(t.shape, self.scale, dtype=torch.get_default_dtype(), device=t.device)
+        return torch.full(t.shape, self.scale, dtype=torch.float64, device=t.device)
 
     def noise(self, t: Tensor, schedule: Schedule) -> Tensor:
-        return torch.full(t.shape, 1 / schedule.num_steps, dtype=torch.get_default_dtype(), device=t.device)
+        return torch.full(t.shape, 1 / schedule.num_steps, dtype=torch.float64, device=t.device)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}"

@@ -37,7 +37,7 @@ class Sampler(ABC):
         diffusion: The model.
         compile: Whether a step runs as one compiled graph, made at the first call with so many samples. A model with
             random weights cannot be compiled.
-        num_steps: In how many steps, evenly spaced in 1..T; in all T, or at the given times, if not given.
+        num_steps: In how many steps, at the times of :meth:`spaced`; in all T, or at the given times, if not given.
         times: The times of these steps, increasing ints in 1..T, in the place of their number.
         guide: The guide of random weights, called as ``guide(None, *context)``; for these only.
 
@@ -84,7 +84,7 @@ class Sampler(ABC):
         if num_steps is not None and times is not None:
             raise ValueError(f"num_steps must be None where times are given, but it is {num_steps!r}")
         self.diffusion, self.guide = diffusion, guide
-        self._given = times if num_steps is None else evenly_spaced(num_steps, diffusion.num_steps)
+        self._given = times if num_steps is None else self.spaced(num_steps)
         self._compiles = compile
         self._cut(self._given)
 
@@ -96,6 +96,17 @@ class Sampler(ABC):
         self._is_cut = times is not None
         self._times = tuple(int(t) for t in (range(1, self.diffusion.num_steps + 1) if times is None else times))
         self._compiled = Compiled(self._as_a_function, [self.chain.model], name="sampling") if self._compiles else None
+
+    def spaced(self, num_steps: int) -> tuple[int, ...]:
+        """The times of so many steps: evenly spaced in 1..T, unless a sampler has others that suit it better.
+
+        Arguments:
+            num_steps: How many, in 1..T.
+
+        Raises:
+            ValueError: If it is out of range.
+        """
+        return evenly_spaced(num_steps, self.diffusion.num_steps)
 
     @abstractmethod
     def step(self, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
@@ -142,7 +153,7 @@ class Sampler(ABC):
         Arguments:
             num_samples: How many, n.
             *context: The context of each sample, for the network: tensors of n rows, or of one for all.
-            num_steps: In how many steps, evenly spaced in 1..T; as the sampler was made, if not given.
+            num_steps: In how many steps, at the times of :meth:`spaced`; as the sampler was made, if not given.
             generator: A generator or a seed, for the same draws each time; a seed from torch's source if not given.
             progress: Whether to show a progress bar, where there is a terminal.
 
@@ -202,7 +213,7 @@ class Sampler(ABC):
 
     def _choose(self, num_steps: int | None) -> None:
         """Take so many steps from here on, or as many as the sampler was made for; of the parts as they are now."""
-        times = self._given if num_steps is None else evenly_spaced(num_steps, self.diffusion.num_steps)
+        times = self._given if num_steps is None else self.spaced(num_steps)
         is_other = (times is not None) != self._is_cut or (self._is_cut and tuple(times) != self._times)
         if is_other or (self._is_cut and not self._made_of.holds()):
             self._cut(times)

@@ -1,0 +1,78 @@
+"""A network that is not told the noise, divided by it."""
+
+import inspect
+
+from torch import Tensor, nn
+
+from ..base import checks
+from ..base.precision import coefficients, precisely
+
+__all__ = ["DividedByNoise"]
+
+
+class DividedByNoise(nn.Module):
+    r"""A score that does not know how much noise there is, but for its size, :math:`s(x_t, t) = f(x_t) / \sigma_t`.
+
+    The length of a score of noisy data is about as one over the noise, whatever the data; so one network without a time
+    serves all of it. The noise is the schedule's, :math:`\sigma_t = b_t`. It belongs into :class:`ScorePrediction`.
+
+    The schedule is asked at each call and is a part of the module, so the tables of a schedule stand in the
+    ``state_dict`` under this name too, as they do under each name that a model has for its schedule. Give the very
+    schedule of the forward process: on a device, or learned, the two are then one.
+
+    Arguments:
+        network: A module called as ``network(x_t, *context)``, without a time, that returns a tensor of the shape of
+            ``x_t``. A network that takes one, as :class:`UNet`, goes into a module of yours that gives it the same one
+            always.
+        schedule: The noise schedule.
+
+    Raises:
+        ValueError: If ``network`` is not a module, or ``schedule`` is not a schedule. On a call, if the network takes
+            something else or returns another shape, or t is none of 1..T, as far as may be seen.
+
+    References:
+        Improved Techniques for Training Score-Based Generative Models (Song and Ermon, 2020), Technique 3,
+        https://arxiv.org/abs/2006.09011
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.GeometricSchedule(num_steps=3, sigma_min=0.1, sigma_max=10.0))
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 2))
+        >>> score = pyrodiff.networks.DividedByNoise(network, forward.schedule)
+        >>> denoiser = pyrodiff.ScorePrediction(score, forward)
+        >>> x = torch.randn(5, 2)
+        >>> torch.allclose(score(x, 1), 100 * score(x, 3))
+        True
+    """
+
+    def __init__(self, network: nn.Module, schedule: nn.Module) -> None:
+        super().__init__()
+        checks.instance("network", network, nn.Module)
+        if not (isinstance(schedule, nn.Module) and hasattr(schedule, "noise") and hasattr(schedule, "num_steps")):
+            raise ValueError(f"schedule must be a pyrodiff.Schedule, but it is {checks.described(schedule)}")
+        self.network, self.schedule = network, schedule
+
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
+        """The score, with the shape of ``x_t``, for t an int or an integer tensor with the batch's shape."""
+        checks.time("t", t, self.schedule.num_steps, low=1)
+        self._check_call(x_t, *context)
+        output = self.network(x_t, *context)
+        checks.returned("network", output, x_t.shape, x_t)
+        with precisely():
+            (noise,) = coefficients(self.schedule.noise(t)[None], x_t)
+            return output.to(x_t.dtype) / noise
+
+    def _check_call(self, x_t: Tensor, *context: Tensor) -> None:
+        if not checks.validating():
+            return
+        try:
+            signature = inspect.signature(self.network.forward)
+        except (TypeError, ValueError):  # it does not say
+            return
+        try:
+            signature.bind(x_t, *context)
+        except TypeError as error:
+            raise ValueError(
+                f"network must take x_t and {len(context)} tensor{'s' * (len(context) != 1)} of context, and no time, "
+                f"but it is a {type(self.network).__name__}, called as {signature}: put a module of yours around it, "
+                f"which calls it with the same time always, network(x_t, 1, *context)"
+            ) from error

@@ -506,4 +506,9 @@ class ScoreWeighting(NoiseWeighting):
         self.weight = weight
 
     def noise(self, t: Tensor, schedule: Schedule) -> Tensor:
-        return self.weight(t) / (2 * schedule.noise(t) ** 2)
+        weight = self.weight(t)
+        if not isinstance(weight, Tensor) or weight.shape != t.shape:
+            raise ValueError(
+                f"weight must return a tensor of the shape {tuple(t.shape)} of t, but it is {checks.described(weight)}"
+            )
+        return weight / (2 * schedule.noise(t) ** 2)

@@ -66,6 +66,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "default_home",
     "each",
     "evaluating",
+    "evaluation_mode",
     "expect",
     "float64",
     "Float64Module",

@@ -26,6 +26,7 @@ __all__ = [
     "batches",
     "bytes_per_row",
     "evaluating",
+    "evaluation_mode",
     "expect",
     "guided",
     "look",
@@ -63,7 +64,7 @@ def evaluating(
     """
     checks.instance("diffusion", diffusion, Diffusion)
     draws, evaluated = seeded(generator, diffusion.model.device, agreed), diffusion.model.evaluated(guide, given)
-    with draws as seed, _evaluation_mode(diffusion), evaluated as cost, pyro.validation_enabled(False):
+    with draws as seed, evaluation_mode(diffusion), evaluated as cost, pyro.validation_enabled(False):
         yield seed, cost
 
 
@@ -114,7 +115,12 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Within, a module is in evaluation mode; afterwards each part has its own mode again.
+
+    Arguments:
+        module: The module.
+    """
     training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:

@@ -20,7 +20,7 @@ References:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from ..base.precision import coefficients
 from ..pair.diffusion import Diffusion
 from ..process.forward import GaussianForward
 from ..process.schedules import Schedule
-from ..running.evaluation import seeded
+from ..running.evaluation import evaluation_mode, seeded
 from .sampler import Sampler
 
 __all__ = ["AnnealedLangevinSampler", "LangevinSampler"]
@@ -93,7 +93,9 @@ class LangevinSampler:
         """
         x, num_updates = _checked_points(x), checks.positive_int("num_updates", num_updates)
         start, scale = x, 0.0
-        with seeded(generator, x.device), _evaluation_mode(self.score), torch.no_grad():
+        is_module = isinstance(self.score, nn.Module)
+        mode = evaluation_mode(self.score) if is_module else nullcontext()
+        with seeded(generator, x.device), mode, torch.no_grad():
             for number in range(1, num_updates + 1):
                 s = self._score(x)
                 if number == 1:
@@ -290,19 +292,6 @@ def _checked_points(x: object) -> Tensor:
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, but it has infinite or NaN values")
     return x.detach()
-
-
-@contextmanager
-def _evaluation_mode(score: Callable) -> Iterator[None]:
-    """Within, a score that is a module is in evaluation mode, as are those below it."""
-    training = [part for part in score.modules() if part.training] if isinstance(score, nn.Module) else []
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _largest(x: Tensor) -> float:

@@ -86,8 +86,14 @@ class Network(nn.Module):
         return self.layers(torch.cat([x, (t / T).to(x.dtype)[:, None]], -1))
 
 
-def diffusion(norm=False, forward=pyrodiff.GaussianForward):
-    forward = forward(pyrodiff.LinearSchedule(T, 0.05, 0.5))
+LEARNED = {
+    "betas": lambda: pyrodiff.LearnedBetaSchedule(pyrodiff.LinearSchedule(T, 0.05, 0.5).beta(torch.arange(1, T + 1))),
+    "log SNR": lambda: pyrodiff.LearnedLogSNRSchedule(T, 4.0, -4.0, hidden=8),
+}
+
+
+def diffusion(norm=False, forward=pyrodiff.GaussianForward, learned=None):
+    forward = forward(LEARNED[learned]() if learned else pyrodiff.LinearSchedule(T, 0.05, 0.5))
     denoiser = pyrodiff.NoisePrediction(Network(norm), forward)
     return pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), (2,))
 
@@ -174,10 +180,10 @@ def draws(rank, lead=0):
     return {"u": torch.stack(u), "noise": noise, "kept": kept, "after": torch.randn(5), "end": tensors(model)}
 
 
-def same_draws(rank, steps=1, shard=False, **options):
+def same_draws(rank, steps=1, shard=False, learned=None, **options):
     """Steps of a diffusion whose draws are functions of the data."""
     pyro.set_rng_seed(3)
-    model = diffusion(forward=StillForward)
+    model = diffusion(forward=StillForward, learned=learned)
     if shard:
         network = model.reverse.denoiser.network
         for part in (network.layers[0], network.layers[2], network):
@@ -340,10 +346,10 @@ def wrapped(rank):
     return {"end": tensors(model), "buffers": buffers(pair), "share": share and (share.number, share.count, share.key)}
 
 
-def bounded(rank):
+def bounded(rank, learned=None):
     """The bound of a model, in many small batches of network calls, by a seed and from the global source."""
     pyro.set_rng_seed(10)
-    model, x_0 = diffusion(), torch.randn(7, 2)
+    model, x_0 = diffusion(learned=learned), torch.randn(7, 2)
     options = {"num_particles": 3, "memory_budget": 12_000, "sharded": True}
     calls = []
     handle = model.reverse.denoiser.network.register_forward_hook(
@@ -361,6 +367,10 @@ def bounded(rank):
 
 EAGER = {
     "bound": bounded,
+    "bound, learned": partial(bounded, learned="log SNR"),
+    "learned betas": partial(same_draws, steps=5, learned="betas"),
+    "learned log SNR": partial(same_draws, steps=4, accumulate=2, learned="log SNR"),
+    "learned betas, sharded": partial(same_draws, steps=5, learned="betas", shard=True),
     "training": training,
     "seeded alike": draws,
     "seeded apart": partial(draws, lead=20),
@@ -451,7 +461,7 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in (*EAGER, *TRACED, *COMPILED) if "seeded" not in name and name != "bound"]
+    "name", [name for name in (*EAGER, *TRACED, *COMPILED) if "seeded" not in name and "bound" not in name]
 )
 def test_both_processes_learn_the_same(both, name):
     """To the last bit, and whatever they started from: parameters, gradients, buffers, averages, losses."""
@@ -513,7 +523,8 @@ def test_the_number_that_all_have_in_common_is_uniform_and_new_at_every_step():
     assert (first.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max() * math.sqrt(2000) < 1.95
 
 
-STILL = ["a step", "clipped", "accumulated", "five steps", "accumulated, compiled"]
+STILL = ["a step", "clipped", "accumulated", "five steps", "accumulated, compiled", "learned betas", "learned log SNR"]
+STILL.append("learned betas, sharded")
 SHARDED = ["sharded", "sharded, clipped", "sharded, accumulated", "sharded, compiled"]
 OPTIONS = {
     "a step": {},
@@ -525,6 +536,9 @@ OPTIONS = {
     "sharded, clipped": {"clip_norm": 0.5},
     "sharded, accumulated": {"steps": 4, "accumulate": 2},
     "sharded, compiled": {"steps": 5},
+    "learned betas": {"steps": 5, "learned": "betas"},
+    "learned log SNR": {"steps": 4, "accumulate": 2, "learned": "log SNR"},
+    "learned betas, sharded": {"steps": 5, "learned": "betas"},
 }
 
 
@@ -541,14 +555,15 @@ def test_parameters_are_learned_in_parts_where_they_are_sharded(both, name):
     assert all(found[name]["registered"] == ["DTensor"] * 4 for found in both)
 
 
-def test_the_bound_of_all_is_that_of_one(both):
-    alone = bounded(None)
+@pytest.mark.parametrize(("job", "learned"), [("bound", None), ("bound, learned", "log SNR")])
+def test_the_bound_of_all_is_that_of_one(both, job, learned):
+    alone = bounded(None, learned)
     for found in both:
         for name in ("seeded", "loaded"):
-            torch.testing.assert_close(found["bound"][name], alone[name], rtol=1e-6, atol=1e-6)
-        assert found["bound"]["rows"] < 0.7 * alone["rows"]
+            torch.testing.assert_close(found[job][name], alone[name], rtol=1e-6, atol=1e-6)
+        assert found[job]["rows"] < 0.7 * alone["rows"]
     assert alone["calls"] > 3
-    first, second = (found["bound"] for found in both)
+    first, second = (found[job] for found in both)
     torch.testing.assert_close(first["unseeded"], second["unseeded"], rtol=0, atol=0)
     assert not torch.allclose(first["source"], second["source"])  # the sources are where they were
 

@@ -250,3 +250,21 @@ def test_ncsn(example, tmp_path, capsys, monkeypatch):
     assert len(samples) == 4
     assert printed.count(" nats") == 2
     assert (tmp_path / "ncsn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_few_steps(example, tmp_path, capsys, monkeypatch):
+    few = example("few_steps")
+    monkeypatch.setattr(few, "T", 12)
+    monkeypatch.setattr(few, "STEPS", (3, 5))
+    split = few.datasets.digits
+    monkeypatch.setattr(few.datasets, "digits", lambda name: split(name)[:12])
+    found = few.main(tmp_path, 2)
+    printed = capsys.readouterr().out
+    assert len(found) == 14
+    for (name, K), bits in found.items():
+        assert bits.shape == (12,)
+        assert any(line.startswith(name) and f"T = {K:4}" in line for line in printed.splitlines())
+    for name in ("of T = 1000, even", "trained so, fixed schedule", "trained so, learned schedule"):
+        before = "of T = 1000, even times" if "even" in name else name
+        assert found[f"{name}, best variance", 3].mean() < found[before, 3].mean()
+    assert (tmp_path / "few_steps.png").exists()

@@ -1,6 +1,7 @@
 """The one-step pair with a loss of the noise's squared error: NCSN's, and any other, against its own arithmetic."""
 
 import math
+import warnings
 
 import pyro
 import pytest
@@ -159,3 +160,22 @@ def test_bits_and_what_is_no_weight_are_refused():
     pair = bits.one_step(weighting=pyrodiff.ScoreWeighting(lambda t: torch.ones(t.shape)))
     with pytest.raises(ValueError, match=r"weighting must not be a ScoreWeighting .*not Gaussian, but a Bits"):
         pyrodiff.DiffusionELBO().loss(pair.model, pair.guide, torch.ones(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shift", "warns"),
+    [
+        (pyrodiff.LinearSchedule(T, 0.05, 0.5), 3.0, True),
+        (pyrodiff.GeometricSchedule(T, 0.1, 50.0), 3.0, False),
+        (pyrodiff.GeometricSchedule(T, 0.1, 5.0), 3.0, True),
+    ],
+)
+def test_data_far_from_the_prior_are_warned_of_unless_the_noise_is_far_beyond_them(schedule, shift, warns):
+    forward = pyrodiff.GaussianForward(schedule)
+    diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, Network()), (2,))
+    pair, x_0 = diffusion.one_step(), shift + torch.randn(50, 2).double()
+    svi = pyrodiff.SVI(pair.model, pair.guide, torch.optim.Adam, pyrodiff.DiffusionELBO())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        svi.step(x_0)
+    assert any("far from 0 and 1" in str(one.message) for one in caught) == warns

@@ -423,6 +423,9 @@ class Gradient:
         if x_0 is None or x_0.is_meta or not x_0.is_floating_point() or x_0.numel() < 2:
             return
         mean, scale = float(x_0.mean()), float(x_0.std())
+        signal, noise = model.forward_process.schedule.scales(model.num_steps).tolist()
+        if signal == 1 and max(abs(mean), scale) < noise / 5:  # variance exploding, far beyond the data
+            return
         if math.isfinite(mean) and (abs(mean) > 2 or not 0.2 <= scale <= 5):
             warnings.warn(
                 f"the data have mean {mean:.3g} and standard deviation {scale:.3g}, far from 0 and 1, which a Gaussian "

@@ -46,9 +46,9 @@ napoleon_custom_sections = [("Arguments", "params_style"), ("Returns", "returns_
 sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
     "gallery_dirs": gallery.TUTORIALS,
-    "filename_pattern": r"/\d_",
+    "filename_pattern": r"/\d+_",
     "ignore_pattern": r"conftest\.py",
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "gallery.ByNumber",
     "abort_on_example_error": True,
     "run_stale_examples": gallery.is_older(HERE / gallery.TUTORIALS, Path(pyrodiff.__file__).parent),
     "image_scrapers": ("gallery.pictures",),

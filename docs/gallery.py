@@ -16,6 +16,16 @@ from sphinx.application import Sphinx
 TUTORIALS = "generated/tutorials"
 
 
+class ByNumber:
+    """The order of the tutorials: that of the numbers which their names begin with."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __call__(self, name: str) -> int:
+        return int(name.split("_")[0])
+
+
 def pictures(block: object, block_vars: dict[str, Any], gallery_conf: dict[str, Any]) -> str:
     """Show each figure that a block of a tutorial names for the first time, or ends with.
 

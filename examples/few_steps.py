@@ -65,7 +65,7 @@ def main(out: Path, num_steps: int = 2200) -> dict[tuple[str, int], Tensor]:
         nats = pyrodiff.bound(diffusion, x_0, generator=1).nats
         found[name, diffusion.num_steps] = bits = nats / math.log(2) / 64
         error = pyrodiff.Bound.standard_error(bits)
-        print(f"{name:38}T = {diffusion.num_steps:4} {bits.mean():8.3f} ± {error:.3f} bits/dim", flush=True)
+        print(f"{name:42}T = {diffusion.num_steps:4} {bits.mean():8.3f} ± {error:.3f} bits/dim", flush=True)
 
     whole = fitted(pyrodiff.LogSNRSchedule(T), k, num_steps)
     best = with_best_variance(whole, chosen_on)

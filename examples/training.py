@@ -22,6 +22,7 @@ def train(
     weight_decay: float = 0.0,
     name: str = "training",
     drawing: pyrodiff.Drawing | None = None,
+    weighting: Callable[[torch.Tensor], torch.Tensor] | None = None,
     average: float = 0.0,
     compile: bool = False,
 ) -> None:
@@ -36,11 +37,12 @@ def train(
         weight_decay: AdamW's.
         name: What the progress bar is called.
         drawing: How t is drawn: low discrepancy if not given.
+        weighting: What a step weighs: as in the bound if not given.
         average: The decay of the running average of the weights, which replaces them in the end; 0 for none.
         compile: Whether the step runs as one compiled graph.
     """
     draw = x_0 if callable(x_0) else lambda size: x_0[torch.randint(len(x_0), (size,))]
-    pair = diffusion.one_step(drawing=drawing)
+    pair = diffusion.one_step(drawing, weighting)
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,

@@ -550,7 +550,6 @@ def test_a_run_goes_on_from_a_file(make, one_step, tmp_path):
 
 
 @every
-@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")  # Pyro's
 def test_a_frozen_schedule_stays(make):
     diffusion = networked(make())
     schedule = diffusion.forward_process.schedule.requires_grad_(False)
@@ -678,7 +677,6 @@ def best_gaussian(log_density):
 
 
 @every_pair
-@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")  # Pyro's
 def test_with_bits_a_schedule_is_not_learned_but_may_be_used(one_step):
     forward = pyrodiff.BinomialForward(LearnedBetaSchedule(BETAS), rate=0.3)
     denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1), forward)

@@ -208,7 +208,6 @@ def test_an_empty_store_and_other_things_are_refused():
         adopt_stored(KINDS["plain"](name="other"))
 
 
-@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")  # Pyro's
 def test_frozen_parameters_need_not_be_stored():
     diffusion = with_network(Mixed())
     diffusion.reverse.denoiser.network.one.requires_grad_(False)

@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, constraints
 from pyro.nn import PyroModule
+from pyro.params import param_with_module_name
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -310,9 +311,7 @@ class Generative(nn.Module):
         with nullcontext() if is_trained or not modules else _store_as_it_is(), ExitStack() as stack:
             if _PYRO_STACK:
                 with nullcontext() if is_trained else _Unstored():
-                    for name, part in self.named_children():
-                        if not isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
-                            pyro.module(self._path(name), part)
+                    self._tell_of_parameters()
             if is_trained:
                 self.refuse_other_stored()  # of a parameter that is not contiguous, the store has made a copy
             for context in {id(module._pyro_context): module._pyro_context for module in modules}.values():
@@ -321,6 +320,15 @@ class Generative(nn.Module):
                 for name in module._pyro_samples:
                     getattr(module, name)
             yield
+
+    def _tell_of_parameters(self) -> None:
+        """As ``pyro.module`` of each part does, but without its warning of parameters that are frozen."""
+        for name, part in self.named_children():
+            if isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
+                continue
+            for path, parameter in part.named_parameters():
+                if parameter.requires_grad:
+                    pyro.param(param_with_module_name(self._path(name), path), parameter)
 
     def of_pyro(self) -> list[PyroModule]:
         """The modules below that speak to Pyro by themselves, when they are called."""

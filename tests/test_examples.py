@@ -268,3 +268,20 @@ def test_few_steps(example, tmp_path, capsys, monkeypatch):
         before = "of T = 1000, even times" if "even" in name else name
         assert found[f"{name}, best variance", 3].mean() < found[before, 3].mean()
     assert (tmp_path / "few_steps.png").exists()
+
+
+def test_fast_sampling(example, tmp_path, capsys, monkeypatch):
+    module = example("fast_sampling")
+    monkeypatch.setattr(module, "CALLS", (8,))
+    whole = module.problems
+    monkeypatch.setattr(module, "problems", lambda num_steps: ((*of, 8, 8) for *of, _, _ in whole(num_steps)))
+    monkeypatch.setattr(module, "NUM_DATA", 50)
+    found = module.main(tmp_path, 3)
+    printed = capsys.readouterr().out
+    calls = {"Heun": 7, "predictor-corrector": 7, "annealed Langevin": 9, "DDIM": 8}
+    for (_, name), [(number, error, standard_error)] in found.items():
+        assert number == calls.get(name, number)
+        assert f"{1000 * error:.1f} ± {1000 * standard_error:.1f}" in printed
+    assert len(found) == 8 + 8 + 9
+    assert all(100 < found[name, "flow"][0][0] < 1000 for name, _ in found)
+    assert (tmp_path / "fast_sampling.png").read_bytes().startswith(b"\x89PNG")

@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 
+_NOISE_ALONE = 10.2  # minus the log signal-to-noise ratio
+
+
 class Schedule(Float64Module, ABC):
     r"""A noise schedule of :math:`T` steps: the signal :math:`a_t` and the noise :math:`b_t` for t = 0..T.
 
@@ -95,7 +98,8 @@ class Schedule(Float64Module, ABC):
     def even_times(self, num_steps: int) -> tuple[int, ...]:
         r"""So many times, 1 and T among them, as evenly apart in the log signal-to-noise ratio as may be.
 
-        What solvers of the probability flow step in: a chain of few steps loses least by these, or nearly.
+        Solvers of the probability flow step in these. Below -10.2, where the noise is 160 times the signal, data of
+        variance 1 cannot be seen: there is one step from T to there.
 
         Arguments:
             num_steps: How many, in 1..T; T alone, if it is one.
@@ -103,19 +107,24 @@ class Schedule(Float64Module, ABC):
         Raises:
             ValueError: If ``num_steps`` is out of range.
 
+        References:
+            DPM-Solver++ (Lu et al., 2022): even steps, https://arxiv.org/abs/2211.01095; the limit is diffusers'
+            ``lambda_min_clipped``, -5.1 for half the log signal-to-noise ratio.
+
         Example:
             >>> pyrodiff.CosineSchedule(num_steps=1000).even_times(6)
-            (1, 74, 761, 987, 999, 1000)
+            (1, 45, 504, 951, 996, 1000)
         """
         T = self.num_steps
         if checks.positive_int("num_steps", num_steps) > T:
             raise ValueError(f"num_steps must be at most T = {T}, but it is {num_steps}")
         falling = -self.log_snr(torch.arange(1, T + 1, device=self.device)).detach()
-        if not checks.holds(falling[-1].isfinite()):  # the last step begins without signal
-            falling[-1] = 2 * falling[-2] - falling[-3] if T > 2 else 0.0
-        wanted = torch.linspace(float(falling[0]), float(falling[-1]), num_steps, dtype=falling.dtype).to(
-            falling.device
-        )
+        first, last = float(falling[0]), float(falling[-1])
+        if last > _NOISE_ALONE > first:  # one step down to where there is something to see, and the others from there
+            wanted = [*torch.linspace(first, _NOISE_ALONE, max(num_steps - 1, 1), device="cpu").tolist(), last]
+        else:
+            wanted = torch.linspace(first, last, num_steps, device="cpu").tolist()
+        wanted = torch.tensor(wanted[-num_steps:], dtype=falling.dtype, device=falling.device)
         after = torch.searchsorted(falling, wanted).clamp(min(1, T - 1), T - 1)
         before = (after - 1).clamp(min=0)
         times = (torch.where(wanted - falling[before] < falling[after] - wanted, before, after) + 1).tolist()

@@ -9,6 +9,7 @@ import io
 import lzma
 import math
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .base import checks
 
-__all__ = ["array", "idx", "idx_folder", "image_folder"]
+__all__ = ["array", "idx", "idx_folder", "idx_place", "image_folder", "picture_files"]
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_STEMS = {"images": "images{}idx3-ubyte", "labels": "labels{}idx1-ubyte"}
@@ -36,6 +37,9 @@ _PICTURES = {  # how the names of pictures end, and what Pillow calls the format
     **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".gif": "GIF", ".webp": "WEBP"},
     **{".tif": "TIFF", ".tiff": "TIFF", ".pbm": "PPM", ".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM"},
 }
+_FIRST_BYTES = re.compile(  # of these formats
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|BM.{4}\0{4}|GIF8[79]a|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6]\s+[\d#]", re.DOTALL
+)
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA")  # Pillow's names of how a picture has its pixels
 _DAMAGE = (EOFError, OSError, RuntimeError, struct.error, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
 
@@ -76,6 +80,7 @@ def idx(path: str | os.PathLike[str]) -> Tensor:
 def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str = "images") -> Tensor:
     """The images or labels of a folder with the four files of MNIST, or of a data set that took over its format.
 
+    They are looked for in the folder, in ``raw`` in it, and in ``raw`` in a folder of it, as MNIST/raw of torchvision.
     The files are {train,t10k}-{images-idx3,labels-idx1}-ubyte or, with a dot, {train,t10k}-{images.idx3,...}-ubyte,
     each plain or, with .gz at the end, gzipped; the plain one is taken where there are both.
 
@@ -105,6 +110,7 @@ def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str =
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {value!r}")
     held = _existing("folder", folder, "folder")
+    held = idx_place(held)[0] or held
     files = {either: _idx_file(held, split, either) for either in _IDX_STEMS}
     file = files[kind]
     if file is None:
@@ -121,12 +127,40 @@ def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str =
         return _numbers("folder must hold", file, stream, *_idx_header("folder must hold", file, stream))
 
 
-def array(path: str | os.PathLike[str], name: str | None = None) -> Tensor:
+def idx_place(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """Where the IDX files of a folder lie, for :func:`idx_folder`.
+
+    Arguments:
+        folder: The folder.
+
+    Returns:
+        The folder itself, or ``raw`` in it or in a folder of it; None if there are none. And the names of what else
+        lies there, sorted.
+
+    Raises:
+        ValueError: If there is no such folder, or several have such files.
+    """
+    held = _existing("folder", folder, "folder")
+    known = re.compile(r"(train|t10k)-(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
+    for places in ([held], [held / "raw"], sorted(held.glob("*/raw"))):
+        found = [
+            place for place in places if place.is_dir() and any(known.fullmatch(one.name) for one in place.iterdir())
+        ]
+        if len(found) > 1:
+            raise ValueError(f"folder must hold one set of IDX files, but there are {_few(map(str, found))}: name one")
+        if found:
+            return found[0], sorted(one.name for one in found[0].iterdir() if not known.fullmatch(one.name))
+    return None, []
+
+
+def array(path: str | os.PathLike[str], name: str | None = None, mapped: bool = False) -> Tensor:
     """One array that NumPy saved, in a .npy or .npz file; its first bytes tell which, not its name.
 
     Arguments:
         path: The file.
         name: Which array of an .npz file; not needed if it has one.
+        mapped: Whether the numbers of an .npy file may stay there until they are looked at, so that more of them can be
+            had than memory holds; the file must not change meanwhile. What is written to the tensor is not to the file.
 
     Returns:
         The array, with its shape and dtype; uint16 as int32 and uint32 as int64, which torch has more operations for.
@@ -156,15 +190,16 @@ def array(path: str | os.PathLike[str], name: str | None = None) -> Tensor:
             raise ValueError(f"path must be a .npy or .npz file as NumPy saves it, but {file} {begins}")
         if name is not None:
             raise ValueError(f"name must be None for a .npy file, which has one array, but it is {name!r} for {file}")
-        return _from_npy("path must be", file, stream)
+        return _from_npy("path must be", file, stream, mapped)
 
 
 def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor:
     """All pictures in a folder and its sub-folders, in the order of their sorted names, or the numbers of those.
 
-    Pictures are files whose names end in .png, .jpg, .jpeg, .bmp, .gif, .webp, .tif, .tiff, .pbm, .pgm, .ppm or .pnm;
-    other files are passed over, and so is whatever has a name that begins with a dot. The first bytes of a picture tell
-    its format, not its name. Names are sorted as text, folder by folder: "10.png" comes before "2.png".
+    Pictures are files that begin as PNG, JPEG, BMP, GIF, WebP, TIFF or PNM do, whatever their names, or whose names end
+    in .png, .jpg, .jpeg, .bmp, .gif, .webp, .tif, .tiff, .pbm, .pgm, .ppm or .pnm; other files are passed over, and so
+    is whatever has a name that begins with a dot (:func:`~pyrodiff.readers.picture_files`). Names are sorted as text,
+    folder by folder: "10.png" comes before "2.png".
 
     Levels are given as the file has them. Black and white is 0 and 255; a palette is colour; where some pictures are
     grey and others coloured, the grey ones have three equal channels. Whatever would need a choice is refused: 16 bits
@@ -197,7 +232,7 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
     """
     checks.one_of("kind", kind, ("images", "labels"))
     held = _existing("folder", folder, "folder")
-    files = _picture_files(held)
+    files, _ = picture_files(held)
     if kind == "labels":
         return _folder_numbers(held, files)
     try:
@@ -220,6 +255,52 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
         for row, file in zip(levels, files, strict=True):
             row.copy_(_of_picture(Image, file, _pixels_in("RGB" if colour else "L")))
     return levels
+
+
+def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]]:
+    """The pictures that :func:`image_folder` reads, and what it passes over.
+
+    Arguments:
+        folder: The folder.
+
+    Returns:
+        The pictures in the folder and its sub-folders, at least one, in order; and the names in it of all other files,
+        and of the folders that are not looked into, sorted.
+
+    Raises:
+        ValueError: If there is no such folder, one cannot be read, or there is no picture.
+    """
+    folder = _existing("folder", folder, "folder")
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"folder must be one that can be read, but {error.filename} cannot: {error}") from error
+
+    found, others, seen = [], [], {folder.resolve()}
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inside = {name: Path(place, name).resolve() for name in sorted(folders)}
+        folders[:] = [
+            name for name, real in inside.items() if name[0] != "." and real not in seen
+        ]  # links go in circles
+        seen.update(inside.values())
+        others += [Path(place, name, "") for name in inside if name not in folders]
+        for path in (Path(place, name) for name in names):
+            (found if path.name[0] != "." and _is_picture(path) else others).append(path)
+    others = sorted(str(path.relative_to(folder)) + "/" * path.is_dir() for path in others)
+    if not found:
+        held = sorted([*others, *(f"{name}/" for name in _folders(folder))])
+        raise ValueError(
+            f"folder must hold pictures, files that begin as such or whose names end in {', '.join(_PICTURES)}, but "
+            f"{folder} holds {_few(held)}"
+        )
+    return sorted(found, key=lambda path: path.relative_to(folder).parts), others
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file is a picture, by its name or its first bytes."""
+    if path.suffix.lower() in _PICTURES or not path.is_file():
+        return path.suffix.lower() in _PICTURES
+    with path.open("rb") as stream:
+        return _FIRST_BYTES.match(stream.read(64)) is not None
 
 
 def _existing(name: str, value: str | os.PathLike[str], kind: str) -> Path:
@@ -343,7 +424,7 @@ def _npy_header(must: str, where: object, stream: BinaryIO) -> tuple[np.dtype, t
     return dtype, shape, fortran
 
 
-def _from_npy(must: str, where: object, stream: BinaryIO) -> Tensor:
+def _from_npy(must: str, where: object, stream: BinaryIO, mapped: bool = False) -> Tensor:
     dtype, shape, fortran = _npy_header(must, where, stream)
     if dtype.name not in _TORCH_TYPES:
         pickled = ": a pickle, which may run code when loaded" * dtype.hasobject
@@ -351,6 +432,11 @@ def _from_npy(must: str, where: object, stream: BinaryIO) -> Tensor:
             f"{must} an array with a dtype among {', '.join(_TORCH_TYPES)}, but {where} has shape {shape} and dtype "
             f"{dtype}{pickled}"
         )
+    if mapped and dtype.isnative and dtype.name == _TORCH_TYPES[dtype.name] and min(shape, default=0) > 0:
+        start = stream.tell()
+        if stream.seek(0, os.SEEK_END) - start == math.prod(shape) * dtype.itemsize:
+            return torch.from_numpy(np.memmap(stream, dtype, "c", start, shape, "F" if fortran else "C"))
+        stream.seek(start)
     return _numbers(must, where, stream, dtype, shape, fortran)
 
 
@@ -374,28 +460,6 @@ def _described(file: Path, archive: zipfile.ZipFile, name: str) -> str:
     with archive.open(f"{name}.npy") as member:
         dtype, shape, _ = _npy_header("path must hold", f"{name!r} in {file}", member)
     return f"{name!r} {shape} {dtype}"
-
-
-def _picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder and its sub-folders, at least one, sorted."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"folder must be one that can be read, but {error.filename} cannot: {error}") from error
-
-    found, others, seen = [], [], {folder.resolve()}
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        inside = {name: Path(place, name).resolve() for name in sorted(folders) if not name.startswith(".")}
-        folders[:] = [name for name, real in inside.items() if real not in seen]  # links may go round in a circle
-        seen.update(inside.values())
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
-            (found if path.suffix.lower() in _PICTURES else others).append(path)
-    if not found:
-        held = sorted([str(path.relative_to(folder)) for path in others] + [f"{name}/" for name in _folders(folder)])
-        raise ValueError(
-            f"folder must hold pictures, files whose names end in {', '.join(_PICTURES)}, but {folder} holds "
-            f"{_few(held)}"
-        )
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
 def _folders(folder: Path) -> list[str]:

@@ -83,7 +83,7 @@ def test_numbers_keep_their_digits(tmp_path):
     """Numbers of float64 that differ by little beside what they are."""
     x = points() + 1e9
     _, data = prepared(saved(tmp_path / "x.npy", x))
-    raw = torch.cat([data.raw, *data.held_out.values()])
+    raw = torch.cat([part[:] for part in data.parts.values()])
     again = data.form.decoded(data.form.encoded(raw)).double()
     assert float((again - raw).abs().max()) < 1e-5
 
@@ -93,7 +93,7 @@ def test_numbers_have_mean_0_and_variance_1_inside(made):
     x_0 = data.split("train")
     torch.testing.assert_close(x_0.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(x_0.std(0), torch.ones(2), atol=1e-5, rtol=0)
-    assert data.form.log_scale == pytest.approx(float(data.raw.double().std(0).log().sum()))
+    assert data.form.log_scale == pytest.approx(float(data.parts["train"][:].double().std(0).log().sum()))
 
 
 # The density is one in the units of the data
@@ -138,11 +138,11 @@ def test_splits_are_parts_of_the_data_and_always_the_same(made, size, holdout):
     path = made(np.arange(size) + np.array(0.5))
     if size - 2 * round(holdout * size) < 5:
         with pytest.raises(ValueError, match="--holdout"):
-            prepared(path, holdout=holdout)
+            prepared(path, holdout=holdout, read_as="numbers")
         return
-    (_, data), (_, again) = (prepared(path, holdout=holdout, seed=seed) for seed in (0, 7))
-    parts = [data.raw, data.held_out["validation"], data.held_out["test"]]
-    assert same(parts, [again.raw, again.held_out["validation"], again.held_out["test"]])
+    (_, data), (_, again) = (prepared(path, holdout=holdout, seed=seed, read_as="numbers") for seed in (0, 7))
+    parts = [data.parts["train"][:], data.parts["validation"][:], data.parts["test"][:]]
+    assert same(parts, [again.parts["train"][:], again.parts["validation"][:], again.parts["test"][:]])
     assert sorted(torch.cat(parts).flatten().tolist()) == [i + 0.5 for i in range(size)]
     assert len(parts[1]) == len(parts[2]) == max(1, round(holdout * size))
     if size > 20:
@@ -155,7 +155,7 @@ def test_a_holdout_that_leaves_too_little_to_learn_from(made, tmp_path, size, ho
     done = train(path, tmp_path / "run", holdout=holdout)
     if done.code == 0:
         _, data = prepared(path, holdout=holdout)
-        assert len(data.raw) >= 2
+        assert len(data.parts["train"][:]) >= 2
     else:
         assert done.is_refused("--holdout")
         assert not (tmp_path / "run").exists()
@@ -183,7 +183,9 @@ def test_a_folder_of_idx_files(tmp_path):
     x = torch.from_numpy(idx_folder(tmp_path / "idx"))
     settings, data = prepared(tmp_path / "idx", holdout=0.2)
     assert (settings.read_as, settings.levels, settings.network) == ("levels", 256, "unet")
-    assert same([data.raw, data.held_out["validation"], data.held_out["test"]], [x[:24], x[24:30], x[30:]])
+    assert same(
+        [data.parts["train"][:], data.parts["validation"][:], data.parts["test"][:]], [x[:24], x[24:30], x[30:]]
+    )
     torch.testing.assert_close(data.split("test"), pyrodiff.dequantize(x[30:], 256))
     assert train(tmp_path / "idx", tmp_path / "run", channels=(8, 8)).code == 0
 
@@ -204,7 +206,7 @@ def test_a_folder_of_pictures(tmp_path):
         image.fromarray(np.moveaxis(x, 0, -1)).save(tmp_path / "pictures" / ("sub" * (i % 2)) / f"{i:02}.png")
     settings, data = prepared(tmp_path / "pictures")
     assert (settings.read_as, settings.levels, settings.network) == ("levels", 256, "unet")
-    ours = sorted(map(bytes, torch.cat([data.raw, *data.held_out.values()]).numpy()))
+    ours = sorted(map(bytes, torch.cat([part[:] for part in data.parts.values()]).numpy()))
     assert ours == sorted(map(bytes, PICTURES))
 
 
@@ -285,9 +287,9 @@ def test_a_level_that_only_a_part_has(made, tmp_path, part):
 def test_bits_by_a_threshold(made):
     _, data = prepared(made(LEVELS), binarize="threshold", levels=6)
     _, plain = prepared(made(LEVELS), levels=6)
-    assert torch.equal(data.raw, (plain.raw >= 3).to(data.raw.dtype))
+    assert torch.equal(data.parts["train"][:], (plain.parts["train"][:] >= 3).to(data.parts["train"][:].dtype))
     for name in ("validation", "test"):
-        assert torch.equal(data.held_out[name], (plain.held_out[name] >= 3).to(data.raw.dtype))
+        assert torch.equal(data.parts[name][:], (plain.parts[name][:] >= 3).to(data.parts["train"][:].dtype))
 
 
 def test_bits_that_are_drawn(made):
@@ -296,10 +298,10 @@ def test_bits_that_are_drawn(made):
     _, plain = prepared(path, levels=6)
     for kind in ("static", "dynamic"):
         (_, data), (_, again) = (prepared(path, binarize=kind, levels=6) for _ in range(2))
-        assert same(data.held_out, again.held_out)
+        assert all(same(data.parts[name][:], again.parts[name][:]) for name in ("validation", "test"))
         assert torch.equal(data.split("train"), again.split("train"))
         for name in ("train", "validation", "test"):
-            bits, raw = data.split(name), plain.raw if name == "train" else plain.held_out[name]
+            bits, raw = data.split(name), plain.parts[name][:]
             assert set(bits.unique().tolist()) == {0, 1}
             for level in range(6):
                 there = bits[raw == level]
@@ -320,7 +322,7 @@ def test_dynamic_bits_are_drawn_anew_and_static_ones_are_not(made):
 
 def test_what_is_drawn_to_learn_from_is_of_the_training_data_alone(made):
     _, data = prepared(made(LEVELS), levels=6)
-    known = set(map(bytes, data.raw.numpy()))
+    known = set(map(bytes, data.parts["train"][:].numpy()))
     drawn = data.form.decoded(data.draw(500))
     assert set(map(bytes, drawn.numpy())) == known
 
@@ -328,19 +330,19 @@ def test_what_is_drawn_to_learn_from_is_of_the_training_data_alone(made):
 def test_flipped_pictures(made):
     x = LEVELS.copy()
     _, data = prepared(made(x), levels=6, augment="flip")
-    raw = data.form.encoded(data.raw)
+    raw = data.form.encoded(data.parts["train"][:])
     drawn = data.draw(2000)
     straight = torch.tensor([bool((one == raw).flatten(1).all(1).any()) for one in drawn])
     turned = torch.tensor([bool((one.flip(-1) == raw).flatten(1).all(1).any()) for one in drawn])
     assert (straight | turned).all()
     assert float(straight.float().mean()) == pytest.approx(0.5, abs=5 * 0.5 / 2000**0.5)
-    torch.testing.assert_close(data.split("validation"), data.form.encoded(data.held_out["validation"]))
+    torch.testing.assert_close(data.split("validation"), data.form.encoded(data.parts["validation"][:]))
 
 
 def test_strokes_are_drawn_to_learn_from_and_not_to_evaluate_on():
     (_, data), (_, plain) = (prepared("digits", augment=kind) for kind in ("strokes", "none"))
-    assert same(data.held_out, plain.held_out)
-    known = set(map(bytes, data.raw.to(torch.uint8).numpy()))
+    assert all(same(data.parts[name][:], plain.parts[name][:]) for name in ("validation", "test"))
+    known = set(map(bytes, data.parts["train"][:].to(torch.uint8).numpy()))
     drawn = data.form.decoded(data.draw(300))
     others = [bytes(one) not in known for one in drawn.numpy()]
     assert not any(others[:100])
@@ -352,8 +354,8 @@ def test_how_often_a_level_is(made):
     often = data.often()
     assert often.shape == (4, 4, 6)
     torch.testing.assert_close(often.sum(-1), torch.ones(4, 4))
-    counts = torch.stack([(data.raw == level).float().mean(0) for level in range(6)], -1)
-    assert float((often - counts).abs().max()) < 8 / len(data.raw)
+    counts = torch.stack([(data.parts["train"][:] == level).float().mean(0) for level in range(6)], -1)
+    assert float((often - counts).abs().max()) < 8 / len(data.parts["train"][:])
     assert (often > 0).all()
 
 
@@ -397,7 +399,7 @@ def test_every_model_has_a_finite_bound_or_is_refused(made, tmp_path, read_as, n
         found = pyrodiff.bound(run.diffusion, data.split("test"), generator=0)
         assert found.nats.isfinite().all()
         assert run.svi.step(data.draw(4)).isfinite()
-        assert run.sampled(2, 0).isfinite().all()
+        assert run.sampler("ancestral")(2, generator=0).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -465,7 +467,7 @@ def fingerprint(data, folder, **options):
     settings = run.settings
     with kept_sources():
         torch.manual_seed(0)
-        found = {"data": [*data.held_out.values(), data.raw, data.draw(50), vars(data.form)["scale"]]}
+        found = {"data": [*(part[:] for part in data.parts.values()), data.draw(50), vars(data.form)["scale"]]}
     start = {name: value.clone() for name, value in run.diffusion.state_dict().items()}
     schedule, reverse = run.diffusion.forward_process.schedule, run.diffusion.reverse
     variance = getattr(reverse, "variance", None)
@@ -607,8 +609,8 @@ def test_the_data_that_are_built_in(monkeypatch, name):
     again, _ = recipes.prepare(settings, CPU)
     assert again == settings, "what was completed is complete"
     assert words(**settings.given())
-    train_data, held_out = data.raw.flatten(1), data.held_out
-    for part in held_out.values():
+    train_data = data.parts["train"][:].flatten(1)
+    for part in (data.parts["validation"][:], data.parts["test"][:]):
         if name in ("swiss-roll", "checkerboard"):
             seen = set(map(bytes, train_data.numpy()))
             assert not any(bytes(one) in seen for one in part.flatten(1).numpy())

@@ -43,12 +43,12 @@ def prepare(settings: Settings, device: torch.device) -> tuple[Settings, Data]:
     Raises:
         ValueError: If there are no such data, or an option does not go with them.
     """
-    settings, form, splits = read(settings)
+    settings, form, parts = read(settings)
     settings = _completed(settings, form)
     for name, is_wrong, wanted in _wrong(settings, form):
         if is_wrong:
             raise ValueError(f"{option(name)} must be {wanted}, but it is {getattr(settings, name)!r}")
-    return settings, Data(form, splits, settings, device)
+    return settings, Data(form, parts, settings, device)
 
 
 # What suits the data
@@ -81,7 +81,7 @@ _SUITS = {
 def _completed(settings: Settings, form: Form) -> Settings:
     """The settings, each that is left open with the value that suits the data."""
     suits = {"numbers": _SUITS_NUMBERS, "levels": _SUITS_LEVELS, "bits": _SUITS_BITS}[form.read_as]
-    suits = {**_common(form), **suits, **_SUITS.get((settings.data, form.read_as), {})}
+    suits = {**_common(form, settings.network), **suits, **_SUITS.get((settings.data, form.read_as), {})}
     chosen = {**suits, **settings.given()}
     if chosen["schedule"] == "log-snr":
         finest = 2 * math.log(4 * (form.levels - 1)) if form.read_as == "levels" else 9.0
@@ -91,22 +91,24 @@ def _completed(settings: Settings, form: Form) -> Settings:
     if chosen["network"] == "mlp":
         suits = {**suits, "hidden": suits["hidden"] or 128, "blocks": 3}
         suits = {name: value for name, value in suits.items() if name not in ("channels", "attention")}
-    elif "channels" in chosen:
+    elif form.is_picture:
         suits = {**suits, "attention": _attention(form, chosen["channels"])}
     steps = chosen["steps"]
     suits = {"evaluate_every": max(1, steps // 10), "checkpoint_every": max(1, min(500, steps // 10)), **suits}
     return settings.but(**{name: value for name, value in suits.items() if getattr(settings, name) is None})
 
 
-def _common(form: Form) -> dict[str, Any]:
-    """What suits the shape of data."""
+def _common(form: Form, network: str | None) -> dict[str, Any]:
+    """What suits the shape of data, and a network that is asked for; for small pictures of few channels, a U-Net."""
     common = {"steps": 5000, "batch_size": 256, "average": 0.998, "drawing": "low-discrepancy", "hidden": 256}
     common["samples"] = 2000 if form.event_shape == (2,) else 64
-    sizes = form.event_shape[-2:]
-    halvings = next((n for n in (2, 1) if len(form.event_shape) in (2, 3) and not any(s % 2**n for s in sizes)), None)
-    if halvings is None or (len(form.event_shape) == 3 and form.event_shape[0] > 4):
+    halvings = next(n for n in (2, 1, 0) if not any(size % 2**n for size in form.event_shape[-2:]))
+    if network is None:
+        is_usual = form.is_picture and halvings > 0 and form.event_shape[:-2].numel() <= 4
+        network = "unet" if is_usual else "mlp"
+    if network == "mlp":
         return {**common, "prediction": "velocity", "network": "mlp", "dropout": 0.0}
-    depth = min(halvings, 1 if max(sizes) < 16 else 2)
+    depth = min(halvings, 1 if max(form.event_shape[-2:]) < 16 else 2)
     unet = {"network": "unet", "channels": (32, 64, 128)[: depth + 1], "blocks": 1, "dropout": 0.1, "batch_size": 128}
     return {**common, **unet, "prediction": "level" if (form.levels or 256) <= 32 else "velocity"}
 
@@ -121,12 +123,11 @@ def _wrong(settings: Settings, form: Form) -> Iterator[tuple[str, bool, str]]:
     """Each option that may not go with the others: whether it does not, and what it would have to be."""
     numbers, bits = form.read_as == "numbers", form.read_as == "bits"
     unet, log_snr = settings.network == "unet", settings.schedule == "log-snr"
-    pictures = len(form.event_shape) in (2, 3)
     predictions = ("logit",) if bits else ("noise", "data", "velocity", "score")
     if form.read_as == "levels" and unet:
         predictions = ("level", *predictions)
     yield "prediction", settings.prediction not in predictions, f"one of {', '.join(predictions)} for {form.read_as}"
-    yield "network", unet and not pictures, f"mlp for data of shape {tuple(form.event_shape)}"
+    yield "network", unet and not form.is_picture, f"mlp for data of shape {tuple(form.event_shape)}"
     for name in ("channels", "attention"):
         yield name, not unet and getattr(settings, name) is not None, f"left out with --network {settings.network}"
     if unet:
@@ -142,7 +143,7 @@ def _wrong(settings: Settings, form: Form) -> Iterator[tuple[str, bool, str]]:
     yield "weighting", not numbers and settings.weighting == "simple", "bound but for numbers"
     strokes = settings.data == "digits" and form.read_as == "levels"
     yield "augment", settings.augment == "strokes" and not strokes, "none or flip but for the levels of digits"
-    yield "augment", settings.augment == "flip" and not pictures, "none but for pictures"
+    yield "augment", settings.augment == "flip" and not form.is_picture, "none but for pictures"
     yield "final_times", (settings.final_times or 0) >= settings.num_steps, f"below --num-steps {settings.num_steps}"
     built_in = settings.data in BUILT_IN
     yield "array", settings.array is not None and built_in, "left out for a built-in data set"
@@ -197,9 +198,10 @@ def _network(settings: Settings, form: Form, outputs: int | None) -> nn.Module:
     if settings.network == "unet":
         attention = () if settings.attention == (0,) else settings.attention
         sizes = (settings.channels, settings.hidden, settings.blocks, settings.dropout)
-        return networks.UNet(form.event_shape, *sizes, outputs, attention=attention)
+        return networks.UNet(form.event_shape, *sizes, outputs, attention=attention, classes=form.classes)
     frequency = 3.0 if form.event_shape.numel() <= 20 else 0.0  # sines overfit where there are many dimensions
-    return networks.MLP(form.event_shape, settings.hidden, settings.blocks, settings.dropout, frequency)
+    sizes = (settings.hidden, settings.blocks, settings.dropout, frequency)
+    return networks.MLP(form.event_shape, *sizes, classes=form.classes)
 
 
 def pair(settings: Settings, diffusion: Diffusion) -> OneStep:

@@ -313,3 +313,36 @@ def test_what_has_no_flow_is_refused():
         FlowSampler(diffusion, max_steps=1)(3)
     with pytest.raises(ValueError, match="differentiable must be one of False, True"):
         ode_log_prob(diffusion, some_data((2,)), differentiable="yes")
+
+
+@pytest.mark.parametrize("how", ["no grad", "detach"])
+def test_a_network_that_cuts_the_graph_is_refused(how):
+    """Its divergence would count as that of a constant, in silence, also where its weights have a gradient."""
+
+    class Cut(Network):
+        def forward(self, x_t, t):
+            with torch.set_grad_enabled(how == "detach"):
+                return super().forward(x_t.detach(), t)
+
+    schedule, _ = chain("preserving")
+    diffusion = diffusion_of(Cut((2,), schedule), schedule, (2,))
+    for call in (lambda: FlowSampler(diffusion).with_log_prob(3), lambda: ode_log_prob(diffusion, some_data((2,)))):
+        with pytest.raises(ValueError, match="denoiser must be differentiable in x_t for a flow"):
+            call()
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 3.0), (3.0, 0.0)])
+def test_no_step_passes_over_a_stop(start, end):
+    """A drift with kinks is solved to the tolerance, each row by itself; times beyond the ends are no stops."""
+    stops, seen = torch.tensor([-1.0, 0.7, 1.1, 2.6, 9.0], dtype=torch.float64), []
+
+    def drift(t, y, rows):
+        seen.append(t)
+        return (t - 0.7).abs()[:, None] + (t - 1.1).abs()[:, None] * (1 + rows[:, None])
+
+    y = torch.zeros(2, 1, dtype=torch.float64)
+    found = solve(drift, y, number(start), number(end), 1e-8, 1000, stops=stops)
+    area = [(b**2 + (3 - b) ** 2) / 2 for b in (0.7, 1.1)]
+    expected = math.copysign(1, end - start) * number([[area[0] + area[1]], [area[0] + 2 * area[1]]])
+    torch.testing.assert_close(found.y, expected, rtol=0, atol=1e-12)
+    assert found.num_evaluations.max() < 60

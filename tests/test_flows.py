@@ -406,11 +406,27 @@ def test_a_lower_tolerance_leaves_a_lower_error_for_more_evaluations():
         result = ode_log_prob(diffusion_of(network, schedule, (2,)), x_0, tolerance=tolerance)
         errors.append(float((result.log_prob - torch.from_numpy(expected)).abs().max()))
         evaluations.append(float(result.num_evaluations.mean()))
-    assert errors[3] < 1e-4  # at the times the drift has kinks, which a larger tolerance steps over
-    assert errors[3] < errors[1] / 20
-    assert errors[3] < errors[0] / 100
-    assert evaluations == sorted(evaluations)
-    assert len(set(evaluations)) == 4
+        assert errors[-1] < 100 * tolerance + 1e-7  # of the differences that are compared with
+    assert evaluations[3] > evaluations[0]
+
+
+@pytest.mark.parametrize("make", [pyrodiff.LogSNRSchedule, pyrodiff.CosineSchedule, pyrodiff.LinearSchedule])
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-7])
+def test_kinks_between_the_times_are_not_stepped_over(make, tolerance):
+    """Of two narrow modes the velocity bends much at each of 20 times; a step across would not see its own error."""
+    schedule = make(20)
+
+    class TwoModes(nn.Module):
+        def forward(self, x_t, t):
+            a, b = (c.reshape(-1, 1) for c in schedule.scales(t))
+            total = a**2 * 0.04 + b**2
+            sign = torch.tanh(a * x_t / total)
+            return sign + 0.04 * a / total * (x_t - a * sign)
+
+    diffusion, x_0 = diffusion_of(TwoModes(), schedule, (1,)), torch.linspace(-1.5, 1.5, 9).double()[:, None]
+    exact = ode_log_prob(diffusion, x_0, tolerance=1e-10, max_steps=10**5).log_prob
+    found = ode_log_prob(diffusion, x_0, tolerance=tolerance).log_prob
+    assert (found - exact).abs().max() < 50 * tolerance
 
 
 @pytest.mark.parametrize("T", [1, 3])

@@ -56,6 +56,7 @@ def solve(
     tolerance: float,
     max_steps: int,
     longest: float = float("inf"),
+    stops: Tensor | None = None,
 ) -> Solution:
     """Solve dy/dt = drift for each row.
 
@@ -67,6 +68,8 @@ def solve(
         tolerance: The error allowed in a step, absolute and relative, of the largest number of a row.
         max_steps: The number of steps, also of those taken again, after which a row is given up.
         longest: The longest step.
+        stops: Times, in rising order, that no step passes over: where the drift has a kink, the error of a step across
+            it may be anything beside its estimate.
 
     Returns:
         The values at the end. A row that needs more steps, or whose values are not finite, has failed.
@@ -78,9 +81,10 @@ def solve(
     with torch.no_grad():
         h = _first_step(drift, at, y, k, direction, tolerance, rows)
     while len(rows := (((end - at) * direction > 0) & ~failed).nonzero()[:, 0]):
-        left = (end - at)[rows]
+        target = end[rows] if stops is None else _next(stops, at[rows], end[rows])
+        left = target - at[rows]
         h_now = h[rows].clamp(max=longest)
-        is_last = h_now >= left.detach().abs()
+        is_last = h_now >= left.detach().abs()  # of what lies before the target
         signed = torch.where(is_last, left, direction[rows] * h_now)
         y_now, k_last, error = _step(drift, at[rows], y[rows], k[rows], signed, rows)
         size = error / (tolerance * (1 + torch.maximum(y[rows].detach().abs(), y_now.detach().abs())))
@@ -88,7 +92,7 @@ def solve(
         good = size <= 1
         factor = (0.9 * size**-0.2).clamp(0.2, 10.0)
         h = h.index_copy(0, rows, signed.detach().abs() * torch.where(good, factor, factor.clamp(max=1.0)))
-        taken, now = rows[good], torch.where(is_last, end[rows], at[rows] + signed)
+        taken, now = rows[good], torch.where(is_last, target, at[rows] + signed)
         y, k = y.index_copy(0, taken, y_now[good]), k.index_copy(0, taken, k_last[good])
         stuck = ~good & (at[rows] + signed == at[rows])
         at = at.index_copy(0, taken, now[good])
@@ -96,6 +100,15 @@ def solve(
         failed = failed | ((steps >= max_steps) & ((end - at) * direction > 0))
         failed = failed.index_fill(0, rows[stuck], True)
     return Solution(y, 2 + 6 * steps, failed | ~y.isfinite().all(1))
+
+
+def _next(stops: Tensor, at: Tensor, end: Tensor) -> Tensor:
+    """The next stop of each row on its way to the end, or the end."""
+    known, here, last = stops.detach(), at.detach(), end.detach()
+    after = stops[torch.searchsorted(known, here, right=True).clamp(max=len(stops) - 1)]
+    before = stops[(torch.searchsorted(known, here) - 1).clamp(min=0)]
+    inside = torch.where(last > here, (after > here) & (after < last), (before < here) & (before > last))
+    return torch.where(inside, torch.where(last > here, after, before), end)
 
 
 def _step(drift: Drift, t: Tensor, y: Tensor, k: Tensor, h: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..base import checks
 from ..model.decoders import GaussianDecoder
 from ..pair.diffusion import Diffusion
-from ..pair.flow import Flow, check_flow
+from ..pair.flow import Flow, check_flow, refuse_a_cut_graph
 from ..pair.terms import runs
 from ..running.evaluation import Batch, batches, evaluating, expect, guided, look, progress_bar
 from .estimate import Likelihood
@@ -168,7 +168,8 @@ def ode_log_prob(
         for batch in batches(diffusion, x_0, context, "num_probes"):
             batch = batch.differentiable()
             rows = max(1, look(memory_budget, diffusion, batch).rows // 4)  # two times, and their gradients
-            _refuse_a_cut_graph(diffusion, batch.rows(slice(1)))
+            one = batch.rows(slice(1))
+            refuse_a_cut_graph(diffusion, one.x_0, one.context)
             draws, B = (num_particles or 1) if is_bound else 1, len(batch)
             expect(bar, x_0, draws * B)
             row = torch.arange(draws * B, device=batch.x_0.device) % B
@@ -179,21 +180,6 @@ def ode_log_prob(
     estimates, evaluations = (torch.cat(parts, -1) for parts in zip(*results, strict=True))
     levels, T = diffusion.levels, diffusion.num_steps
     return FlowLikelihood(estimates, is_bound, diffusion.event_shape, levels, T, num_probes, evaluations)
-
-
-def _refuse_a_cut_graph(diffusion: Diffusion, one: Batch) -> None:
-    """Refuse a network whose output changes with the state but has no gradient: that would count as no divergence."""
-    denoiser, x_0, context = getattr(diffusion.reverse, "denoiser", None), one.x_0, one.context
-    network, t = getattr(denoiser, "network", denoiser), torch.ones(1, dtype=torch.long, device=x_0.device)
-    if not isinstance(network, nn.Module):
-        return
-    with torch.enable_grad():
-        output = network(x_0.detach().clone().requires_grad_(), t, *context)
-        if not output.requires_grad and not torch.equal(output, network(x_0 + 0.1, t, *context)):
-            raise ValueError(
-                "denoiser must be differentiable in x_t for a flow, but what its network returns has no gradient, as "
-                "under torch.no_grad()"
-            )
 
 
 def _costs(flow: Flow, data: Batch, datum: Tensor, is_bound: bool, bar: tqdm) -> tuple[Tensor, Tensor]:

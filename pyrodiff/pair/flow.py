@@ -23,11 +23,10 @@ References:
     3.1: the estimate of the trace, https://arxiv.org/abs/1810.01367
 """
 
-import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base import checks
 from ..base.precision import float64, home
@@ -37,8 +36,9 @@ from ..process.forward import GaussianForward
 from .diffusion import Diffusion
 from .terms import runs
 
-__all__ = ["Flow", "check_flow"]
+__all__ = ["Flow", "check_flow", "refuse_a_cut_graph"]
 
+_SHORT = 100  # steps
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -59,6 +59,34 @@ def check_flow(diffusion: Diffusion, tolerance: float, max_steps: int) -> tuple[
     if not checks.holds(schedule.signal(diffusion.num_steps) != 0):
         raise ValueError(f"diffusion must leave some signal at t = T, but its schedule is {schedule!r}")
     return checks.number("tolerance", tolerance, 0, 1), checks.positive_int("max_steps", max_steps)
+
+
+def refuse_a_cut_graph(diffusion: Diffusion, x: Tensor, context: tuple[Tensor, ...]) -> None:
+    """Refuse a network whose output changes with the state but has no gradient: that would count as no divergence.
+
+    Arguments:
+        diffusion: The diffusion.
+        x: Some states, with shape (R, *event_shape).
+        context: Their context.
+
+    Raises:
+        ValueError: If so.
+    """
+    denoiser = getattr(diffusion.reverse, "denoiser", None)
+    network, t = getattr(denoiser, "network", denoiser), torch.ones(len(x), dtype=torch.long, device=x.device)
+    if not isinstance(network, nn.Module):
+        return
+    with torch.enable_grad():
+        given = x.detach().clone().requires_grad_()
+        output = network(given, t, *context)
+        gradient = None
+        if output.requires_grad:
+            (gradient,) = torch.autograd.grad(output.sum(), given, allow_unused=True)
+        if gradient is None and not torch.equal(output, network(x + 0.1, t, *context)):
+            raise ValueError(
+                "denoiser must be differentiable in x_t for a flow, but what its network returns has no gradient, "
+                "as under torch.no_grad() or after detach()"
+            )
 
 
 class Flow:
@@ -85,9 +113,8 @@ class Flow:
         self.num_probes, self.differentiable = num_probes, differentiable
         schedule, T = diffusion.forward_process.schedule, diffusion.num_steps
         t = torch.arange(1, T + 1, device=schedule.device)
-        self.signal, self.noise, self.log_snr = (
-            self._kept(f(t)) for f in (schedule.signal, schedule.noise, schedule.log_snr)
-        )
+        tables = (schedule.signal(t), schedule.noise(t), schedule.log_snr(t))
+        self.signal, self.noise, self.log_snr = map(self._kept, tables)
         self.scale = (self.signal**2 + self.noise**2).sqrt()
         self.D = diffusion.event_shape.numel()
 
@@ -119,8 +146,8 @@ class Flow:
         for leg in legs if start < end else reversed(legs):
             if leg is None:
                 continue
-            velocity, scales, times, longest = leg
-            state, integral, more = self._solved(velocity, state / scales[0], times, longest, probes, datum)
+            velocity, scales, times, stops = leg
+            state, integral, more = self._solved(velocity, state / scales[0], times, stops, probes, datum)
             state = state * scales[1]
             change = change + integral + self.D * (scales[1].log() - scales[0].log())
             evaluations = evaluations + more
@@ -135,7 +162,7 @@ class Flow:
         return x if self.differentiable else x.detach()
 
     def _below(self, start: int, end: int, dtype: torch.dtype, context: tuple[Tensor, ...]) -> tuple | None:
-        """The leg between the data and t = 1, if it is one of them: velocity of y, its scales, times, longest step."""
+        """The leg between the data and t = 1, if it is one of them: velocity of y, its scales, times, stops."""
         if min(start, end) > 0 or start == end:
             return None
         signal, one = self.signal[0], torch.ones_like(self.signal[0])
@@ -145,7 +172,7 @@ class Flow:
             return (y - self._estimate(signal * y, t, [values[rows] for values in context], dtype)) / 2
 
         scales, times = (one, signal), (0 * one, one)
-        return (velocity, scales, times, math.inf) if start < end else (velocity, scales[::-1], times[::-1], math.inf)
+        return (velocity, scales, times, None) if start < end else (velocity, scales[::-1], times[::-1], None)
 
     def _above(self, start: int, end: int, dtype: torch.dtype, context: tuple[Tensor, ...]) -> tuple | None:
         """The leg between two times from 1 on, of z, along the falling log signal-to-noise ratio."""
@@ -157,10 +184,10 @@ class Flow:
             a = torch.sigmoid(-time)[:, None].sqrt()
             return -a / 2 * (self._between(z, -time, [values[rows] for values in context], dtype) - a * z)
 
-        # the velocity has a kink at each t: a step is short enough not to pass over the kinks of a short chain unseen
-        longest = float((self.log_snr[0] - self.log_snr[-1]).detach()) / 20
+        # the velocity has a kink at each t, which no step of a short chain passes over; of a long one kinks are slight
+        stops = -self.log_snr if len(self.log_snr) <= _SHORT else None
         times = (-self.log_snr[start], -self.log_snr[end])
-        return velocity, (self.scale[start], self.scale[end]), times, longest
+        return velocity, (self.scale[start], self.scale[end]), times, stops
 
     def _between(self, z: Tensor, log_snr: Tensor, context: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The estimate of x_0 at any log SNR: linear between the two times around it."""
@@ -193,7 +220,7 @@ class Flow:
         velocity: Velocity,
         x: Tensor,
         times: tuple[Tensor, Tensor],
-        longest: float,
+        stops: Tensor | None,
         probes: Tensor,
         datum: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +238,9 @@ class Flow:
 
         state = x if self.num_probes is None else torch.cat([x, x.new_zeros(len(x), max(self.num_probes, 1))], 1)
         start, end = (time.double().to(x.device) for time in times)
-        solution = solve(drift, state, start, end, self.tolerance, self.max_steps, longest)
+        stops = None if stops is None else stops.double().to(x.device)
+        longest = float((end - start).detach().abs()) / 20
+        solution = solve(drift, state, start, end, self.tolerance, self.max_steps, longest, stops)
         if bool(solution.failed.any()):
             failed = solution.failed
             raise RuntimeError(

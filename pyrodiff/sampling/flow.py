@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..base import checks
 from ..model.decoders import GaussianDecoder
 from ..pair.diffusion import Diffusion
-from ..pair.flow import Flow, check_flow
+from ..pair.flow import Flow, check_flow, refuse_a_cut_graph
 from ..pair.terms import runs
 from ..running.evaluation import evaluating, progress_bar, validated
 from .sampler import Sampler, drawn
@@ -114,6 +114,7 @@ class FlowSampler(Sampler):
         derived = torch.inference_mode(False)  # the divergence is a derivative
         with derived, torch.no_grad(), evaluated, progress_bar(progress, "samples") as bar:
             x_T, context = self._start(num_samples, context)
+            refuse_a_cut_graph(self.chain, x_T[:1], tuple(values[:1] for values in context))
             flow = Flow(self.chain, self.tolerance, self.max_steps, num_probes)
             x_0, change, _ = flow.carry(x_T, T, 0, context)
             bar.update(num_samples)
@@ -143,7 +144,7 @@ class FlowSampler(Sampler):
         """Draws of p(x_T), and the context of each; the first network call is validated."""
         model = self.chain.model
         with validated(model.device):
-            x = drawn(model.top(model.dtype(), model.device), num_samples)
+            x = drawn(model.top(model.dtype(), model.device), num_samples).to(model.dtype())
             context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)
             model.kernel(x, torch.full((num_samples,), self.chain.num_steps, device=x.device), *context)
         return x, context

@@ -535,3 +535,9 @@ X = torch.zeros(3, 2)
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_points_that_are_given_stay_as_they_are():
+    x = torch.ones(3, 2)
+    LangevinSampler(lambda x: x.neg_(), 0.1)(x, 1)
+    assert torch.equal(x, torch.ones(3, 2))

@@ -1,5 +1,6 @@
 """Parts of one's own: what a sampler, a schedule and a forward process have to define, and what is refused."""
 
+import copy
 import math
 import re
 
@@ -215,3 +216,22 @@ def test_two_diffusions_stand_in_one_program():
 def test_a_diffusion_is_no_program():
     with pytest.raises(ValueError, match=r"by its programs, diffusion.model\(x_0\) and diffusion.guide\(x_0\)"):
         exact(4)(torch.ones(3, 2))
+
+
+def test_a_sampler_keeps_its_times_and_can_be_copied():
+    """Whatever becomes of the list that it was given; a generator is a sequence like any other."""
+    forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(10))
+    diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, nn.Linear(1, 1)), (2,))
+    diffusion.reverse.denoiser.forward = lambda x_t, t: x_t / 2
+    times = [1, 3, 6]
+    sampler, before = pyrodiff.DDIMSampler(diffusion, times=times), pyrodiff.DDIMSampler(diffusion, times=(1, 3, 6))
+    expected = before(4, generator=1)
+    times[:] = [2, 6]
+    generated = pyrodiff.DDIMSampler(diffusion, times=(t for t in (1, 3, 6)))
+    for one in (sampler, generated, copy.deepcopy(sampler)):
+        assert torch.equal(one(4, generator=1), expected)
+        assert one.trajectory(4, generator=1).shape == (4, 4, 2)
+    again = pyrodiff.DPMSolverSampler(diffusion, num_steps=4)
+    with torch.no_grad():
+        forward.schedule.load_state_dict(pyrodiff.CosineSchedule(10).state_dict())
+    assert torch.equal(again(4, generator=1), again(4, num_steps=4, generator=1))  # of the schedule as it is now

@@ -291,7 +291,7 @@ def _checked_points(x: object) -> Tensor:
         raise ValueError(f"x must have shape (B, *event_shape), with a point at least, but its shape is {(*x.shape,)}")
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, but it has infinite or NaN values")
-    return x.detach()
+    return x.detach().clone()
 
 
 def _largest(x: Tensor) -> float:

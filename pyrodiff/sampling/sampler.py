@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +85,9 @@ class Sampler(ABC):
         if num_steps is not None and times is not None:
             raise ValueError(f"num_steps must be None where times are given, but it is {num_steps!r}")
         self.diffusion, self.guide = diffusion, guide
-        self._given = times if num_steps is None else self.spaced(num_steps)
-        self._compiles = compile
-        self._cut(self._given)
+        self._times_given = None if times is None else checks.increasing("times", times, diffusion.num_steps)
+        self._num_steps, self._compiles = num_steps, compile
+        self._cut(self._wanted(None))
 
     def _cut(self, times: Sequence[int] | None) -> None:
         """Make the chain of these times, or of all, of the diffusion as it is now, and note what that is made of."""
@@ -211,9 +212,22 @@ class Sampler(ABC):
             )
         return torch.stack(self._states(found, num_samples, context, "times", generator, progress))
 
+    def _wanted(self, num_steps: int | None) -> tuple[int, ...] | None:
+        """The times of so many steps, or of those that the sampler was made for; None for all."""
+        num_steps = self._num_steps if num_steps is None else num_steps
+        return self._times_given if num_steps is None else self.spaced(num_steps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the chain and its graph, which are made anew."""
+        return {name: value for name, value in vars(self).items() if name not in ("chain", "_made_of", "_compiled")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._cut(self._times if self._is_cut else None)
+
     def _choose(self, num_steps: int | None) -> None:
         """Take so many steps from here on, or as many as the sampler was made for; of the parts as they are now."""
-        times = self._given if num_steps is None else self.spaced(num_steps)
+        times = self._wanted(num_steps)
         is_other = (times is not None) != self._is_cut or (self._is_cut and tuple(times) != self._times)
         if is_other or (self._is_cut and not self._made_of.holds()):
             self._cut(times)
@@ -245,7 +259,7 @@ class Sampler(ABC):
         """t and x_t of the chain, from T to 0, those wanted among them; the first network call is validated."""
         model, T = self.chain.model, self.chain.num_steps
         with validated(model.device):
-            x = drawn(model.top(model.dtype(), model.device), num_samples)
+            x = drawn(model.top(model.dtype(), model.device), num_samples).to(model.dtype())
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)

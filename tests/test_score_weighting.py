@@ -179,3 +179,27 @@ def test_data_far_from_the_prior_are_warned_of_unless_the_noise_is_far_beyond_th
         warnings.simplefilter("always")
         svi.step(x_0)
     assert any("far from 0 and 1" in str(one.message) for one in caught) == warns
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_what_is_no_weight_is_refused_with_its_time(value):
+    """Pyro's handlers would leave out what is below 0 or NaN, and the arithmetic would add it up."""
+    diffusion, x_0 = diffusion_of("exploding"), torch.randn(5, 2).double()
+    weightings = [
+        lambda t: torch.full(t.shape, value),
+        pyrodiff.ScoreWeighting(lambda t: torch.full(t.shape, value)),
+    ]
+    for weighting in weightings:
+        pair = diffusion.one_step(weighting=weighting)
+        with pytest.raises(ValueError, match="weighting must return finite numbers of at least 0, but at t = "):
+            pyrodiff.DiffusionELBO().loss(pair.model, pair.guide, x_0)
+
+
+def test_a_learned_schedule_is_not_trained_by_what_is_no_bound():
+    forward = pyrodiff.GaussianForward(pyrodiff.LearnedBetaSchedule([0.1, 0.2, 0.4]))
+    diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, Network()), (2,))
+    for weighting in (pyrodiff.HybridWeighting(), pyrodiff.SimpleWeighting(diffusion.reverse)):
+        with pytest.raises(ValueError, match="weighting must be the bound's where the schedule is learned"):
+            diffusion.one_step(weighting=weighting)
+    forward.schedule.requires_grad_(False)
+    diffusion.one_step(weighting=pyrodiff.HybridWeighting())

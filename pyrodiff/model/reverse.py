@@ -86,6 +86,11 @@ class GaussianReverse(nn.Module):
         learned = {"variance": True} if isinstance(self.variance, LearnedVariance) else {}
         checks.takes_context("denoiser", denoiser, context, **learned)
         estimate = denoiser(x_t, t, *context, **learned)
+        if learned and not (isinstance(estimate, tuple) and len(estimate) == 2):
+            raise ValueError(
+                f"denoiser must return a pair when it is called with variance=True, the data and what the variance is "
+                f"made of, but it is {checks.described(estimate)}"
+            )
         estimate, *v = estimate if learned else (estimate,)
         checks.returned("denoiser", estimate, x_t.shape, x_t)
         variance = self.variance(process, t, *v)

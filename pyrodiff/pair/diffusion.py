@@ -45,7 +45,7 @@ from .programs import (
     check_law,
     name_in_store,
 )
-from .times import BoundWeighting, Drawing, LowDiscrepancyDrawing
+from .times import BoundWeighting, Drawing, LowDiscrepancyDrawing, NoiseWeighting, SimpleWeighting
 
 __all__ = ["Diffusion", "OneStep", "adopt_stored", "evenly_spaced"]
 
@@ -172,8 +172,8 @@ class Diffusion(nn.Module):
             The pair, with ``model`` and ``guide``.
 
         Raises:
-            ValueError: If an argument is of another kind; on a call of the programs, if the weighting returns
-                another shape.
+            ValueError: If an argument is of another kind, or a weighting that is no bound's stands beside a learned
+                schedule; on a call of the programs, if the weighting returns another shape, or what is no weight.
 
         Example:
             >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=1000))
@@ -242,6 +242,12 @@ class OneStep(nn.Module):
         if not callable(weighting):
             raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
         checks.same_process("weighting", weighting, diffusion.forward_process)
+        learned = any(parameter.requires_grad for parameter in diffusion.forward_process.parameters())
+        if learned and isinstance(weighting, NoiseWeighting | SimpleWeighting):
+            raise ValueError(
+                f"weighting must be the bound's where the schedule is learned, as a {type(weighting).__name__} pays "
+                f"nothing for what a schedule leaves out: give none, or schedule.requires_grad_(False)"
+            )
         drawing.to(diffusion.forward_process.schedule.device)
         step = Step(diffusion.model, drawing, weighting)
         self.model, self.guide = OneStepModel(diffusion.model, step), OneStepGuide(step)

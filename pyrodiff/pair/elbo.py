@@ -115,6 +115,9 @@ class DiffusionELBO(TraceMeanField_ELBO):
         guide_trace = _trace_of(guide, args, kwargs)
         model_trace = _trace_of(poutine.replay(model, trace=guide_trace), args, kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        for site in _sites(guide_trace).values():
+            if (refuse := getattr(innermost(site["fn"]), "refuse_in_guide", None)) is not None:
+                refuse()
         if checks.validating():
             _check_pair(_sites(model_trace), _sites(guide_trace))
         return model_trace, guide_trace

@@ -585,6 +585,12 @@ class Step(nn.Module):
                     f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is "
                     f"{checks.described(weight)}"
                 )
+            if checks.validating() and not checks.holds((weight >= 0) & weight.isfinite()):
+                i = int((~((weight >= 0) & weight.isfinite())).flatten().nonzero()[0])
+                raise ValueError(
+                    f"weighting must return finite numbers of at least 0, but at t = {int(t.flatten()[i])} it is "
+                    f"{float(weight.flatten()[i]):g}"
+                )
         scales = [(weight / probability).to(costs_dtype(x_0)).to(x_0.device) for weight in weights]
         t = t.to(x_0.device)
         if t.dim() > 1:  # vectorised particles

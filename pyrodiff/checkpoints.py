@@ -32,8 +32,11 @@ Example:
 import io
 import os
 import pickle
+import pickletools
+import re
 import zipfile
 from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +52,10 @@ __all__ = ["load", "restore", "save"]
 _FORMAT, _NAMES = 1, {"format", "svi", "sources", "more"}
 _PLAIN = (type(None), bool, int, float, str, Tensor, nn.Parameter)
 _NESTED = (dict, OrderedDict, Counter, list, tuple, torch.Size)
+_CALLED = re.compile(  # what tensors are made by, none of which takes memory that the file does not
+    r"collections (OrderedDict|Counter)|torch (Size|\w+Storage|[a-z]+\d+)|"
+    r"torch\._utils _rebuild_(tensor_v\d|parameter\w*)"
+)
 
 
 def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
@@ -101,10 +108,22 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
     state = load(path)
     try:
         svi.load_state_dict(state["svi"])
+        if ranks.number() < len(state["sources"]):
+            put_sources(state["sources"][ranks.number()])
     except ValueError as error:
         raise ValueError(f"path must be a checkpoint of this run, but {path} is not: {error}") from None
-    if ranks.number() < len(state["sources"]):
-        put_sources(state["sources"][ranks.number()])
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # numbers, not tensors, say
+        raise ValueError(
+            f"path must be a checkpoint as it was saved, but {path} holds other things: {error}"
+        ) from error
     return state["more"]
 
 
@@ -121,10 +140,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"path must be the path of a checkpoint, but there is no file {file}")
     try:
-        with zipfile.ZipFile(file) as records:
-            damaged = records.testzip()  # by their checksums, which torch does not look at
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        _refuse_records(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -144,6 +160,21 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not _NAMES <= state.keys():
         raise ValueError(f"path must be a checkpoint of this package, but {file} has no {min(_NAMES - state.keys())!r}")
     return state
+
+
+def _refuse_records(file: Path) -> None:
+    """Refuse what torch would not look at: sizes that the file does not have, checksums, and calls of other kinds."""
+    with zipfile.ZipFile(file) as records:
+        infos = records.infolist()
+        if sum(info.file_size for info in infos) > file.stat().st_size or any(info.compress_type for info in infos):
+            raise zipfile.BadZipFile("it says to hold more than it does")
+        damaged = records.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        content = records.read(next(info for info in infos if info.filename.endswith("/data.pkl")))
+    for operation, called, _ in pickletools.genops(content):
+        if operation.name == "GLOBAL" and not _CALLED.fullmatch(called):
+            raise pickle.UnpicklingError(f"it calls {called}")
 
 
 def _plain(name: str, value: Any) -> Any:

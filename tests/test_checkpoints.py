@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
+import secrets
 import signal
 import time
 import zipfile
@@ -30,6 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import pyrodiff
 from pyrodiff import SVI, DiffusionELBO, checkpoints
 from pyrodiff.base import ranks
+from pyrodiff.base.files import plainly, printable
 from pyrodiff.base.randomness import kept_sources, sources
 
 T = 4
@@ -797,6 +800,96 @@ def test_a_byte_that_is_another_is_noticed_in_every_record(there):
     assert alike(before, kept(svi))
 
 
+def rewritten(path, change, compression=zipfile.ZIP_STORED):
+    """The records of a checkpoint, changed, in the place of it."""
+    with zipfile.ZipFile(path) as file:
+        records = {info.filename: file.read(info) for info in file.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in change(records).items():
+            file.writestr(name, content)
+
+
+@pytest.mark.parametrize("how", ["compressed", "again and again"])
+def test_a_file_that_says_to_hold_more_than_it_does_is_not_read(there, monkeypatch, how):
+    _, path, _ = there
+    if how == "compressed":
+        rewritten(path, lambda records: records, zipfile.ZIP_DEFLATED)
+    else:
+        with zipfile.ZipFile(path, "a") as file:
+            file.writestr("run/data/999", bytes(10**5))
+            file.filelist += 10 * [file.filelist[-1]]
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", None)
+    with pytest.raises(ValueError, match="says to hold more than it does"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("called", ["builtins bytearray", "torch Tensor", "torch._utils _rebuild_qtensor"])
+def test_what_takes_memory_that_a_file_does_not_is_not_called(there, monkeypatch, called):
+    _, path, _ = there
+    bomb = b"\x80\x02c" + called.replace(" ", "\n").encode() + b"\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R."
+    rewritten(path, lambda records: {n: bomb if n.endswith("data.pkl") else one for n, one in records.items()})
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match="holds something else"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("part", ["modules", "optimizer", "counts", "sources"])
+@pytest.mark.parametrize("value", [3, "x", None, [3], {"a": "b"}, [{"torch": torch.zeros(3).byte()}]], ids=str)
+def test_other_kinds_of_things_in_a_whole_file_are_refused(there, part, value):
+    svi, path, _ = there
+    state = checkpoints.load(path)
+    if part == "sources":
+        state["sources"] = value
+    else:
+        state["svi"] = {**state["svi"], part: value}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="path must be a checkpoint"):
+        checkpoints.restore(path, svi)
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(there, tmp_path, monkeypatch):
+    svi, path, _ = there
+    (tmp_path / "precious").write_text("precious")
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    link = path.parent / f".run.pt.{'0' * 16}.part"
+    link.symlink_to(tmp_path / "precious")
+    checkpoints.save(path, svi)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["precious", "run.pt"]
+    monkeypatch.setattr(type(path), "unlink", lambda self, **options: None)  # it is put there again at once
+    link.symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError):
+        checkpoints.save(path, svi)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_file_is_opened_plainly_or_not_at_all(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "nowhere", "pipe"):
+        for mode in ("a", "r", "w"):
+            with pytest.raises(OSError, match=name):
+                open(tmp_path / name, mode, opener=plainly)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "nothing").exists()
+    with open(tmp_path / "new", "a", opener=plainly) as file:
+        file.write("x")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_text_that_does_something_to_a_terminal_is_escaped():
+    assert printable("a\x1b[2J\n\x07\u202e\udcff\x9b", "\n") == "a\\x1b[2J\n\\x07\\u202e\\udcff\\x9b"
+    assert printable("é ± \N{GRINNING FACE}") == "é ± \N{GRINNING FACE}"
+
+
 def test_a_file_that_would_run_code_is_not_loaded(there):
     svi, path, _ = there
     for content in (Whatever(), {"format": 1, "svi": Whatever(), "sources": [], "more": {}}):
@@ -895,7 +988,9 @@ def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path, context):
         assert (more["numbers"] == more["number"]).all()
         found.append(more["number"])
     assert max(found) > 0
-    assert set(os.listdir(tmp_path)) <= {"run.pt", ".run.pt.part"}
+    assert all(
+        name == "run.pt" or re.fullmatch(r"\.run\.pt\.[0-9a-f]{16}\.part", name) for name in os.listdir(tmp_path)
+    )
     svi = of_pair()
     svi.step(data(8))
     checkpoints.save(path, svi)

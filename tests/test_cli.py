@@ -90,6 +90,80 @@ def test_a_mistake_on_the_line():
     assert call("sample").is_refused("RUN")
 
 
+@pytest.mark.parametrize(
+    ("line", "meant", "where"),
+    [
+        (["train", "swiss-roll", "--stpes", "10"], "--steps", "pyrodiff train --help"),
+        (["train", "swiss-roll", "--stpes=10"], "--steps", "pyrodiff train --help"),
+        (["train", "--batchsize=3", "swiss-roll"], "--batch-size", "pyrodiff train --help"),
+        (["bound", "there", "--partciles=3"], "--particles", "pyrodiff bound --help"),
+        (["sample", "there", "--sampler=ancestrall"], "ancestral", "pyrodiff sample --help"),
+        (["trian", "swiss-roll"], "train", "pyrodiff --help"),
+        (["--verison", "info"], "--version", "pyrodiff"),
+    ],
+)
+def test_a_mistyped_word(line, meant, where):
+    assert call(*line).is_refused(f"is {meant} meant?", f"see {where}")
+
+
+@pytest.mark.parametrize(
+    "line", [["bound", "x\udcff"], ["train", "digits", "--out=b\udcff"], ["info", "a\0b"], ["\x1b[2J"]]
+)
+def test_words_that_are_no_text(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call(*line)
+    assert done.is_refused("pyrodiff")
+    assert all(one.isprintable() for one in done.err.rstrip("\n"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_too_long(home, tmp_path):
+    name = 300 * "x"
+    assert train(home / "x.npy", tmp_path / name).is_refused("too long")
+    assert call("train", tmp_path / name, "--out", tmp_path / "run").is_refused("too long")
+    assert call("train", "digits", "--config", tmp_path / name).is_refused("too long")
+    for command in ("bound", "sample", "plot", "info"):
+        assert call(command, tmp_path / name).is_refused("too long")
+    assert call("sample", home / "run", "--save", tmp_path / f"{name}.npz").is_refused("--save")
+    assert call("sample", home / "run", "--checkpoint", tmp_path / name).is_refused("too long")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_file(home, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for line in (["train", "digits", "--config"], ["train", "digits", "--out"], ["bound"], ["info"]):
+        assert call(*line, tmp_path / "pipe").is_refused("pipe")
+    assert call("sample", home / "run", "--checkpoint", tmp_path / "pipe").is_refused("pipe")
+
+
+@pytest.mark.parametrize("line", [["info"], ["--help"], ["train", "--help"], ["--version"]])
+def test_a_full_disk_behind_the_output(line, monkeypatch, capsys):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert cli.main(line) == 2
+        full.flush()  # nothing is left that could not be written
+    assert re.fullmatch(r"pyrodiff: error: .*No space left on device\n", capsys.readouterr().err)
+
+
+def test_more_threads_than_there_can_be(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", None)
+    assert train(home / "x.npy", tmp_path / "run", threads=10**6).is_refused("--threads", "at most", str(10**6))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_something_to_a_terminal_is_escaped(home, tmp_path):
+    folder = tmp_path / "a\x1b[2J\nb\x07"
+    folder.mkdir()
+    shutil.copy(home / "x.npy", folder / "x.npy")
+    done = [train(folder / "x.npy", folder / "run", steps=2)]
+    done += [call(name, folder / "run") for name in ("bound", "sample", "plot", "info")]
+    done += [call("bound", folder / "run", "--data", folder), call("info", folder / "\x9b")]
+    for one in done:
+        assert all(c.isprintable() or c == "\n" for c in one.out + one.err), one
+    assert [one.code for one in done] == [0, 0, 0, 0, 0, 2, 2]
+    assert "\\x1b[2J\\nb" in done[4].out
+
+
 def test_as_a_module_and_as_a_command(tmp_path):
     line = [sys.executable, "-m", "pyrodiff", "train", "swiss-roll", "--out", str(tmp_path / "run"), "--steps=0"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
@@ -184,6 +258,9 @@ def test_all_options_are_recorded(home):
         ("seed = 2026-01-01", ["--seed"]),
         ("\xff", []),
         ("schedule = 'cosin'", ["--schedule", "cosine"]),
+        ("a = " + "[" * 30000, ["--config", "options.toml"]),
+        ("a = " + "{b = " * 9000, ["--config", "options.toml"]),
+        ("# " + "x" * 2**17, ["--config", "64 KiB"]),
     ],
 )
 def test_a_file_of_options_with_a_mistake(tmp_path, monkeypatch, text, expected):
@@ -224,6 +301,7 @@ WRONG = {
     "device": ["", "x", "cuda:99", "meta", "cpu:x"],
     "data": ["", "nothing-there", "/nothing/there"],
     "array": ["x"],
+    "labels": ["1"],
 }
 
 
@@ -398,6 +476,10 @@ def test_a_seed_that_cannot_be(name, seed, home, tmp_path):
         (["sample", "--save=/nothing/x.npz"], ["--save", "/nothing"]),
         (["sample", "--save=x.png"], ["--save", ".npz"]),
         (["sample", "--trajectory=film"], ["--trajectory"]),
+        (["sample", "--save={run}/samples.npz"], ["--save", "files of the run"]),
+        (["sample", "--save={run}/../run/bound.npz"], ["--save", "files of the run"]),
+        (["sample", "--save={run}/pictures/samples.npz"], ["--save", "files of the run"]),
+        (["bound", "--save={run}/bound.npz"], ["--save", "files of the run"]),
     ],
 )
 def test_what_cannot_be_asked_of_a_run(home, monkeypatch, line, expected):
@@ -408,7 +490,7 @@ def test_what_cannot_be_asked_of_a_run(home, monkeypatch, line, expected):
     if "--times=5" not in line:
         monkeypatch.setattr(cli, "bound", work)
     before = files(home)
-    assert call(line[0], home / "run", *line[1:]).is_refused(*expected)
+    assert call(line[0], home / "run", *(word.format(run=home / "run") for word in line[1:])).is_refused(*expected)
     assert files(home) == before
 
 
@@ -507,6 +589,25 @@ def test_sample(home, tmp_path):
     np.testing.assert_allclose(found["short"], run.form.decoded(short).numpy(), rtol=1e-6)
 
 
+def test_samples_have_a_new_name_where_none_is_given(home, tmp_path):
+    folder = shutil.copytree(home / "run", tmp_path / "run")
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    for number in (1, 2):
+        assert str(folder / f"samples-{number}.npz") in call("sample", folder, "--number=2").out
+        assert drawn(folder / f"samples-{number}.npz").shape == (2, 2)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert files(folder) - before.keys() == {f"samples-{number}.{end}" for number in (1, 2) for end in ("npz", "png")}
+
+
+def test_samples_that_are_not_finite(home, tmp_path, monkeypatch, pictures):
+    sampler = pyrodiff.AncestralSampler.__call__
+    monkeypatch.setattr(pyrodiff.AncestralSampler, "__call__", lambda *a, **k: sampler(*a, **k) / 0)
+    for line in (["sample", home / "run", "--save", tmp_path / "s.npz"], ["plot", home / "run"]):
+        done = call(*line)
+        assert (done.code, "training failed" in done.err, "Traceback" in done.err) == (1, True, False)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["ddim", "dpm", "heun", "pc", "flow"])
 def test_sample_by_any_sampler(home, tmp_path, name):
     """The file holds what the sampler of that name draws, in so many steps."""
@@ -580,6 +681,14 @@ def test_info(home):
     assert (done.code, done.err) == (0, "")
     for part in (torch.__version__, pyrodiff.__version__, np.__version__, "swiss-roll"):
         assert part in done.out
+
+
+def test_a_bound_that_would_fill_the_memory_is_not_loaded(home, tmp_path, monkeypatch):
+    folder = shutil.copytree(home / "run", tmp_path / "run")
+    np.savez_compressed(folder / "bound.npz", nats=np.zeros(10**7))
+    monkeypatch.setattr(np, "load", None)
+    for name in ("info", "plot"):
+        assert call(name, folder).is_refused("bound.npz says to hold more")
 
 
 class Page(html.parser.HTMLParser):

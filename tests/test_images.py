@@ -118,6 +118,7 @@ def test_the_order_is_that_of_names_folder_by_folder_and_labels_are_in_it(tmp_pa
     for number, name in enumerate(names):
         path = write((tmp_path / name).with_suffix(".png"), np.full((2, 2), number, np.uint8))
         path.rename(tmp_path / name)
+    (tmp_path / "a" / "_.txt").write_text("no picture")
     assert datasets.image_folder(tmp_path)[:, 0, 0].tolist() == [3, 2, 1, 0, 8, 5]
     labels = datasets.image_folder(tmp_path, "labels")
     assert labels.dtype == torch.int64

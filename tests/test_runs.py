@@ -56,8 +56,8 @@ def context():
     return context
 
 
-def resumed(folder, **options):
-    return call("train", "--out", folder, "--resume", *words(**options))
+def resumed(folder, *more, **options):
+    return call("train", "--out", folder, "--resume", *more, *words(**options))
 
 
 def is_as_alone(folder, alone, but=()):
@@ -153,14 +153,14 @@ def test_a_run_that_is_killed_again_and_again_is_the_one_left_alone(home, tmp_pa
 
 def asked_at(monkeypatch, step, number):
     """Let a signal come in the middle of a step."""
-    draw, counted = Data.draw, iter(range(1, 10**9))
+    draw, counted = Data.batch, iter(range(1, 10**9))
 
     def drawing(self, size):
         if next(counted) == step:
             signal.raise_signal(number)
         return draw(self, size)
 
-    monkeypatch.setattr(Data, "draw", drawing)
+    monkeypatch.setattr(Data, "batch", drawing)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -206,22 +206,22 @@ def test_a_signal_in_an_evaluation(home, tmp_path, monkeypatch, which):
     assert is_as_alone(tmp_path / "run", home / "alone")
 
 
-@pytest.mark.parametrize("part", ["bound", "Run.sampled"])
+@pytest.mark.parametrize("part", ["bound", "Run.sampler"])
 def test_a_signal_after_the_last_step(home, tmp_path, monkeypatch, part):
     with monkeypatch.context() as patch:
         if part == "bound":
             bound = cli.bound
             patch.setattr(cli, "bound", lambda *a, **k: (signal.raise_signal(signal.SIGINT), bound(*a, **k))[1])
         else:
-            sampled = Run.sampled
+            sampler = Run.sampler
 
             def asked(self, *args, **kwargs):
                 if self.svi.num_steps == 6 and self.folder.joinpath("bound.npz").exists():
                     signal.raise_signal(signal.SIGINT)
-                return sampled(self, *args, **kwargs)
+                return sampler(self, *args, **kwargs)
 
             # the best weights may be of an earlier step: those that are opened in the end
-            patch.setattr(Run, "sampled", lambda self, *a, **k: asked(self, *a, **k))
+            patch.setattr(Run, "sampler", asked)
             patch.setattr(Run, "opened", classmethod(lambda cls, folder, which, device: OPENED(folder, "last", device)))
         done = train(home / "x.npy", tmp_path / "run")
     assert done.code == 130
@@ -239,7 +239,7 @@ def test_a_second_signal_leaves_at_once(home, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Data, "draw", twice)
+        patch.setattr(Data, "batch", twice)
         done = train(home / "x.npy", tmp_path / "run")
     assert done.code == 130
     assert done.err.count("\n") == 1
@@ -304,7 +304,7 @@ def test_with_what_a_kill_left_before_the_first_checkpoint(home, tmp_path):
 
 def test_parts_that_a_kill_left_are_swept_away(home, tmp_path):
     folder = copied(home, tmp_path)
-    (folder / "checkpoints" / ".step-00000005.pt.part").write_text("PK")
+    (folder / "checkpoints" / ".step-00000005.pt.0123456789abcdef.part").write_text("PK")
     assert resumed(folder).code == 0
     assert not list(folder.rglob("*.part"))
 
@@ -418,6 +418,298 @@ def test_a_run_is_not_begun_anew_by_mistake(home, tmp_path):
     folder = copied(home, tmp_path)
     assert train(home / "x.npy", folder).is_refused("--resume", str(folder))
     assert is_as_alone(folder, home / "alone")
+
+
+# Harm
+
+
+def bytes_of(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+@pytest.mark.parametrize("name", [".lock", "commands.txt", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_in_a_folder_leads_out_of_it(home, tmp_path, name, kind):
+    folder = copied(home, tmp_path)
+    (tmp_path / "precious").write_text("precious")
+    (folder / name).unlink(missing_ok=True)
+    if kind == "link":
+        (folder / name).symlink_to(tmp_path / "precious")
+    else:
+        os.mkfifo(folder / name)
+    done = resumed(folder, steps=8)
+    if kind == "pipe" and name == "metrics.jsonl":  # it is no file, and one is put there
+        assert done.code == 0
+    else:
+        assert done.is_refused(name)
+        assert runs.last_checkpoint(folder).name == "step-00000006.pt"
+        assert Settings.read(folder / "settings.toml")["steps"] == 6
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_last_checkpoint_is_that_of_the_largest_step(home, tmp_path):
+    folder = copied(home, tmp_path)
+    checkpoint = folder / "checkpoints" / "step-00000004.pt"
+    others = [checkpoint.with_name(name) for name in ("step-keep.pt", "step-5 copy.pt", "step-x9.pt", "step-\u0669.pt")]
+    for other in others:
+        shutil.copy(checkpoint, other)
+    checkpoint.with_name("step-00000099.pt").mkdir()
+    checkpoint.with_name("step-00000001.pt").mkdir()
+    runs.last_checkpoint(folder).rename(checkpoint.with_name("step-6.pt"))
+    assert runs.last_checkpoint(folder).name == "step-6.pt"
+    done = resumed(folder, steps=10)
+    assert (done.code, "from step 6 of 10" in done.err) == (0, True)
+    assert all(other.is_file() for other in others)
+    assert {path.name for path in checkpoint.parent.iterdir()} >= {"step-00000008.pt", "step-00000010.pt"}
+    assert not checkpoint.exists()
+
+
+def test_a_checkpoint_of_another_step_than_it_says_is_refused(home, tmp_path):
+    folder = copied(home, tmp_path)
+    path = runs.last_checkpoint(folder)
+    shutil.copy(path, path.with_name("step-00000100.pt"))
+    before = bytes_of(folder)
+    assert resumed(folder, steps=200).is_refused("step-00000100.pt is of step 6", path.name)
+    assert bytes_of(folder) == before
+    done = resumed(folder, "--resume=whole", steps=8)
+    assert (done.code, "from step 6 of 8" in done.err) == (0, True)
+
+
+def test_the_best_checkpoint_alone_is_gone_on_from(home, tmp_path):
+    folder = copied(home, tmp_path)
+    for path in (folder / "checkpoints").glob("step-*.pt"):
+        path.unlink()
+    step = checkpoints.load(folder / "checkpoints" / "best.pt")["svi"]["counts"]["num_steps"]
+    done = resumed(folder)
+    assert (done.code, f"from step {step} of 6" in done.err) == (0, True)
+    assert same(states(folder)["best.pt"], states(home / "alone")["best.pt"])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_where_that_is_asked_for(home, tmp_path):
+    folder = copied(home, tmp_path)
+    cut(runs.last_checkpoint(folder))
+    before = bytes_of(folder)
+    assert resumed(folder).is_refused("step-00000006.pt", "step-00000004.pt is whole", "--resume=whole")
+    assert bytes_of(folder) == before
+    done = call("train", "--out", folder, "--resume=whole")
+    assert (done.code, "from step 4 of 6" in done.err) == (0, True)
+    assert same(states(folder), states(home / "alone"))
+
+
+def test_a_damaged_checkpoint_takes_nobody_s_place(home, tmp_path):
+    folder = copied(home, tmp_path)
+    damaged = runs.last_checkpoint(folder).with_name("step-00000099.pt")
+    damaged.write_text("PK")
+    assert call("train", "--out", folder, "--resume=whole", "--steps=8", "--keep=1").code == 0
+    names = {path.name for path in damaged.parent.iterdir()}
+    assert names == {"best.pt", "step-00000008.pt", damaged.name}
+
+
+def test_a_damaged_best_checkpoint_is_found_at_the_start_and_made_anew(home, tmp_path, monkeypatch):
+    folder = copied(home, tmp_path)
+    cut(folder / "checkpoints" / "best.pt")
+    before = bytes_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "Run", None)  # nothing is built
+        assert resumed(folder, steps=8).is_refused("best.pt", "step-00000006.pt is whole")
+    assert bytes_of(folder) == before
+    assert call("train", "--out", folder, "--resume=whole").code == 0
+    assert Run.opened(folder).svi.num_steps == 6
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(home, tmp_path):
+    folder = copied(home, tmp_path)
+    for path in (folder / "checkpoints").iterdir():
+        cut(path)
+    before = bytes_of(folder)
+    assert call("train", "--out", folder, "--resume=whole").is_refused("cut short")
+    assert bytes_of(folder) == before
+
+
+def test_the_lock_is_taken_before_anything_is_read(home, tmp_path, monkeypatch):
+    folder = copied(home, tmp_path)
+    monkeypatch.setattr(cli.recipes, "prepare", None)
+    with cli._locked(folder):
+        assert resumed(folder, steps=8).is_refused("--out", "nobody else")
+
+
+def test_a_run_that_somebody_else_began_meanwhile_is_left_alone(home, tmp_path, monkeypatch):
+    prepare, folder = cli.recipes.prepare, tmp_path / "run"
+
+    def meanwhile(*args):
+        if not folder.exists():
+            shutil.copytree(home / "alone", folder)
+        return prepare(*args)
+
+    monkeypatch.setattr(cli.recipes, "prepare", meanwhile)
+    assert train(home / "x.npy", folder, "--resume").is_refused("--out", "meanwhile")
+    assert is_as_alone(folder, home / "alone")
+
+
+FOREIGN = [
+    *(
+        b"5",
+        b"[3]",
+        b"null",
+        b'"x"',
+        b"{}",
+        b"[" * 50000,
+        b"{" * 50000,
+        b"\xff\xfe",
+        b"\x00",
+        b"9" * 5000,
+        b"x" * 10**5,
+    ),
+    *(
+        b'{"a": ' * 9000 + b"1" + b"}" * 9000,
+        b'{"note": "lr"}',
+        b'{"step": "6", "loss": 1}',
+        b'{"step": 6, "loss": "x"}',
+    ),
+    *(b'{"step": 6, "loss": [1]}', b'{"step": 6, "bound": NaN}', b'{"step": 6, "bound": -Infinity}', b'{"step": 1e3}'),
+    *(b'{"step": 6, "bound": 1' + b"0" * 400 + b"}", b'{"step": 6, "loss": 1e999}', b'{"step": null}'),
+    *(b'{"step": 1' + b"0" * 400 + b', "loss": 1}', b'{"step": 6, "bound": {"a": 1}}', b'{"step": true, "loss": 1}'),
+]
+
+
+def test_foreign_lines_of_metrics_stop_nothing(home, tmp_path):
+    folder = copied(home, tmp_path)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n".join(FOREIGN) + b"\n")
+    assert notes(folder) == notes(home / "alone")
+    assert resumed(folder).code == 0
+    assert is_as_alone(folder, home / "alone")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n".join(FOREIGN) + b"\n")
+    for name in ("plot", "info"):
+        assert call(name, folder).code == 0
+
+
+@pytest.mark.parametrize("what", ["samples", "bound", "error"])
+def test_what_is_not_finite_is_a_training_that_failed(home, tmp_path, monkeypatch, what):
+    folder, bound, sampler = tmp_path / "run", runs.bound, pyrodiff.AncestralSampler.__call__
+    counted = iter(range(1, 10**9))
+
+    def broken(found):
+        if next(counted) < 2:
+            return found
+        if what == "error":
+            raise ValueError("loc must be finite")
+        return found * math.nan if what == "samples" else pyrodiff.Bound(found.prior * math.nan, *parts_of(found))
+
+    if what == "samples":
+        monkeypatch.setattr(pyrodiff.AncestralSampler, "__call__", lambda *a, **k: broken(sampler(*a, **k)))
+    else:
+        monkeypatch.setattr(runs, "bound", lambda *a, **k: broken(bound(*a, **k)))
+    done = train(home / "x.npy", folder)
+    assert (done.code, "training failed" in done.err, "at step 4" in done.err) == (1, True, True), done
+    assert "Traceback" not in done.err
+    assert runs.last_checkpoint(folder).name == "step-00000002.pt"
+    assert checkpoints.load(folder / "checkpoints" / "best.pt")["svi"]["counts"]["num_steps"] == 2
+
+
+def parts_of(found):
+    return found.denoising, found.reconstruction, found.event_shape
+
+
+@pytest.mark.parametrize("place", ["average", "moments"])
+def test_what_is_not_finite_is_in_no_checkpoint(home, tmp_path, place):
+    run = Run(tmp_path, **made_as(home))
+    run.restore(runs.last_checkpoint(home / "alone"))
+    moments = next(iter(run.svi.optimizer.state.values()))
+    broken = next(run.svi.average.parameters()) if place == "average" else moments["exp_avg_sq"]
+    with torch.no_grad():
+        broken.flatten()[0] = math.inf
+    (tmp_path / "checkpoints").mkdir()
+    trainer = runs.Trainer(run, None, runs.Stop(), print)
+    with pytest.raises(FloatingPointError, match="not finite any more at step 6"):
+        trainer._save()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def made_as(home):
+    run = Run.opened(home / "alone", "last")
+    return {"settings": run.settings, "form": run.form, "device": run.device}
+
+
+def forged(path, where, **values):
+    """A checkpoint with other values in a part of what the run keeps."""
+    more = checkpoints.load(path)["more"]
+    other(path, more={**more, where: {**more[where], **values}})
+
+
+DAG = [[0]]
+for _ in range(40):
+    DAG = [DAG, DAG]
+
+
+@pytest.mark.parametrize("command", ["train", "bound", "info"])
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [
+        ("settings", {"hidden": 20000}),
+        ("settings", {"num_steps": 10**12}),
+        ("settings", {"blocks": 10**9}),
+        ("settings", {"channels": [10**5], "network": "unet"}),
+        ("settings", {"hidden": DAG}),
+        ("settings", {"hidden": None}),
+        ("settings", {"hidden": 10**400}),
+        ("form", {"event_shape": [10**6, 10**6]}),
+        ("form", {"event_shape": [2**62, 2**62]}),
+        ("form", {"event_shape": [-2]}),
+        ("form", {"classes": 10**9}),
+        ("form", {"event_shape": "x"}),
+        ("form", {"scale": torch.ones(1).expand(10**12)}),
+        ("form", {"shift": 3}),
+        ("form", {"read_as": 3}),
+        ("state", {"loss": "x"}),
+        ("state", {"best": "x"}),
+        ("state", {"seconds": [1]}),
+        ("state", {"logged": None}),
+        ("state", {"drawn": "x"}),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else ",".join(value),
+)
+def test_a_forged_checkpoint_is_refused_before_anything_is_built(home, tmp_path, monkeypatch, command, where, values):
+    folder = copied(home, tmp_path)
+    forged(runs.last_checkpoint(folder), where, **values)
+    monkeypatch.setattr(runs.recipes, "build", None)
+    before = bytes_of(folder)
+    line = {"train": ["train", "--out", folder, "--resume"], "info": ["info", folder]}
+    done = call(*line.get(command, ["bound", folder, "--checkpoint", "last"]))
+    assert done.is_refused("step-00000006.pt", "step-00000004.pt is whole")
+    assert bytes_of(folder) == before
+
+
+@pytest.mark.parametrize("place", ["moments", "count", "names"])
+def test_a_checkpoint_with_other_things_in_the_state_of_training(home, tmp_path, place):
+    folder = copied(home, tmp_path)
+    path = runs.last_checkpoint(folder)
+    svi = checkpoints.load(path)["svi"]
+    if place == "moments":
+        next(iter(svi["optimizer"][1]["state"].values()))["exp_avg"] = "x"
+    elif place == "names":
+        svi["names"] = "x"
+    else:
+        svi["counts"]["num_steps"] = "6"
+    other(path, svi=svi)
+    assert resumed(folder, steps=8).is_refused("step-00000006.pt")
+
+
+def test_a_folder_that_cannot_be_begun_is_not_there(home, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert train(home / "x.npy", tmp_path / "a" / "b" / "run").is_refused("No space left")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    assert train(home / "x.npy", tmp_path / "empty").is_refused("No space left")
+    assert files(tmp_path) == set()
 
 
 # A full disk
@@ -674,13 +966,14 @@ def one_of_two(rank, port, line, folder):
     without_pictures()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port))
-    drawn, draw = [], Data.draw
+    drawn, draw = [], Data.batch
 
     def drawing(self, size):
-        drawn.append(draw(self, size))
-        return drawn[-1]
+        found = draw(self, size)
+        drawn.append(found[0])
+        return found
 
-    Data.draw = drawing
+    Data.batch = drawing
     with open(f"{folder}/out {rank}", "w") as out, open(f"{folder}/err {rank}", "w") as err:
         sys.stdout, sys.stderr = out, err
         code = cli.main(line)

@@ -1,10 +1,14 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written; and that lead nowhere else."""
 
+import errno
+import glob
 import os
+import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["path_of", "write"]
+__all__ = ["path_of", "plainly", "printable", "write"]
 
 
 def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
@@ -18,9 +22,12 @@ def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
         OSError: If it cannot be written; what was there before is as it was.
     """
     path = path_of(path)
-    part = path.with_name(f".{path.name}.part")  # what a kill leaves is taken up by the next one
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # where nobody can have put a link
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{16 * '[0-9a-f]'}.part"):  # by a kill
+        with suppress(OSError):
+            left.unlink()
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -55,3 +62,30 @@ def path_of(value: str | os.PathLike[str]) -> Path:
     if not isinstance(value, str | os.PathLike) or not Path(value).name:
         raise ValueError(f"path must be the path of a file, a str or os.PathLike, but it is {value!r}")
     return Path(value)
+
+
+def plainly(path: str, flags: int) -> int:
+    """How ``open(..., opener=plainly)`` opens: a regular file only, no link, which may lead elsewhere, and no pipe.
+
+    Arguments:
+        path: The file.
+        flags: What it is opened for.
+
+    Raises:
+        OSError: If it is something else, or cannot be opened.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "this is no regular file", path)
+    return descriptor
+
+
+def printable(value: object, but: str = "") -> str:
+    """A value as text that does nothing to a terminal: control characters, and what is no text, are escaped.
+
+    Arguments:
+        value: The value.
+        but: Characters that stay.
+    """
+    return "".join(one if one.isprintable() or one in but else ascii(one)[1:-1] for one in str(value))

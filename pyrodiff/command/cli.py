@@ -6,14 +6,19 @@ half-written), 1 where the training itself failed, 128 and the signal's number w
 
 import argparse
 import dataclasses
+import difflib
 import functools
+import itertools
+import math
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,9 +30,8 @@ from tqdm import tqdm
 
 from .. import plots
 from ..base import ranks
-from ..base.files import write
+from ..base.files import plainly, printable, write
 from ..likelihood.bounds import Bound, bound, importance_bound
-from ..pair.diffusion import evenly_spaced
 from ..sampling.sampler import Sampler
 from . import recipes
 from .loading import BUILT_IN, Data
@@ -40,7 +44,9 @@ from .runs import (
     Stop,
     Trainer,
     device_of,
-    last_checkpoint,
+    finite,
+    options_in,
+    resumed_from,
     save_arrays,
     save_figure,
     shortened,
@@ -65,19 +71,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    line = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser()
-    options = parser.parse_args(line)
-    options.line = shlex.join(["pyrodiff", *line])
+    for stream in (sys.stdout, sys.stderr) if arguments is None else ():
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know no ±
+    code = _done(sys.argv[1:] if arguments is None else list(arguments))
     try:
+        print(end="", flush=True)
+    except OSError as error:  # a disk that is full, or a pipe that is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or _of_output(error)
+    return code
+
+
+def _done(line: list[str]) -> int:
+    try:
+        options = _parser().told(line)
         return options.command(options)
+    except SystemExit as left:  # of the parser, which has said why
+        return left.code
     except Interrupted as interrupted:
         _say(f"stopped by {signal.Signals(interrupted.signal).name}: nothing was written")
         return 128 + interrupted.signal
     except KeyboardInterrupt as interrupt:
         _say("left at once; what was saved before is as it was")
         return 128 + next(iter(interrupt.args), signal.SIGINT)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OverflowError, RuntimeError) as error:
         if not _is_memory(error):
             raise
         _say(
@@ -88,14 +106,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"training failed: {error}; checkpoints are from before. A smaller --lr or --clip-norm may help")
         return 1
     except Mistake as mistake:
-        print(f"pyrodiff: error: {mistake}", file=sys.stderr, flush=True)  # of several processes, any may have it alone
-        return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _complain(mistake)
+    except OSError as error:
+        return _of_output(error)
     finally:
         if ranks.count() > 1:
             torch.distributed.destroy_process_group()
+
+
+def _of_output(error: OSError) -> int:
+    """The exit code where nothing can be written any more."""
+    return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else _complain(error)
+
+
+def _complain(error: object) -> int:
+    print(f"pyrodiff: error: {printable(error)}", file=sys.stderr, flush=True)  # of several processes, any may alone
+    return 2
 
 
 class Mistake(Exception):
@@ -125,13 +151,17 @@ _AS_OPTIONS = {one.name: option(one.name) for one in dataclasses.fields(Settings
 
 def _is_memory(error: Exception) -> bool:
     """Whether an error says that memory is full, which torch has no one class for."""
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    return isinstance(error, MemoryError | OverflowError) or "memory" in str(error) or "overflow" in str(error)
 
 
 def _say(line: str) -> None:
     if ranks.number() == 0:
-        tqdm.write(f"pyrodiff: {line}", file=sys.stderr)  # above a bar, if there is one
+        tqdm.write(f"pyrodiff: {printable(line)}", file=sys.stderr)  # above a bar, if there is one
         sys.stderr.flush()
+
+
+def _print(text: object) -> None:
+    print(printable(text, "\n"), flush=True)
 
 
 # What can be said on the line
@@ -140,9 +170,26 @@ def _say(line: str) -> None:
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self.set_defaults(parser=self)
+
+    def told(self, line: list[str]) -> argparse.Namespace:
+        """What a line says; what is wrong with it is said by the parser of its command."""
+        for word in line:
+            if word != word.encode(errors="replace").decode() or "\0" in word:
+                self.error(f"each word must be text in UTF-8, but one is {word!a}")
+        options, rest = self.parse_known_args(line)
+        if rest:
+            options.parser.error(f"unrecognized arguments: {shlex.join(rest)}")
+        options.line = shlex.join(["pyrodiff", *line])
+        return options
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        wrong, _, known = message.partition(" (choose from ")
+        among = re.findall(r"[\w-]+", known) or [*self._option_string_actions, "--version"]
+        word = re.search(r"choice: '(.*)'" if known else r"(--?\w[^\s=']*)", wrong)
+        near = word and difflib.get_close_matches(word[1], among, 1)
+        hint = f"; is {near[0]} meant?" if near else ""
+        self.exit(2, printable(f"{self.prog}: error: {message}{hint} (see {self.prog} --help)") + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,7 +235,11 @@ def _sample_parser(commands: Any) -> None:
         type=_count,
         help="in how many of the T steps (default: all)",
     )
-    parser.add_argument("--save", type=Path, help="the .npz file; the picture stands beside it (RUN/samples.npz)")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        help="the .npz file; the picture stands beside it (RUN/samples-1.npz, or the next free one)",
+    )
     parser.add_argument(
         "--trajectory", choices=("strip", "gif"), help="the way from noise to data too, as a strip or an animation"
     )
@@ -225,6 +276,13 @@ def _train_parser(commands: Any) -> None:
         "--resume",
         action="store_true",
         help="go on with the run in --out, bit for bit on a CPU; start it if nothing is there",
+    )
+    group.add_argument(
+        "--resume=whole",
+        dest="resume",
+        action="store_const",
+        const="whole",
+        help="likewise, from the last checkpoint that is not damaged",
     )
 
 
@@ -271,6 +329,9 @@ def _train(options: argparse.Namespace) -> int:
     folder, settings = _mistakes(_told, options, given)
     _mistakes(_join, settings)
     if settings.threads is not None:
+        most = max(256, os.cpu_count() or 1)
+        if settings.threads > most:
+            raise Mistake(f"--threads must be at most {most}, but it is {settings.threads}")
         torch.set_num_threads(settings.threads)
     run, data, lock = _mistakes(_begun, folder, settings, options)
     with lock, Stop() as stop:
@@ -294,7 +355,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _told(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Settings]:
     """The folder, and what is asked for: by the record of a run that goes on, by a file, and by the line."""
-    values = {**(Settings.read(options.config) if options.config is not None else {}), **given}
+    values = {**(options_in(options.config, "--config") if options.config is not None else {}), **given}
     if "data" in values and Path(values["data"]).exists() and values["data"] not in BUILT_IN:
         values["data"] = str(Path(values["data"]).resolve())
     if not values.get("data") and options.out is not None and not (options.out / "settings.toml").is_file():
@@ -316,7 +377,7 @@ def _told(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Set
         return folder, Settings(**values)
     if not options.resume:
         raise ValueError(f"--out must be a new folder, but {folder} holds a run: give --resume to go on with it")
-    recorded = Settings.read(record, str(record))
+    recorded = options_in(record, str(record))
     for one in dataclasses.fields(Settings):
         before = recorded.get(one.name)
         may_change = one.metadata["changeable"] or one.name == "data"  # which may have moved, and are compared
@@ -343,7 +404,7 @@ def _locked(folder: Path) -> Any:
     Raises:
         ValueError: If another has it.
     """
-    file = (folder / ".lock").open("w")
+    file = open(folder / ".lock", "a", opener=plainly)
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -353,37 +414,48 @@ def _locked(folder: Path) -> Any:
     return file
 
 
-@contextmanager
-def _recorded(folder: Path, settings: Settings, line: str) -> Iterator[None]:
-    """Within, the folder is this process's; it knows the settings and the command."""
-    with ExitStack() as lock:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+def _record(folder: Path, settings: Settings, line: str, lock: ExitStack | None) -> None:
+    """Let a folder know the settings and the command, and be locked, unless it is; or else let nothing be made."""
+    made, ours = [one for one in (folder, *folder.parents) if not one.exists()], []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
             lock.enter_context(_locked(folder))
+            if (folder / "settings.toml").exists():
+                raise ValueError(f"--out must be a new folder, but somebody else began a run in {folder} meanwhile")
+            ours = [folder / name for name in ("settings.toml", "commands.txt", ".lock")]
+        Metrics.read(folder)  # they are written on, and may be a link
+        with open(folder / "commands.txt", "a", encoding="utf-8", opener=plainly) as file:
             write(folder / "settings.toml", settings.toml().encode())
-            with (folder / "commands.txt").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise ValueError(
-                f"--out must be a folder that can be written to, but {folder}: {error.strerror}"
-            ) from error
-        yield
+            file.write(line + "\n")
+    except OSError as error:
+        for one in (*ours, *made):
+            with suppress(OSError):
+                one.unlink() if one in ours else one.rmdir()
+        place = error.filename or folder
+        raise ValueError(f"--out must be a folder that can be written to, but {place}: {error.strerror}") from error
 
 
 def _begun(folder: Path, settings: Settings, options: argparse.Namespace) -> tuple[Run, Data, Any]:
     """The run, as far as it has come, locked; only when nothing can be wrong any more is anything written."""
-    device = device_of(settings)
-    settings, data = recipes.prepare(settings, device)
-    often = data.often() if settings.prediction == "level" else None
-    run = Run(folder, settings, data.form, device, often)
-    checkpoint = last_checkpoint(folder) if options.resume else None
-    if checkpoint is not None:
-        run.restore(checkpoint)
-        if run.svi.num_steps > settings.steps:
-            raise ValueError(f"--steps must be at least the {run.svi.num_steps} taken, but it is {settings.steps}")
+    first, is_run = ranks.number() == 0, (folder / "settings.toml").is_file()
     with ExitStack() as lock:
-        if ranks.number() == 0:
-            lock.enter_context(_recorded(folder, settings, options.line))
+        if first and is_run:
+            lock.enter_context(_locked(folder))
+        device = device_of(settings)
+        settings, data = recipes.prepare(settings, device)
+        checkpoint, best = resumed_from(folder, settings, options.resume == "whole") if options.resume else (None, None)
+        often = data.often() if settings.prediction == "level" else None
+        run = Run(folder, settings, data.form, device, often)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+            if run.svi.num_steps > settings.steps:
+                raise ValueError(f"--steps must be at least the {run.svi.num_steps} taken, but it is {settings.steps}")
+            if best is None:
+                run.state.update(best=math.inf, best_step=0, evaluated=0)  # so that there is a best one again
+        if first:
+            _record(folder, settings, options.line, None if is_run else lock)
+        _say(f"data: {data.form.contents}")
         if checkpoint is not None:
             _say(f"going on with {folder} from step {run.svi.num_steps} of {settings.steps}")
         return run, data, lock.pop_all()
@@ -393,26 +465,28 @@ def _finish(run: Run, data: Data, stop: Stop, options: argparse.Namespace) -> No
     """The bound on the test data, samples and the report, with the best weights."""
     settings, folder, first = run.settings, run.folder, ranks.number() == 0
     run = Run.opened(folder, "best", settings.device)
-    found = bound(
-        run.diffusion,
-        stop.between(data.split("test")),
-        num_times=settings.final_times,
-        generator=settings.seed,
-        progress=first,
-        sharded=ranks.count() > 1,
-    )
+    with finite(run.svi.num_steps):
+        found = bound(
+            run.diffusion,
+            stop.between(*data.labelled("test")),
+            num_times=settings.final_times,
+            generator=settings.seed,
+            progress=first,
+            sharded=ranks.count() > 1,
+        )
     found = run.form.in_units(found)
     if not first:
         return
     found.save(folder / "bound.npz")
-    print(found, flush=True)
-    print(f"test data: {spelled(found)}")
+    _print(found)
+    _print(f"test data: {spelled(found)}")
     samples = _write_samples(
         run, folder / "samples.npz", run.sampler("ancestral"), settings.samples, 256, settings.seed
     )
     stop.check()
-    commands = (folder / "commands.txt").read_text(encoding="utf-8").splitlines()
-    print(f"report: {report(run, found, samples, data.split('test', len(samples)), commands)}")
+    with open(folder / "commands.txt", encoding="utf-8", errors="replace", opener=plainly) as file:
+        commands = file.read().splitlines()
+    _print(f"report: {report(run, found, samples, data.split('test', len(samples)), commands)}")
 
 
 # bound, sample, plot, info
@@ -420,6 +494,14 @@ def _finish(run: Run, data: Data, stop: Stop, options: argparse.Namespace) -> No
 
 def _opened(options: argparse.Namespace) -> Run:
     return _mistakes(Run.opened, options.run, options.checkpoint, options.device)
+
+
+def _bound_in(path: Path) -> Bound:
+    """The bound in a run's folder, unless it says to hold much more than numbers can be compressed to."""
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        if sum(info.file_size for info in file.infolist()) > 100 * path.stat().st_size:
+            raise ValueError(f"RUN must be the folder of a run, but {path} says to hold more than it does")
+    return Bound.load(path)
 
 
 def _refuse_more_steps(run: Run, options: argparse.Namespace, name: str) -> None:
@@ -436,32 +518,35 @@ def _data_of(run: Run, options: argparse.Namespace) -> Data:
     return data
 
 
-def _refuse_place(path: Path) -> None:
-    """Refuse where nothing can be saved, before there is anything to save."""
-    if path.suffix != ".npz":
-        raise ValueError(f"--save must end in .npz, but it is {path}")
+def _refuse_place(path: Path, folder: Path) -> None:
+    """Refuse where nothing can be saved, before there is anything to save, and what a run has written itself."""
+    if path.suffix != ".npz" or len(os.fsencode(path.name)) > 200:
+        raise ValueError(f"--save must end in .npz, in 200 bytes, but it is {path}")
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"--save must be a file in a folder that is there, but it is {path}")
+    place, run = path.parent.resolve(), folder.resolve()
+    if place in (run / "pictures", run / "checkpoints") or (place == run and path.stem in ("samples", "bound")):
+        raise ValueError(f"--save must leave the files of the run as they are, but it is {path}")
 
 
 def _bound(options: argparse.Namespace) -> int:
     if options.save is not None:
-        _mistakes(_refuse_place, options.save)
+        _mistakes(_refuse_place, options.save, options.run)
     run = _opened(options)
-    x_0 = _mistakes(_data_of, run, options).split(options.split, options.number)
+    x_0 = _mistakes(_data_of, run, options).labelled(options.split, options.number)
     _refuse_more_steps(run, options, "--chain-steps")
     diffusion = shortened(run.diffusion, options.num_steps)
     with Stop() as stop:
         found = _mistakes(
-            bound, diffusion, stop.between(x_0), num_times=options.times, generator=options.seed, progress=True
+            bound, diffusion, stop.between(*x_0), num_times=options.times, generator=options.seed, progress=True
         )
-        print(found := run.form.in_units(found), flush=True)
-        print(f"{options.split} data: {spelled(found)}")
+        _print(found := run.form.in_units(found))
+        _print(f"{options.split} data: {spelled(found)}")
         if options.particles is not None:
             tighter = importance_bound(
-                diffusion, stop.between(x_0), num_particles=options.particles, generator=options.seed, progress=True
+                diffusion, stop.between(*x_0), num_particles=options.particles, generator=options.seed, progress=True
             )
-            print(run.form.in_units(tighter))
+            _print(run.form.in_units(tighter))
     if options.save is not None:
         _mistakes(found.save, options.save)
     return 0
@@ -474,8 +559,9 @@ def _sample(options: argparse.Namespace) -> int:
         sampler = run.sampler(options.sampler)
     except ValueError as error:
         raise Mistake(f"--sampler {options.sampler} does not suit this run: {error}") from None
-    path = options.save or run.folder / "samples.npz"
-    _mistakes(_refuse_place, path)
+    free = (number for number in itertools.count(1) if not any(run.folder.glob(f"samples-{number}[.-]*")))
+    path = options.save or run.folder / f"samples-{next(free)}.npz"
+    _mistakes(_refuse_place, path, run.folder)
     if options.trajectory is not None and not run.form.is_drawable:
         raise Mistake(f"--trajectory must be left out for data of shape {tuple(run.form.event_shape)}")
     draw = functools.partial(sampler, num_steps=options.num_steps)
@@ -491,23 +577,30 @@ def _write_samples(run: Run, path: Path, draw: Callable[..., Tensor], number: in
     sizes = [size] * (number // size) + [number % size] * (number % size > 0)
     several = len(sizes) > 1
     with tqdm(sizes, desc="samples", unit="batch", disable=None if several else True) as bar:
-        x_0 = torch.cat([draw(size, generator=generator, progress=not several) for size in bar])
-    save_arrays(path, samples=run.form.decoded(x_0))
+        x_0 = torch.cat(
+            [draw(n, *run.context(n, i * size), generator=generator, progress=not several) for i, n in enumerate(bar)]
+        )
+    samples = run.form.decoded(x_0)
+    if not bool(samples.isfinite().all()):
+        raise FloatingPointError(f"samples of the weights of step {run.svi.num_steps} are not finite")
+    save_arrays(path, samples=samples)
     picture = path.with_suffix(".png")
     if run.form.is_drawable:
         shown = x_0 if run.form.event_shape == (2,) else x_0[:256]
         save_figure(picture, plots.samples(run.form.drawable(shown)).figure)
-    print(f"{number} samples: {path}" + f", {picture}" * run.form.is_drawable)
+    _print(f"{number} samples: {path}" + f", {picture}" * run.form.is_drawable)
     return x_0
 
 
 def _write_trajectory(run: Run, path: Path, sampler: Sampler, options: argparse.Namespace) -> None:
     T, gif = run.diffusion.num_steps, options.trajectory == "gif"
-    steps = (0, *evenly_spaced(options.num_steps or T, T))
+    steps = (0, *(range(1, T + 1) if options.num_steps is None else sampler.spaced(options.num_steps)))
     shown = torch.linspace(0, len(steps) - 1, min(len(steps), 61 if gif else 9)).round().int().tolist()
     times = sorted({steps[i] for i in shown}, reverse=True)
     number = min(options.number, (64 if gif else 6) if run.form.event_shape != (2,) else 2000)
-    states = sampler.trajectory(number, num_steps=options.num_steps, times=times, generator=options.seed, progress=True)
+    states = sampler.trajectory(
+        number, *run.context(number), num_steps=options.num_steps, times=times, generator=options.seed, progress=True
+    )
     states = torch.stack([run.form.drawable(state) for state in states])
     out = path.with_name(f"{path.stem}-trajectory.{'gif' if gif else 'png'}")
     if gif:
@@ -516,32 +609,32 @@ def _write_trajectory(run: Run, path: Path, sampler: Sampler, options: argparse.
             write(out, Path(folder, out.name).read_bytes())
     else:
         save_figure(out, plots.trajectory(states, times))
-    print(f"from noise to data: {out}")
+    _print(f"from noise to data: {out}")
 
 
 def _plot(options: argparse.Namespace) -> int:
     run = _opened(options)
     folder = run.folder / "pictures"
     _mistakes(folder.mkdir, exist_ok=True)
-    x_0, records = _mistakes(_data_of, run, options).split("test", 2000), Metrics.read(run.folder)
+    x_0, records = _mistakes(_data_of, run, options).split("test", 2000), _mistakes(Metrics.read, run.folder)
     pictures: dict[str, Any] = {}
-    if any("loss" in record or "bound" in record for record in records):
+    if any(record.get("loss", record.get("bound")) is not None for record in records):
         pictures["curves"] = plots.curves(records).figure
-    kept = run.folder / "bound.npz"
-    if kept.is_file() and run.settings.num_steps > 1:
-        pictures["terms"] = plots.terms(_mistakes(Bound.load, kept)).figure
+    path = run.folder / "bound.npz"
+    if path.is_file() and run.settings.num_steps > 1:
+        pictures["terms"] = plots.terms(_mistakes(_bound_in, path)).figure
     if run.form.is_drawable:
-        samples = run.sampler("ancestral")(
-            64 if run.form.event_shape != (2,) else 2000, generator=options.seed, progress=True
-        )
-        pictures["samples"] = plots.samples(run.form.drawable(samples)).figure
+        number = 64 if run.form.event_shape != (2,) else 2000
+        with finite(run.svi.num_steps):
+            samples = run.sampler("ancestral")(number, *run.context(number), generator=options.seed, progress=True)
+            pictures["samples"] = plots.samples(run.form.drawable(samples)).figure
         pictures["data"] = plots.samples(run.form.drawable(x_0[: len(samples)])).figure
-    if run.form.event_shape == (2,):
+    if run.form.event_shape == (2,) and run.form.classes is None:
         T = run.settings.num_steps
         pictures["process"] = plots.diffusion_process(run.diffusion, x_0, sorted({0, T // 8, T // 4, T // 2, T}))
     for name, figure in pictures.items():
         _mistakes(save_figure, folder / f"{name}.png", figure)
-        print(folder / f"{name}.png")
+        _print(folder / f"{name}.png")
     return 0
 
 
@@ -552,13 +645,14 @@ def _info(options: argparse.Namespace) -> int:
         facts = {**versions(device), "GPUs": ", ".join(gpus) or "none", "data": ", ".join(BUILT_IN)}
     else:
         run = _mistakes(Run.opened, options.run, "last", "cpu")
-        records = [record for record in Metrics.read(run.folder) if record.get("bound") is not None]
-        kept = run.folder / "bound.npz"
+        records = [record for record in _mistakes(Metrics.read, run.folder) if record.get("bound") is not None]
+        path = run.folder / "bound.npz"
         checkpoint_files = sorted(path.name for path in (run.folder / "checkpoints").glob("*.pt"))
         schedule = run.diffusion.forward_process.schedule
         facts = {
             "data": run.settings.data,
             "read as": f"{run.form.read_as}, each of shape {tuple(run.form.event_shape)}",
+            "parts": run.form.contents,
             "process": f"{type(run.diffusion.forward_process).__name__}, {schedule!r}",
             "denoiser": f"{run.settings.prediction}, {run.settings.network}",
             "parameters": f"{sum(parameter.numel() for parameter in run.diffusion.parameters()):,}",
@@ -567,10 +661,10 @@ def _info(options: argparse.Namespace) -> int:
             if records
             else "none yet",
             "best": f"{run.state['best']:.4f} nats at step {run.state['best_step']}" if records else "none yet",
-            **({"test bound": spelled(_mistakes(Bound.load, kept))} if kept.is_file() else {}),
+            **({"test bound": spelled(_mistakes(_bound_in, path))} if path.is_file() else {}),
             "checkpoints": ", ".join(checkpoint_files),
         }
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:{width}}  {value}")
+        _print(f"{name:{width}}  {printable(value)}")
     return 0

@@ -43,7 +43,7 @@ def prepare(settings: Settings, device: torch.device) -> tuple[Settings, Data]:
     Raises:
         ValueError: If there are no such data, or an option does not go with them.
     """
-    settings, form, parts = read(settings)
+    settings, form, parts = read(settings, settings.labels)
     settings = _completed(settings, form)
     for name, is_wrong, wanted in _wrong(settings, form):
         if is_wrong:

@@ -77,9 +77,12 @@ def report(run: Run, found: Bound, samples: Tensor, x_0: Tensor, commands: Seque
         f"<pre>{_text(str(found))}</pre>",
         *_samples(run, samples, x_0),
         "<h2>Training</h2>",
-        _picture(plots.curves(records).figure, "the loss, and the bound on held-out data") if records else "",
+        _picture(plots.curves(records).figure, "the loss, and the bound on held-out data")
+        if any("loss" in one or "bound" in one for one in records)
+        else "",
         "<h2>Where the bound is spent</h2>",
         _picture(plots.terms(found).figure, "the terms over t") if settings.num_steps > 1 else "",
+        f"<p>{_text(run.form.contents)}</p>",
         "<h2>Commands</h2>",
         f"<pre>{_text(chr(10).join(commands))}</pre>",
         "<h2>Options</h2>",
@@ -119,13 +122,9 @@ def _table(values: dict[str, Any]) -> str:
 
 
 def _spelled(value: Any) -> str:
-    return (
-        ", ".join(map(str, value))
-        if isinstance(value, tuple)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _picture(figure: Figure, caption: str) -> str:

@@ -19,10 +19,11 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from .. import checkpoints, plots
 from ..base import ranks
-from ..base.files import write
+from ..base.files import plainly, printable, write
 from ..likelihood.bounds import Bound, bound
 from ..pair.diffusion import Diffusion, evenly_spaced
 from ..pair.elbo import DiffusionELBO
@@ -57,7 +58,10 @@ __all__ = [
     "Stop",
     "Trainer",
     "device_of",
+    "finite",
     "last_checkpoint",
+    "options_in",
+    "resumed_from",
     "save_arrays",
     "save_figure",
     "shortened",
@@ -115,24 +119,25 @@ class Stop:
         if self.signal is not None and ranks.count() == 1:
             raise Interrupted(self.signal)
 
-    def between(self, x_0: Tensor, size: int = 64) -> "_Batches":
+    def between(self, x_0: Tensor, *context: Tensor, size: int = 64) -> "_Batches":
         """The data in batches, between two of which the wish is fulfilled, by :class:`Interrupted`.
 
         Arguments:
             x_0: The data.
+            *context: Their labels, if they have any.
             size: How many are a batch.
         """
-        return _Batches(self, x_0, size)
+        return _Batches(self, (x_0, *context), size)
 
 
 class _Batches:
-    def __init__(self, stop: Stop, x_0: Tensor, size: int) -> None:
-        self.stop, self.parts = stop, x_0.split(size)
+    def __init__(self, stop: Stop, data: tuple[Tensor, ...], size: int) -> None:
+        self.stop, self.parts = stop, list(zip(*(one.split(size) for one in data), strict=True))
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for part in self.parts:
             self.stop.check()
             yield part
@@ -229,11 +234,14 @@ class Run:
         settings, form = _kept(path)
         record = folder / "settings.toml"
         if record.is_file():
-            recorded = Settings(**Settings.read(record, str(record)))
+            recorded = Settings(**options_in(record, str(record)))
             if which not in ("best", "last"):
                 _refuse_other_settings(recorded, settings, path)
             settings = settings.but(data=recorded.data)  # which may have moved
-        run = cls(folder, settings, form, device_of(settings.but(device=device)))
+        try:
+            run = cls(folder, settings, form, device_of(settings.but(device=device)))
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise _no_run(path) from error
         run.restore(path)
         if run.svi.average is not None:
             run.svi.adopt_average()
@@ -252,12 +260,17 @@ class Run:
         settings, form = _kept(path)
         self.refuse_other_data(form, path)
         _refuse_other_settings(self.settings, settings, path)
-        kept = checkpoints.restore(path, self.svi)
-        scheduler, group = self.svi.scheduler, self.svi.optimizer.param_groups[0]
-        group["lr"] = self.settings.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)  # of the steps there are now
-        scheduler._last_lr = [group["lr"]]
-        self.state = {**self.state, **kept["state"]}
-        self.state["loss"] = self.state["loss"].to(self.device)
+        try:
+            state = checkpoints.restore(path, self.svi)["state"]
+            scheduler, group = self.svi.scheduler, self.svi.optimizer.param_groups[0]
+            group["lr"] = self.settings.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)  # of the steps there are now
+            scheduler._last_lr = [group["lr"]]
+            for parameter, moments in self.svi.optimizer.state.items():
+                if any(one.shape not in ((), parameter.shape) for one in moments.values()):
+                    raise _no_run(path)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise _no_run(path) from error
+        self.state = {**self.state, **state, "loss": state["loss"].to(self.device)}
 
     def refuse_other_data(self, form: Form, where: object) -> None:
         """Refuse data that are not those of the run: they may have been trained on, or have other units.
@@ -280,6 +293,16 @@ class Run:
         """
         settings = {name: list(one) if isinstance(one, tuple) else one for name, one in self.settings.given().items()}
         checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
+
+    def context(self, number: int, first: int = 0) -> tuple[Tensor, ...]:
+        """The labels of so many samples, one after the other; nothing where a run has none.
+
+        Arguments:
+            number: How many.
+            first: The number of the first.
+        """
+        classes = self.form.classes
+        return () if classes is None else (torch.arange(first, first + number, device=self.device) % classes,)
 
     def sampler(self, name: str) -> Sampler:
         """A sampler of the model.
@@ -311,13 +334,24 @@ def shortened(diffusion: Diffusion, steps: int | None) -> Diffusion:
     return diffusion.subchain(evenly_spaced(steps, T))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a run; None if there is none.
+def last_checkpoint(folder: Path, whole: bool = False) -> Path | None:
+    """The last checkpoint of a run, by the number of its step; the best one if it is alone, and None if there is none.
 
     Arguments:
         folder: The folder of the run.
+        whole: Whether those that are damaged do not count.
     """
-    return max((folder / "checkpoints").glob("step-*.pt"), default=None)
+    paths = [folder / "checkpoints" / "best.pt", *(path for _, path in _numbered(folder))]
+    return next((path for path in reversed(paths) if path.is_file() and (not whole or _is_whole(path))), None)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints by their steps, the last one last; what has another name is not the run's."""
+    found = [(_NUMBERED.fullmatch(path.name), path) for path in (folder / "checkpoints").glob("step-*.pt")]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_file())
+
+
+_NUMBERED = re.compile(r"step-([0-9]{1,18})\.pt")
 
 
 def _checkpoint(folder: Path, which: str) -> Path:
@@ -330,6 +364,24 @@ def _checkpoint(folder: Path, which: str) -> Path:
     return found
 
 
+def options_in(path: Path, name: str) -> dict[str, Any]:
+    """The options in a file of them, which is no pipe, and not larger than any of them has to be.
+
+    Arguments:
+        path: The file.
+        name: What asks for it, for errors.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        if path.is_dir() or (path.is_file() and path.stat().st_size <= 2**16):
+            return Settings.read(path, name)
+    except RecursionError:
+        pass
+    raise ValueError(f"{name} must be a TOML file of options, of at most 64 KiB, but {path} is none")
+
+
 def _refuse_other_settings(ours: Settings, theirs: Settings, path: Path) -> None:
     """Refuse the checkpoint of a run that was told something else; where the data lie is another matter."""
     for one in dataclasses.fields(Settings):
@@ -338,16 +390,82 @@ def _refuse_other_settings(ours: Settings, theirs: Settings, path: Path) -> None
             raise ValueError(f"{option(one.name)} must be {there!r} as in {path}, but it is {here!r}")
 
 
+_STATE = dict.fromkeys(("logged", "evaluated", "saved", "best_step", "drawn"), int) | {"best": float, "seconds": float}
+
+
+def resumed_from(folder: Path, settings: Settings, whole: bool) -> tuple[Path | None, Path | None]:
+    """The checkpoint that a run goes on from, and its best one, looked at before anything is built.
+
+    Arguments:
+        folder: The folder of the run.
+        settings: What it is told.
+        whole: Whether those that are damaged do not count; one of which nothing else is left does.
+
+    Raises:
+        ValueError: If one of them is damaged, or of another run.
+    """
+    last, best = last_checkpoint(folder, whole) or last_checkpoint(folder), folder / "checkpoints" / "best.pt"
+    best = best if best.is_file() and (not whole or _is_whole(best)) else None
+    for path in {last, best} - {None}:
+        _refuse_other_settings(settings, _kept(path)[0], path)
+    return last, best
+
+
 def _kept(path: Path) -> tuple[Settings, Form]:
-    """The settings and the data's form that a checkpoint holds."""
-    more = checkpoints.load(path)["more"]
+    """The settings and the data's form that a checkpoint holds; or else which other one is whole."""
     try:
-        found = Settings(**more["settings"]), Form.of(more["form"])
-        if more["state"].keys() >= {"logged", "evaluated", "saved", "seconds", "loss", "best", "best_step"}:
-            return found
-    except (KeyError, TypeError, AttributeError, ValueError):
-        pass
-    raise ValueError(f"RUN must be the folder of a run that pyrodiff train made, but {path} is of something else")
+        return _content(path)
+    except ValueError as error:
+        whole = last_checkpoint(path.parent.parent, whole=True)
+        beside = f"; {whole} is whole: train --resume=whole goes on from it, --checkpoint takes it" if whole else ""
+        raise ValueError(f"{error}{beside}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(_content(path))
+    except ValueError:
+        return False
+
+
+def _content(path: Path) -> tuple[Settings, Form]:
+    state, number = checkpoints.load(path), _NUMBERED.fullmatch(path.name)
+    try:
+        more, step = state["more"], state["svi"]["counts"]["num_steps"]
+        kinds = [(more["state"].get(name, 0), one) for name, one in {**_STATE, "loss": Tensor}.items()]
+        if not all(isinstance(*one) for one in kinds) or not all(map(_is_plain, more["settings"].values())):
+            raise _no_run(path)
+        settings, form = Settings(**more["settings"]), Form.of(more["form"])
+        if {"numbers": form.scale, "levels": form.levels, "bits": form.rate}[form.read_as] is None:
+            raise _no_run(path)
+        _refuse_sizes(settings, form, path)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        raise _no_run(path) from None
+    if number is not None and int(number[1]) != step:
+        raise ValueError(f"the name of a checkpoint must be that of its step, but {path} is of step {step}")
+    return settings, form
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this may be the value of an option, which to say in an error takes no memory."""
+    return isinstance(value, int | float | str) or (isinstance(value, list) and {type(one) for one in value} <= {int})
+
+
+def _no_run(path: Path) -> ValueError:
+    return ValueError(f"RUN must be the folder of a run that pyrodiff train made, but {path} is of something else")
+
+
+def _refuse_sizes(settings: Settings, form: Form, path: Path) -> None:
+    """Refuse a model that a checkpoint is too small to hold, before any of it is built."""
+    shape, widths = form.event_shape, settings.channels or (settings.hidden,)
+    size, area = math.prod(shape), math.prod(shape[-2:]) >> 2 * len(widths[1:])
+    inner = settings.hidden * widths[-1] * area if settings.channels else widths[0] * size
+    least = settings.num_steps + size * (form.levels if settings.prediction == "level" else 1) + inner
+    least += settings.blocks * sum(250 + width**2 for width in widths)
+    least += (form.classes or 0) * (64 if settings.channels else widths[0])
+    units = [one.shape for one in (form.shift, form.scale) if one is not None]
+    if min(shape, default=1) < 1 or 4 * least > path.stat().st_size or any(unit != shape for unit in units):
+        raise ValueError
 
 
 class Metrics:
@@ -368,7 +486,7 @@ class Metrics:
 
     def note(self, step: int, **values: Any) -> None:
         """Note values of a step."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=plainly) as file:
             file.write(json.dumps({"step": step, **{name: _sayable(value) for name, value in values.items()}}) + "\n")
         for name, value in values.items() if self._board is not None else ():
             if isinstance(value, float | int):
@@ -381,15 +499,20 @@ class Metrics:
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """The records in a run's folder, but for a line that was cut short."""
-        records = []
-        path = folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+        """The records in a run's folder, but for lines that are cut short, or are somebody else's."""
+        records, path = [], folder / "metrics.jsonl"
+        with open(path, "rb", opener=plainly) if path.is_file() else nullcontext(io.BytesIO()) as file:
+            for line in iter(partial(file.readline, 2**16), b""):
+                with suppress(ValueError, RecursionError):
+                    record = json.loads(line)
+                    is_record = isinstance(record, dict) and type(record.get("step")) is int
+                    if is_record and all(map(_is_sayable, record.values())):
+                        records.append(record)
         return records
+
+
+def _is_sayable(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and -1e30 < value < 1e30)
 
 
 def _sayable(value: Any) -> Any:
@@ -446,7 +569,7 @@ class Trainer:
                 if run.svi.num_steps >= settings.steps:
                     break
                 for _ in range(settings.accumulate):
-                    run.state["loss"] += run.svi.step(self.data.draw(settings.batch_size))
+                    run.state["loss"] += run.svi.step(*self.data.batch(settings.batch_size))
                     run.state["drawn"] += settings.batch_size * ranks.count()
                 bar.update(run.svi.num_steps - bar.n)
 
@@ -456,7 +579,7 @@ class Trainer:
         return tqdm(
             total=run.settings.steps,
             initial=run.svi.num_steps,
-            desc=run.folder.name,
+            desc=printable(run.folder.name),
             unit="step",
             mininterval=0.5,
             dynamic_ncols=True,
@@ -501,13 +624,20 @@ class Trainer:
         """The bound on held-out data, samples and pictures, with the averaged weights."""
         run, settings, step = self.run, self.run.settings, self.run.svi.num_steps
         self._refuse_what_is_not_finite()
-        x_0 = self.stop.between(self.data.split("validation", settings.evaluate_on))
+        x_0 = self.stop.between(*self.data.labelled("validation", settings.evaluate_on))
         times = settings.evaluate_times if settings.evaluate_times < settings.num_steps else None
-        with run.svi.averaged() if run.svi.average is not None else nullcontext():
+        with finite(step), run.svi.averaged() if run.svi.average is not None else nullcontext():
             found = bound(run.diffusion, x_0, num_times=times, generator=settings.seed, sharded=ranks.count() > 1)
             found = run.form.in_units(found)
             few, draw = min(50, settings.num_steps), run.sampler("ancestral")
-            samples = draw(settings.samples, num_steps=few, generator=settings.seed) if self.is_first else None
+            samples = (
+                draw(settings.samples, *run.context(settings.samples), num_steps=few, generator=settings.seed)
+                if self.is_first
+                else None
+            )
+            drawn = found.prior if samples is None else run.form.decoded(samples)
+            if not ranks.all_say(bool(drawn.isfinite().all()) and not bool(found.nats.isnan().any())):
+                raise ValueError("samples or the bound")
         mean = float(found.nats.mean())
         self._bound = f", bound {spelled(found)}"
         if self.is_first:
@@ -539,7 +669,10 @@ class Trainer:
     def _refuse_what_is_not_finite(self) -> None:
         """Neither to be evaluated, nor to take the place of a checkpoint from before."""
         run = self.run
-        for name, value in (("loss", run.state["loss"]), *run.diffusion.named_parameters()):
+        averages = () if run.svi.average is None else run.svi.average.named_parameters()
+        moments = run.svi.optimizer.state.values() if run.svi.optimizer is not None else ()
+        moments = ((f"{name} of the optimizer", one) for state in moments for name, one in state.items())
+        for name, value in (("loss", run.state["loss"]), *run.diffusion.named_parameters(), *averages, *moments):
             if not bool(value.isfinite().all()):
                 raise FloatingPointError(f"{name} is not finite any more at step {run.svi.num_steps}")
 
@@ -551,8 +684,25 @@ class Trainer:
         run.state["saved"] = step
         folder = run.folder / "checkpoints"
         run.save(folder / f"step-{step:08d}.pt")
-        for old in sorted(folder.glob("step-*.pt"))[: -run.settings.keep] if self.is_first else ():
+        before = [path for number, path in _numbered(run.folder) if number <= step]  # damaged ones may have been later
+        for old in before[: -run.settings.keep] if self.is_first else ():
             old.unlink()
+
+
+@contextmanager
+def finite(step: int) -> Iterator[None]:
+    """Within, what the model gives is to be finite: laws and pictures take nothing else.
+
+    Arguments:
+        step: The step that the weights are of.
+
+    Raises:
+        FloatingPointError: If it is not.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise FloatingPointError(f"what the weights give is not finite at step {step}: {str(error)[:200]}") from error
 
 
 def save_figure(path: Path, figure: Any) -> None:

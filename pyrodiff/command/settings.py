@@ -128,6 +128,9 @@ class Settings:
         ".npy or .npz file, or of a folder of pictures"
     )
     array: str | None = _data("which array of an .npz file, where it holds several")
+    labels: bool = _data(
+        "learn p(x | label): the folders of pictures, IDX files of labels, or y of an .npz beside x", default=False
+    )
     read_as: str | None = _data(
         "how numbers are read: numbers (a density), levels (a probability of whole numbers) or bits",
         _among("numbers", "levels", "bits"),

@@ -285,3 +285,14 @@ def test_fast_sampling(example, tmp_path, capsys, monkeypatch):
     assert len(found) == 8 + 8 + 9
     assert all(100 < found[name, "flow"][0][0] < 1000 for name, _ in found)
     assert (tmp_path / "fast_sampling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing(example, tmp_path, capsys, monkeypatch):
+    inpainting = example("inpainting")
+    half = inpainting.half_a_digit
+    monkeypatch.setattr(inpainting, "half_a_digit", lambda diffusion: half(diffusion, 2))
+    eight, found = inpainting.main(tmp_path, 10)
+    printed = capsys.readouterr().out
+    assert all(f"{float(one.log_evidence):9.3f} ± {float(one.standard_error):.3f}" in printed for one in eight.values())
+    assert all(f"{float(one.log_evidence):6.1f}" in printed for one in found)
+    assert (tmp_path / "inpainting.png").read_bytes().startswith(b"\x89PNG")

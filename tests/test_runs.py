@@ -242,7 +242,7 @@ def test_a_second_signal_leaves_at_once(home, tmp_path, monkeypatch):
         patch.setattr(Data, "batch", twice)
         done = train(home / "x.npy", tmp_path / "run")
     assert done.code == 130
-    assert done.err.count("\n") == 1
+    assert done.err.count("\n") == 2  # what the data are, and that it leaves
     assert resumed(tmp_path / "run").code == 0
     assert is_as_alone(tmp_path / "run", home / "alone")
 

@@ -99,7 +99,7 @@ class Schedule(Float64Module, ABC):
         r"""So many times, 1 and T among them, as evenly apart in the log signal-to-noise ratio as may be.
 
         Solvers of the probability flow step in these. Below -10.2, where the noise is 160 times the signal, data of
-        variance 1 cannot be seen: there is one step from T to there.
+        variance 1 cannot be seen: a tenth of the steps, at least one, lead from T to there.
 
         Arguments:
             num_steps: How many, in 1..T; T alone, if it is one.
@@ -119,12 +119,15 @@ class Schedule(Float64Module, ABC):
         if checks.positive_int("num_steps", num_steps) > T:
             raise ValueError(f"num_steps must be at most T = {T}, but it is {num_steps}")
         falling = -self.log_snr(torch.arange(1, T + 1, device=self.device)).detach()
-        first, last = float(falling[0]), float(falling[-1])
-        if last > _NOISE_ALONE > first:  # one step down to where there is something to see, and the others from there
-            wanted = [*torch.linspace(first, _NOISE_ALONE, max(num_steps - 1, 1), device="cpu").tolist(), last]
+        first, last = float(falling[0]), min(float(falling[-1]), 1e6)  # where no signal is left it is infinite
+        if last > _NOISE_ALONE > first and num_steps > 1:  # few steps where there is nothing to see
+            tail = max(1, num_steps // 10)
+            last = min(last, 2 * _NOISE_ALONE)  # the last time is T in any case
+            ends = [(first, _NOISE_ALONE, num_steps - tail), (_NOISE_ALONE, last, tail + 1)]
+            seen, unseen = (torch.linspace(*end, dtype=falling.dtype, device=falling.device) for end in ends)
+            wanted = torch.cat([seen, unseen[1:]])
         else:
-            wanted = torch.linspace(first, last, num_steps, device="cpu").tolist()
-        wanted = torch.tensor(wanted[-num_steps:], dtype=falling.dtype, device=falling.device)
+            wanted = torch.linspace(first, last, num_steps, dtype=falling.dtype, device=falling.device)
         after = torch.searchsorted(falling, wanted).clamp(min(1, T - 1), T - 1)
         before = (after - 1).clamp(min=0)
         times = (torch.where(wanted - falling[before] < falling[after] - wanted, before, after) + 1).tolist()

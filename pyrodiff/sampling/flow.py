@@ -144,7 +144,7 @@ class FlowSampler(Sampler):
         """Draws of p(x_T), and the context of each; the first network call is validated."""
         model = self.chain.model
         with validated(model.device):
-            x = drawn(model.top(model.dtype(), model.device), num_samples).to(model.dtype())
+            x = drawn(model.top(model.dtype(), model.device), num_samples)
             context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)
             model.kernel(x, torch.full((num_samples,), self.chain.num_steps, device=x.device), *context)
         return x, context

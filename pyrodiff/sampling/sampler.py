@@ -259,7 +259,7 @@ class Sampler(ABC):
         """t and x_t of the chain, from T to 0, those wanted among them; the first network call is validated."""
         model, T = self.chain.model, self.chain.num_steps
         with validated(model.device):
-            x = drawn(model.top(model.dtype(), model.device), num_samples).to(model.dtype())
+            x = drawn(model.top(model.dtype(), model.device), num_samples)
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)

@@ -333,7 +333,7 @@ class DiffusionDistribution(TorchDistribution):
         return new
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
-        """Draws of the sampler, fixed numbers with shape (*sample_shape, *batch_shape, *event_shape)."""
+        """Draws of the sampler, fixed numbers with shape ``(*sample_shape, *batch_shape, *event_shape)``."""
         shape = torch.Size(sample_shape) + self.batch_shape
         context = [values.reshape(-1, *values.shape[len(shape) :]) for values in self._context(shape)]
         with poutine.block():
@@ -344,7 +344,7 @@ class DiffusionDistribution(TorchDistribution):
         """The estimate, with gradients to the value, the context and the parameters of the diffusion.
 
         Arguments:
-            value: Data, with a shape (*, *event_shape), where * broadcasts against the batch_shape.
+            value: Data, with a shape ``(*, *event_shape)``, where * broadcasts against the batch_shape.
 
         Returns:
             A tensor in nats, of that shape.

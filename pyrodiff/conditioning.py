@@ -113,7 +113,7 @@ class Linear:
 
 
 class Inpainting:
-    """Some numbers of a datum are known, exactly or with noise: what is missing is filled in.
+    """Some dimensions of the data are observed, exactly or with noise: the others are filled in.
 
     Arguments:
         mask: Which are known, a bool tensor of the event_shape, with some True and some False.

@@ -52,6 +52,7 @@ from .pair.diffusion import Diffusion, evenly_spaced
 from .pair.entropy import relative_entropy
 from .pair.flow import Flow, check_flow
 from .pair.terms import Recorder, prior_cost, runs, step_costs
+from .pair.times import LowDiscrepancyDrawing
 from .process.forward import GaussianForward, event_dim
 from .process.quantization import Levels
 from .running.evaluation import evaluation_mode
@@ -87,7 +88,7 @@ class _Estimate(ABC):
 class OneStepEstimate(_Estimate):
     """The bound at a few draws of t, without bias, with gradients to the data, their context and all parameters.
 
-    Draws of t are spread evenly over the draws of a datum and over the data. The noise is shared where the data are:
+    Times are spread evenly over the draws for each datum and over the data. The noise is shared where the data are:
     where a class that they do not depend on is enumerated, all classes see the same draws.
 
     Arguments:
@@ -159,10 +160,9 @@ class OneStepEstimate(_Estimate):
 
     def _times(self, size: int, diffusion: Diffusion) -> Tensor:
         """So many times, spread: of u_k = (u + k / size) mod 1 the draws of one datum are 1 / n apart."""
-        device = diffusion.model.device
-        places = {"dtype": torch.float64, "device": home(device)}
-        u = (torch.rand((), **places) + torch.arange(size, **places) / size).frac()
-        return ((u * diffusion.num_steps).long().clamp(max=diffusion.num_steps - 1) + 1).to(device)
+        device, drawing = diffusion.model.device, LowDiscrepancyDrawing()
+        u = drawing.uniforms(torch.empty(size, dtype=torch.float64, device=home(device)))()
+        return drawing(u, diffusion.num_steps)[0].to(device)
 
     def _moments(self, diffusion: Diffusion, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Mean and variance of the reference, in the dtype of the data; None where there is none."""
@@ -177,9 +177,9 @@ class FlowEstimate(_Estimate):
     """The log density of the probability flow, a number and no bound: good also inside a logarithm and for NUTS.
 
     It is another model than the chain, near it where the denoiser is exact and the steps are small. It can be
-    differentiated as :func:`ode_log_prob`, with an exact divergence: as many gradients an evaluation as a datum has
-    numbers. Modules are in evaluation mode meanwhile. Draws of the site are by default those of the flow too
-    (:class:`FlowSampler`), so that it may be the law of a guide's site.
+    differentiated as :func:`ode_log_prob`, with an exact divergence: one gradient per dimension and evaluation. Modules
+    are in evaluation mode meanwhile. Draws of the site are by default those of the flow too (:class:`FlowSampler`), so
+    that it may be the law of a guide's site.
 
     Arguments:
         num_steps: The number of steps of the chain whose flow it is, evenly spaced; all T if not given.

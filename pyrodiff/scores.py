@@ -18,7 +18,7 @@ the score does not occur. Denoising is the explicit loss of the noisy data, agai
 score, so that its best score is that of :math:`p_\sigma`, the density of the data with their noise.
 
 A network of a diffusion is trained by the bound, with all times at once; these losses are for a score by itself, at one
-noise, or at a noise for each datum. A network that is told the time is given as ``lambda x: network(x, t)``, and NCSN's
+noise, or at a noise for each datum. A network that takes the time is given as ``lambda x: network(x, t)``, and NCSN's
 weight :math:`\lambda(\sigma) = \sigma^2` is ``sigma**2 * denoising(score, x, sigma)``.
 
 Of the five techniques of 2020, the first, second and fourth are :func:`initial_noise`, :func:`noise_ratio` and

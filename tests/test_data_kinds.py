@@ -290,12 +290,12 @@ def test_labels_beside_an_array(tmp_path):
     assert known(labelled(tmp_path / "x.npz", array="z")[1]) == {
         (bytes(one), int(label)) for one, label in zip(x[::-1], y, strict=True)
     }
-    x_0, drawn = data.batch(50)
+    x_0, drawn = data.draw(50)
     assert {
         (bytes(one.numpy()), int(label)) for one, label in zip(data.form.decoded(x_0), drawn, strict=True)
     } <= expected
     assert [len(one) for one in data.labelled("test", 3)] == [3, 3]
-    assert prepared(tmp_path / "x.npz", array="x")[1].batch(5)[1:] == ()
+    assert prepared(tmp_path / "x.npz", array="x")[1].draw(5)[1:] == ()
     diffusion = recipes.build(settings, data.form)
     assert diffusion.reverse(x_0, 2, drawn).batch_shape[0] == 50
 

@@ -314,7 +314,7 @@ def test_dynamic_bits_are_drawn_anew_and_static_ones_are_not(made):
     rows = {}
     for kind in ("static", "dynamic", "threshold"):
         _, data = prepared(path, binarize=kind, levels=6)
-        rows[kind] = len(data.draw(400).unique(dim=0))
+        rows[kind] = len(data.draw(400)[0].unique(dim=0))
     assert rows["dynamic"] == 400
     assert rows["static"] <= 32
     assert rows["threshold"] == 1
@@ -323,7 +323,7 @@ def test_dynamic_bits_are_drawn_anew_and_static_ones_are_not(made):
 def test_what_is_drawn_to_learn_from_is_of_the_training_data_alone(made):
     _, data = prepared(made(LEVELS), levels=6)
     known = set(map(bytes, data.parts["train"][:].numpy()))
-    drawn = data.form.decoded(data.draw(500))
+    drawn = data.form.decoded(data.draw(500)[0])
     assert set(map(bytes, drawn.numpy())) == known
 
 
@@ -331,7 +331,7 @@ def test_flipped_pictures(made):
     x = LEVELS.copy()
     _, data = prepared(made(x), levels=6, augment="flip")
     raw = data.form.encoded(data.parts["train"][:])
-    drawn = data.draw(2000)
+    drawn = data.draw(2000)[0]
     straight = torch.tensor([bool((one == raw).flatten(1).all(1).any()) for one in drawn])
     turned = torch.tensor([bool((one.flip(-1) == raw).flatten(1).all(1).any()) for one in drawn])
     assert (straight | turned).all()
@@ -343,7 +343,7 @@ def test_strokes_are_drawn_to_learn_from_and_not_to_evaluate_on():
     (_, data), (_, plain) = (prepared("digits", augment=kind) for kind in ("strokes", "none"))
     assert all(same(data.parts[name][:], plain.parts[name][:]) for name in ("validation", "test"))
     known = set(map(bytes, data.parts["train"][:].to(torch.uint8).numpy()))
-    drawn = data.form.decoded(data.draw(300))
+    drawn = data.form.decoded(data.draw(300)[0])
     others = [bytes(one) not in known for one in drawn.numpy()]
     assert not any(others[:100])
     assert sum(others[100:]) > 150
@@ -398,7 +398,7 @@ def test_every_model_has_a_finite_bound_or_is_refused(made, tmp_path, read_as, n
         run, data = begun(path, tmp_path / "run", **options, schedule=schedule)
         found = pyrodiff.bound(run.diffusion, data.split("test"), generator=0)
         assert found.nats.isfinite().all()
-        assert run.svi.step(data.draw(4)).isfinite()
+        assert run.svi.step(data.draw(4)[0]).isfinite()
         assert run.sampler("ancestral")(2, generator=0).isfinite().all()
 
 
@@ -467,7 +467,7 @@ def fingerprint(data, folder, **options):
     settings = run.settings
     with kept_sources():
         torch.manual_seed(0)
-        found = {"data": [*(part[:] for part in data.parts.values()), data.draw(50), vars(data.form)["scale"]]}
+        found = {"data": [*(part[:] for part in data.parts.values()), data.draw(50)[0], vars(data.form)["scale"]]}
     start = {name: value.clone() for name, value in run.diffusion.state_dict().items()}
     schedule, reverse = run.diffusion.forward_process.schedule, run.diffusion.reverse
     variance = getattr(reverse, "variance", None)

@@ -153,14 +153,14 @@ def test_a_run_that_is_killed_again_and_again_is_the_one_left_alone(home, tmp_pa
 
 def asked_at(monkeypatch, step, number):
     """Let a signal come in the middle of a step."""
-    draw, counted = Data.batch, iter(range(1, 10**9))
+    draw, counted = Data.draw, iter(range(1, 10**9))
 
     def drawing(self, size):
         if next(counted) == step:
             signal.raise_signal(number)
         return draw(self, size)
 
-    monkeypatch.setattr(Data, "batch", drawing)
+    monkeypatch.setattr(Data, "draw", drawing)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -239,7 +239,7 @@ def test_a_second_signal_leaves_at_once(home, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Data, "batch", twice)
+        patch.setattr(Data, "draw", twice)
         done = train(home / "x.npy", tmp_path / "run")
     assert done.code == 130
     assert done.err.count("\n") == 2  # what the data are, and that it leaves
@@ -966,14 +966,14 @@ def one_of_two(rank, port, line, folder):
     without_pictures()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port))
-    drawn, draw = [], Data.batch
+    drawn, draw = [], Data.draw
 
     def drawing(self, size):
         found = draw(self, size)
         drawn.append(found[0])
         return found
 
-    Data.batch = drawing
+    Data.draw = drawing
     with open(f"{folder}/out {rank}", "w") as out, open(f"{folder}/err {rank}", "w") as err:
         sys.stdout, sys.stderr = out, err
         code = cli.main(line)

@@ -69,7 +69,7 @@ diffusion = pyrodiff.Diffusion(
 # - :class:`pyrodiff.PredictorCorrectorSampler` draws such a step and then makes steps of Langevin dynamics at the new
 #   time, each for a network call more.
 # - :class:`pyrodiff.DDIMSampler` is Euler's method for the flow. Its ``eta`` puts noise back in.
-# - :class:`pyrodiff.HeunSampler` is Heun's method, two calls a step.
+# - :class:`pyrodiff.HeunSampler` is Heun's method, two calls per step.
 
 samplers = {
     "ancestral, 60 steps": (pyrodiff.AncestralSampler(diffusion), 60),

@@ -55,7 +55,6 @@ def solve(
     end: Tensor,
     tolerance: float,
     max_steps: int,
-    longest: float = float("inf"),
     stops: Tensor | None = None,
 ) -> Solution:
     """Solve dy/dt = drift for each row.
@@ -67,7 +66,6 @@ def solve(
         start, end: The times, in float64 with shape (), the end before or after the start.
         tolerance: The error allowed in a step, absolute and relative, of the largest number of a row.
         max_steps: The number of steps, also of those taken again, after which a row is given up.
-        longest: The longest step.
         stops: Times, in rising order, that no step passes over: where the drift has a kink, the error of a step across
             it may be anything beside its estimate.
 
@@ -83,7 +81,7 @@ def solve(
     while len(rows := (((end - at) * direction > 0) & ~failed).nonzero()[:, 0]):
         target = end[rows] if stops is None else _next(stops, at[rows], end[rows])
         left = target - at[rows]
-        h_now = h[rows].clamp(max=longest)
+        h_now = h[rows]
         is_last = h_now >= left.detach().abs()  # of what lies before the target
         signed = torch.where(is_last, left, direction[rows] * h_now)
         y_now, k_last, error = _step(drift, at[rows], y[rows], k[rows], signed, rows)

@@ -140,7 +140,7 @@ class Part:
         return Part(whole, None, *self.context())
 
     def context(self, i: Tensor | slice = slice(None)) -> tuple[Tensor, ...]:
-        """What the network is told beside these rows: their labels, or nothing."""
+        """What the network is given beside these rows: their labels, or nothing."""
         return () if self.labels is None else (self.labels[self.rows[i].cpu()],)
 
 
@@ -171,12 +171,9 @@ class Data:
         how = {"threshold": self.levels // 2} if self.binarize == "threshold" else drawn
         return part.each(lambda raw: datasets.binarize(raw, self.levels, **how).to(torch.uint8))
 
-    def draw(self, size: int) -> Tensor:
-        """So many data for a step, drawn with replacement, as the model has them, with shape (size, *event_shape)."""
-        return self.batch(size)[0]
-
-    def batch(self, size: int) -> tuple[Tensor, ...]:
-        """What :meth:`draw` draws, and the labels, with shape (size,), where the data are read with theirs."""
+    def draw(self, size: int) -> tuple[Tensor, ...]:
+        """A batch, drawn with replacement: data as the model has them, with shape (size, *event_shape), and, where they
+        are read with their labels, these, with shape (size,)."""
         i = torch.randint(len(self.parts["train"]), (size,), device=self.device)
         raw = self.parts["train"][i]
         if self._strokes is not None:

@@ -398,7 +398,7 @@ def resumed_from(folder: Path, settings: Settings, whole: bool) -> tuple[Path | 
 
     Arguments:
         folder: The folder of the run.
-        settings: What it is told.
+        settings: The options that it is given.
         whole: Whether those that are damaged do not count; one of which nothing else is left does.
 
     Raises:
@@ -569,7 +569,7 @@ class Trainer:
                 if run.svi.num_steps >= settings.steps:
                     break
                 for _ in range(settings.accumulate):
-                    run.state["loss"] += run.svi.step(*self.data.batch(settings.batch_size))
+                    run.state["loss"] += run.svi.step(*self.data.draw(settings.batch_size))
                     run.state["drawn"] += settings.batch_size * ranks.count()
                 bar.update(run.svi.num_steps - bar.n)
 
@@ -691,7 +691,7 @@ class Trainer:
 
 @contextmanager
 def finite(step: int) -> Iterator[None]:
-    """Within, what the model gives is to be finite: laws and pictures take nothing else.
+    """A context in which what the model returns has to be finite: laws and pictures take nothing else.
 
     Arguments:
         step: The step that the weights are of.

@@ -75,10 +75,10 @@ def noise_ratio(D: int, overlap: float = 0.5) -> float:
     is the probability that the length of noise of standard deviation :math:`\sigma` lies within three standard
     deviations of that of :math:`\gamma \sigma`, where the length is taken as normal,
     :math:`N(\sqrt{D} \sigma, \sigma^2 / 2)`, as it is for a large D. It is 0.9973 at :math:`\gamma = 1`. For D below 5
-    the three standard deviations of the larger noise reach 0, so it never falls below that, and no ratio is told.
+    the three standard deviations of the larger noise reach 0, so it never falls below that for any ratio.
 
     Arguments:
-        D: The number of numbers of a datum, at least 5.
+        D: The dimension of the data, at least 5.
         overlap: The part, between 0 and 0.9973.
 
     Returns:
@@ -132,7 +132,7 @@ def langevin_step_size(schedule: nn.Module, D: int, num_updates: int) -> float:
           = \frac{2}{2 - \epsilon / \sigma_L^2} .
 
     It is above 1 for every :math:`\epsilon`, and least for one, which is returned, exact but for rounding: it depends
-    on :math:`\gamma` and :math:`\sigma_L` alone, and not on the number D of numbers of a datum. But that x begins so is
+    on :math:`\gamma` and :math:`\sigma_L` alone, and not on the dimension D of the data. But that x begins so is
     to be hoped for only where neighbouring noises overlap in D dimensions (:func:`noise_ratio`), so where less than a
     hundredth of them does, a warning says so.
 
@@ -142,7 +142,7 @@ def langevin_step_size(schedule: nn.Module, D: int, num_updates: int) -> float:
     Arguments:
         schedule: The noise schedule, with geometric noise and a signal of 1, of at least two steps: a
             :class:`GeometricSchedule`.
-        D: The number of numbers of a datum.
+        D: The dimension of the data.
         num_updates: The number U of updates at each noise, T of the paper, at least 1.
 
     Returns:

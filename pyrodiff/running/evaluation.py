@@ -116,7 +116,7 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Within, a module is in evaluation mode; afterwards each part has its own mode again.
+    """Put a module into evaluation mode for a while; afterwards each part has its own mode again.
 
     Arguments:
         module: The module.

@@ -157,7 +157,7 @@ class DDIMSampler(_FlowSampler):
 
 
 class DPMSolverSampler(_LogSNRSampler):
-    r"""DPM-Solver++(2M): DDIM's step at an :math:`\hat x_0` that two steps say together, for one network call a step.
+    r"""DPM-Solver++(2M): DDIM's step at an :math:`\hat x_0` that two steps say together, for one network call per step.
 
     .. math:: D = \hat x_0(x_t, t) + \frac{h}{2 h'} \left(\hat x_0(x_t, t) - \hat x_0(x_{t+1}, t + 1)\right), \qquad
         x_s = \frac{b_s}{b_t} x_t - a_s \left(e^{-h} - 1\right) D
@@ -221,7 +221,7 @@ class DPMSolverSampler(_LogSNRSampler):
 
 
 class HeunSampler(_LogSNRSampler):
-    r"""Heun's method for the probability flow, two network calls a step; with churn, after a step back into noise.
+    r"""Heun's method for the probability flow, two network calls per step; with churn, after a step back into noise.
 
     The slope is the mean of that at t and of that at the end of DDIM's step, :math:`x'_s`, which comes to
 

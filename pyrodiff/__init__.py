@@ -1,193 +1,29 @@
 """Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
 
-from . import checkpoints, datasets, networks, plots, scores
-from .conditioning import (
-    Conditioned,
-    DenoiserTwist,
-    GaussianTwist,
-    Inpainting,
-    IsotropicTwist,
-    KnownTwist,
-    Linear,
-    Posterior,
-    Twist,
-    posterior,
-)
-from .distribution import DiffusionDistribution, FlowEstimate, OneStepEstimate
-from .likelihood.accounting import VarianceAccount, variance_account
-from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
-from .likelihood.estimate import Likelihood
-from .likelihood.flows import FlowLikelihood, ode_log_prob
-from .likelihood.pairs import PairBound, pair_bound, pair_importance_bound
-from .likelihood.shortening import analytic_variance, best_subchain
-from .likelihood.verification import Claim, Verification, verify
-from .model.clipping import Clipped, Thresholded
-from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
-from .model.denoisers import (
-    DataPrediction,
-    Denoiser,
-    LevelPrediction,
-    LogitPrediction,
-    NoisePrediction,
-    ScorePrediction,
-    VelocityPrediction,
-)
-from .model.reverse import BinomialReverse, D3PMReverse, GaussianReverse
-from .model.variances import (
-    AnalyticVariance,
-    DiagonalVariance,
-    FixedLargeVariance,
-    FixedVariance,
-    ForwardVariance,
-    LearnedVariance,
-    PosteriorVariance,
-    RangeVariance,
-    Variance,
-)
-from .pair.diffusion import Diffusion, OneStep, adopt_stored
-from .pair.elbo import DiffusionELBO
-from .pair.times import (
-    BoundWeighting,
-    Drawing,
-    HybridWeighting,
-    ImportanceDrawing,
-    LossSecondMoment,
-    LowDiscrepancyDrawing,
-    NoiseWeighting,
-    ScoreWeighting,
-    SimpleWeighting,
-    UniformDrawing,
-)
-from .process.forward import BinomialForward, Forward, GaussianForward
-from .process.learned import LearnedBetaSchedule, LearnedLogSNRSchedule
-from .process.noise_levels import initial_noise, langevin_step_size, noise_ratio
-from .process.quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
-from .process.schedules import (
-    BetaSchedule,
-    CosineSchedule,
-    GeometricSchedule,
-    LinearSchedule,
-    LogSNRSchedule,
-    ReciprocalSchedule,
-    Schedule,
-    SubSchedule,
-)
-from .sampling.ancestral import AncestralSampler
-from .sampling.flow import FlowSampler
-from .sampling.langevin import AnnealedLangevinSampler, LangevinSampler
-from .sampling.sampler import Sampler
-from .sampling.solvers import DDIMSampler, DPMSolverSampler, HeunSampler, PredictorCorrectorSampler
-from .training.svi import SVI, exponential_average
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AnalyticVariance",
-    "AncestralSampler",
-    "AnnealedLangevinSampler",
-    "BetaSchedule",
-    "BinomialForward",
-    "BinomialReverse",
-    "Bound",
-    "BoundWeighting",
-    "Claim",
-    "Clipped",
-    "Conditioned",
-    "CosineSchedule",
-    "D3PMReverse",
-    "DDIMSampler",
-    "DPMSolverSampler",
-    "DataPrediction",
-    "Decoder",
-    "Denoiser",
-    "DenoiserTwist",
-    "DiagonalVariance",
-    "Diffusion",
-    "DiffusionDistribution",
-    "DiffusionELBO",
-    "DiscretizedDecoder",
-    "DiscretizedNormal",
-    "Drawing",
-    "FixedLargeVariance",
-    "FixedVariance",
-    "FlowEstimate",
-    "FlowLikelihood",
-    "FlowSampler",
-    "Forward",
-    "ForwardVariance",
-    "GaussianDecoder",
-    "GaussianForward",
-    "GaussianReverse",
-    "GaussianTwist",
-    "GeometricSchedule",
-    "HeunSampler",
-    "HybridWeighting",
-    "ImportanceBound",
-    "ImportanceDrawing",
-    "Inpainting",
-    "IsotropicTwist",
-    "KnownTwist",
-    "LangevinSampler",
-    "LearnedBetaSchedule",
-    "LearnedLogSNRSchedule",
-    "LearnedVariance",
-    "LevelCategorical",
-    "LevelPrediction",
-    "Levels",
-    "Likelihood",
-    "Linear",
-    "LinearSchedule",
-    "LogSNRSchedule",
-    "LogitPrediction",
-    "LossSecondMoment",
-    "LowDiscrepancyDrawing",
-    "NoisePrediction",
-    "NoiseWeighting",
-    "OneStep",
-    "OneStepEstimate",
-    "PairBound",
-    "Posterior",
-    "PosteriorVariance",
-    "PredictorCorrectorSampler",
-    "RangeVariance",
-    "ReciprocalSchedule",
-    "SVI",
-    "Sampler",
-    "Schedule",
-    "ScorePrediction",
-    "ScoreWeighting",
-    "SimpleWeighting",
-    "SoftmaxDecoder",
-    "SubSchedule",
-    "Thresholded",
-    "TransitionDecoder",
-    "Twist",
-    "UniformDrawing",
-    "Variance",
-    "VarianceAccount",
-    "VelocityPrediction",
-    "Verification",
-    "adopt_stored",
-    "analytic_variance",
-    "best_subchain",
-    "bin_width",
-    "bound",
-    "checkpoints",
-    "datasets",
-    "dequantize",
-    "exponential_average",
-    "importance_bound",
-    "initial_noise",
-    "langevin_step_size",
-    "networks",
-    "noise_ratio",
-    "ode_log_prob",
-    "pair_bound",
-    "pair_importance_bound",
-    "plots",
-    "posterior",
-    "quantize",
-    "scores",
-    "variance_account",
-    "verify",
-]
+
+# Importing torch and Pyro takes seconds. They come with the first name that is asked for, so that the command can say
+# at once what is wrong with a line.
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    if not name.startswith("_") or name == "__all__":
+        api = import_module(f"{__name__}.api")
+        globals().update({one: getattr(api, one) for one in api.__all__}, __all__=api.__all__)
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module(f"{__name__}.api").__all__})

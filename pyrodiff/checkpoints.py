@@ -42,7 +42,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import checks, ranks
+from .base import arguments, checks, ranks
+from .base.arguments import ArgumentError
 from .base.files import path_of, write
 from .base.randomness import put_sources, sources
 from .training.svi import SVI
@@ -111,7 +112,7 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
         if ranks.number() < len(state["sources"]):
             put_sources(state["sources"][ranks.number()])
     except ValueError as error:
-        raise ValueError(f"path must be a checkpoint of this run, but {path} is not: {error}") from None
+        raise ArgumentError("path", f"must be a checkpoint of this run, but {path} is not: {error}") from None
     except torch.OutOfMemoryError:
         raise
     except (
@@ -121,8 +122,8 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
         TypeError,
         RuntimeError,
     ) as error:  # numbers, not tensors, say
-        raise ValueError(
-            f"path must be a checkpoint as it was saved, but {path} holds other things: {error}"
+        raise ArgumentError(
+            "path", f"must be a checkpoint as it was saved, but {path} holds other things: {error}"
         ) from error
     return state["more"]
 
@@ -138,27 +139,33 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = path_of(path)
     if not file.is_file():
-        raise ValueError(f"path must be the path of a checkpoint, but there is no file {file}")
+        raise ArgumentError("path", f"must be the path of a checkpoint, but there is no file {file}")
     try:
         _refuse_records(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"path must be a checkpoint, of tensors, numbers and strings, but {file} holds something else, which may "
-            "run code when it is loaded, and was not loaded"
+        raise ArgumentError(
+            "path",
+            f"must be a checkpoint, of tensors, numbers and strings, but {file} holds something else, which may "
+            "run code when it is loaded, and was not loaded",
         ) from error
     except Exception as error:  # a damaged file makes readers raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"path must be a whole checkpoint, but {file} is cut short or corrupt: {reason}") from error
+        raise ArgumentError(
+            "path", f"must be a whole checkpoint, but {file} is cut short or corrupt: {reason}"
+        ) from error
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise ValueError(f"path must be a checkpoint of this package, but {file} is some other file of torch's")
+        raise ArgumentError("path", f"must be a checkpoint of this package, but {file} is some other file of torch's")
     if state["format"] > _FORMAT:
-        raise ValueError(
-            f"path must be a checkpoint of format {_FORMAT} at most, but {file} has {state['format']}, by "
-            "a newer version of pyrodiff, which this one has to be updated to"
+        raise ArgumentError(
+            "path",
+            f"must be a checkpoint of format {_FORMAT} at most, but {file} has {state['format']}, by "
+            "a newer version of pyrodiff, which this one has to be updated to",
         )
     if not _NAMES <= state.keys():
-        raise ValueError(f"path must be a checkpoint of this package, but {file} has no {min(_NAMES - state.keys())!r}")
+        raise ArgumentError(
+            "path", f"must be a checkpoint of this package, but {file} has no {min(_NAMES - state.keys())!r}"
+        )
     return state
 
 
@@ -184,7 +191,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         for key in value:
             if type(key) not in (str, int):
-                raise ValueError(f"{name} must have strings or ints as keys, but one is {key!r}")
+                raise ArgumentError(name, f"must have strings or ints as keys, but one is {key!r}")
         parts = {key: _plain(f"{name}[{key!r}]", part) for key, part in value.items()}
         is_plain = all(parts[key] is part for key, part in value.items())
     elif isinstance(value, list | tuple):
@@ -195,8 +202,9 @@ def _plain(name: str, value: Any) -> Any:
         for kind in (int, float, str):
             if isinstance(value, kind):
                 return kind(value)
-        raise ValueError(
-            f"{name} must be a tensor, a number or a string, which a file can hold without code, but it is "
-            f"{checks.described(value)}"
+        raise ArgumentError(
+            name,
+            f"must be a tensor, a number or a string, which a file can hold without code, but it is "
+            f"{arguments.described(value)}",
         )
     return value if is_plain and type(value) in _NESTED else parts

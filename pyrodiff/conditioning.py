@@ -37,7 +37,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .base import checks
+from .base import arguments, checks
+from .base.arguments import ArgumentError
 from .base.precision import coefficients
 from .model.denoisers import LevelPrediction, LogitPrediction
 from .pair.diffusion import Diffusion
@@ -82,18 +83,19 @@ class Linear:
     def __init__(self, operator: Tensor | Callable[[Tensor], Tensor], values: Tensor, noise: float | Tensor) -> None:
         is_matrix = isinstance(operator, Tensor) and operator.dim() == 2
         if not is_matrix and (isinstance(operator, Tensor) or not callable(operator)):
-            raise ValueError(
-                f"operator must be a matrix of shape (M, D) or a function of data, but it is "
-                f"{checks.described(operator)}"
+            raise ArgumentError(
+                "operator",
+                f"must be a matrix of shape (M, D) or a function of data, but it is {arguments.described(operator)}",
             )
         _check_values(values)
         if is_matrix and values.shape != operator.shape[:1]:
-            raise ValueError(
-                f"values must have the shape {tuple(operator.shape[:1])} that the operator returns, but it is "
-                f"{checks.described(values)}"
+            raise ArgumentError(
+                "values",
+                f"must have the shape {tuple(operator.shape[:1])} that the operator returns, but it is "
+                f"{arguments.described(values)}",
             )
         if not checks.holds(checks.numbers("noise", noise) > 0):
-            raise ValueError(f"noise must be positive, but it is {noise}: give a small one")
+            raise ArgumentError("noise", f"must be positive, but it is {noise}: give a small one")
         self.operator, self.obs, self.noise = operator, values, noise
 
     def __call__(self, x_0: Tensor) -> dist.Distribution:
@@ -101,9 +103,10 @@ class Linear:
         if isinstance(self.operator, Tensor):
             x = x_0.flatten(1)
             if x.shape[1] != self.operator.shape[1]:
-                raise ValueError(
-                    f"operator must have as many columns as data have numbers, {x.shape[1]}, but its shape is "
-                    f"{tuple(self.operator.shape)}"
+                raise ArgumentError(
+                    "operator",
+                    f"must have as many columns as data have numbers, {x.shape[1]}, but its shape is "
+                    f"{tuple(self.operator.shape)}",
                 )
             loc = x @ self.operator.to(x).T
         else:
@@ -131,27 +134,30 @@ class Inpainting:
 
     def __init__(self, mask: Tensor, values: Tensor, noise: float = 0.0) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be a bool tensor, but it is {checks.described(mask)}: give mask == 1")
+            raise ArgumentError("mask", f"must be a bool tensor, but it is {arguments.described(mask)}: give mask == 1")
         if not bool(mask.any()) or bool(mask.all()):
-            raise ValueError(
-                f"mask must be True somewhere and False somewhere, but it is {bool(mask.any())} in all of its "
-                f"{mask.numel()} numbers: with none known draw by a sampler, with all known pyrodiff.bound is the cost"
+            raise ArgumentError(
+                "mask",
+                f"must be True somewhere and False somewhere, but it is {bool(mask.any())} in all of its "
+                f"{mask.numel()} numbers: with none known draw by a sampler, with all known pyrodiff.bound is the cost",
             )
         _check_values(values)
         if values.shape != mask.shape:
-            raise ValueError(
-                f"values must have the shape {tuple(mask.shape)} of the mask, but it is {checks.described(values)}"
+            raise ArgumentError(
+                "values",
+                f"must have the shape {tuple(mask.shape)} of the mask, but it is {arguments.described(values)}",
             )
-        if not checks.is_number(noise) or not 0 <= noise < math.inf:
-            raise ValueError(f"noise must be a number of at least 0, but it is {checks.described(noise)}")
+        if not arguments.is_number(noise) or not 0 <= noise < math.inf:
+            raise ArgumentError("noise", f"must be a number of at least 0, but it is {arguments.described(noise)}")
         self.mask, self.values, self.noise, self.obs = mask, values, noise, values[mask]
 
     def __call__(self, x_0: Tensor) -> dist.Distribution:
         """The law of what is known given data of shape (n, *event_shape)."""
         if x_0.shape[1:] != self.mask.shape:
-            raise ValueError(
-                f"mask must have the event_shape {tuple(x_0.shape[1:])} of the data, but its shape is "
-                f"{tuple(self.mask.shape)}"
+            raise ArgumentError(
+                "mask",
+                f"must have the event_shape {tuple(x_0.shape[1:])} of the data, but its shape is "
+                f"{tuple(self.mask.shape)}",
             )
         known = x_0[:, self.mask]
         return dist.Normal(known, self.noise).to_event(1) if self.noise > 0 else dist.Delta(known, event_dim=1)
@@ -159,8 +165,8 @@ class Inpainting:
 
 def _check_values(values: object) -> None:
     if not isinstance(values, Tensor) or not checks.holds(values.isfinite()):
-        got = checks.described(values) if not isinstance(values, Tensor) else "not finite everywhere"
-        raise ValueError(f"values must be a tensor of finite numbers, but it is {got}")
+        got = arguments.described(values) if not isinstance(values, Tensor) else "not finite everywhere"
+        raise ArgumentError("values", f"must be a tensor of finite numbers, but it is {got}")
 
 
 _NORMAL = torch.distributions.Normal, torch.distributions.MultivariateNormal
@@ -201,13 +207,17 @@ class Conditioned:
 
     def __init__(self, diffusion: Diffusion, observation: Callable, obs: Tensor | None = None) -> None:
         if not callable(observation):
-            raise ValueError(f"observation must be called with data, but it is {checks.described(observation)}")
+            raise ArgumentError(
+                "observation", f"must be called with data, but it is {arguments.described(observation)}"
+            )
         own = getattr(observation, "obs", None)
         if own is not None and obs is not None:
-            raise ValueError(f"obs must be None where the observation has its own, but it is {checks.described(obs)}")
+            raise ArgumentError(
+                "obs", f"must be None where the observation has its own, but it is {arguments.described(obs)}"
+            )
         obs = own if obs is None else obs
         if not isinstance(obs, Tensor | None):
-            raise ValueError(f"obs must be a tensor, but it is {checks.described(obs)}")
+            raise ArgumentError("obs", f"must be a tensor, but it is {arguments.described(obs)}")
         self.diffusion, self.observation, model = diffusion, observation, diffusion.model
         self.is_gaussian = isinstance(model.forward_process, GaussianForward)
         self.dtype, of_floats = model.dtype(), obs is not None and obs.is_floating_point()
@@ -226,17 +236,19 @@ class Conditioned:
         self.is_program = not isinstance(law, Distribution)
         self.is_normal = not self.is_program and isinstance(innermost(law), _NORMAL)
         if self.is_program != (self.y is None):
-            raise ValueError(
-                f"obs must be given where the observation returns a distribution, and only there, but it is "
-                f"{checks.described(self.y)}, and what it returned is {checks.described(law)}"
+            raise ArgumentError(
+                "obs",
+                f"must be given where the observation returns a distribution, and only there, but it is "
+                f"{arguments.described(self.y)}, and what it returned is {arguments.described(law)}",
             )
         if self.is_program:
             self.log_likelihood(x_0)
         elif law.batch_shape != (2,) or law.event_shape != self.y.shape:
-            raise ValueError(
-                f"observation must return, for 2 data, a distribution with batch_shape (2,) and the event_shape "
+            raise ArgumentError(
+                "observation",
+                f"must return, for 2 data, a distribution with batch_shape (2,) and the event_shape "
                 f"{tuple(self.y.shape)} of obs, but they are {tuple(law.batch_shape)} and {tuple(law.event_shape)}: "
-                f"put .to_event(...) around it, or give obs of that shape"
+                f"put .to_event(...) around it, or give obs of that shape",
             )
         elif self.known is not None:
             self._check_known(self.known)
@@ -244,16 +256,17 @@ class Conditioned:
     def _check_known(self, known: Inpainting) -> None:
         model = self.diffusion.model
         if self.diffusion.levels is None:
-            raise ValueError(
-                "noise must be positive where data have a density, since no twist here can bear data that are known "
-                "exactly, but it is 0: give Inpainting(mask, values, noise=0.01), say"
+            raise ArgumentError(
+                "noise",
+                "must be positive where data have a density, since no twist here can bear data that are known "
+                "exactly, but it is 0: give Inpainting(mask, values, noise=0.01), say",
             )
         y = torch.where(known.mask, known.values, -1.0 if self.is_gaussian else 0.0)
         self.filled = y.to(self.dtype).to(model.device)
         try:
             model.check(self.filled[None])
         except ValueError as error:
-            raise ValueError(f"values must be data where the mask is True: {error}") from None
+            raise ArgumentError("values", f"must be data where the mask is True: {error}") from None
 
     @property
     def known(self) -> Inpainting | None:
@@ -270,10 +283,11 @@ class Conditioned:
         parts = [trace.nodes[name]["log_prob"] for name in trace.observation_nodes]
         latent = [name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])]
         if latent or not parts or any(part.shape[-1:] != (n,) for part in parts):
-            raise ValueError(
-                f"observation must return a distribution, or be a program whose sites are all observed, in a plate of "
+            raise ArgumentError(
+                "observation",
+                f"must return a distribution, or be a program whose sites are all observed, in a plate of "
                 f"the {n} data at dim=-1, but it is none: its latent sites are {latent}, its observed "
-                f"ones {trace.observation_nodes}"
+                f"ones {trace.observation_nodes}",
             )
         return sum(part.reshape(-1, n).sum(0) for part in parts)
 
@@ -298,10 +312,11 @@ class Conditioned:
         if hasattr(model.reverse, "denoiser"):
             return model.reverse.denoiser(x_t, t, *context)
         if not self.is_gaussian:
-            raise ValueError(
-                f"reverse must have a denoiser for this twist where it is not Gaussian, but it is a "
+            raise ArgumentError(
+                "reverse",
+                f"must have a denoiser for this twist where it is not Gaussian, but it is a "
                 f"{type(model.reverse).__name__}, which has none: give it one as its attribute denoiser, or write a "
-                f"Twist of your own"
+                f"Twist of your own",
             )
         weight_t, weight_0, _ = coefficients(model.forward_process.schedule.posterior(t), x_t)
         return (innermost(model.kernel(x_t, t, *context)).mean - weight_t * x_t) / weight_0
@@ -322,18 +337,20 @@ class Conditioned:
         x, z = torch.randn((2, *event), **like)
         law = None if self.is_program else self.observation(torch.stack([torch.zeros_like(x), x, z, 2 * x - 3 * z]))
         if not self.is_normal:
-            raise ValueError(
-                f"observation must return Normal(...).to_event(...) or MultivariateNormal for this twist, but it is "
-                f"{checks.described(law) if law else 'a program'}: give DenoiserTwist(), or a Twist of your own"
+            raise ArgumentError(
+                "observation",
+                f"must return Normal(...).to_event(...) or MultivariateNormal for this twist, but it is "
+                f"{arguments.described(law) if law else 'a program'}: give DenoiserTwist(), or a Twist of your own",
             )
         zero, *means, both = law.mean.flatten(1)
         expected = 2 * means[0] - 3 * means[1] + 2 * zero
         size = float((law.mean.abs() + law.stddev).amax())
         off = max(float((both - expected).abs().amax()), float((law.stddev - law.stddev[:1]).abs().amax()))
         if not off <= 100 * torch.finfo(self.dtype).eps ** 0.75 * size:
-            raise ValueError(
-                f"operator must be linear, with noise that is the same for all data, for this twist, but at random "
-                f"data it is off by {off:.2g}: give DenoiserTwist(), or a Twist of your own"
+            raise ArgumentError(
+                "operator",
+                f"must be linear, with noise that is the same for all data, for this twist, but at random "
+                f"data it is off by {off:.2g}: give DenoiserTwist(), or a Twist of your own",
             )
         basis = torch.eye(event.numel(), **like).unflatten(1, event)
         A = torch.cat([self.observation(rows).mean.flatten(1) for rows in basis.split(256)]) - zero
@@ -402,12 +419,15 @@ class _LinearTwist(Twist):
 
     def check(self, given: Conditioned) -> None:
         if not given.is_gaussian:
-            raise ValueError(
-                f"twist must be one for bits where the chain is not Gaussian, but it is {type(self).__name__}(): give "
-                f"none with Inpainting(mask, values, noise=0), or DenoiserTwist()"
+            raise ArgumentError(
+                "twist",
+                f"must be one for bits where the chain is not Gaussian, but it is {type(self).__name__}(): give "
+                f"none with Inpainting(mask, values, noise=0), or DenoiserTwist()",
             )
         if not checks.holds(given.linear.R.diagonal() > 0):
-            raise ValueError(f"observation must have noise in all of y for {type(self).__name__}, but some has none")
+            raise ArgumentError(
+                "observation", f"must have noise in all of y for {type(self).__name__}, but some has none"
+            )
 
     def log_prob(self, given: Conditioned, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
         o, _, S = self.moments(given, x_t, t, *context)
@@ -517,9 +537,9 @@ class KnownTwist(Twist):
 
     def check(self, given: Conditioned) -> None:
         if given.known is None:
-            raise ValueError(
-                "observation must be Inpainting(mask, values, noise=0) for KnownTwist, but it is another: give another "
-                "twist"
+            raise ArgumentError(
+                "observation",
+                "must be Inpainting(mask, values, noise=0) for KnownTwist, but it is another: give another twist",
             )
 
     def log_prob(self, given: Conditioned, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
@@ -569,9 +589,10 @@ def _gradient(twist: Twist, value: Tensor, x: Tensor) -> Tensor:
 def _cholesky(covariance: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(covariance)
     if bool(info.any()):
-        raise ValueError(
-            f"noise must be large enough for covariances to be positive in {covariance.dtype}, but some are not: give "
-            f"more noise, fewer numbers that say the same, or float64 (diffusion.double() and obs.double())"
+        raise ArgumentError(
+            "noise",
+            f"must be large enough for covariances to be positive in {covariance.dtype}, but some are not: give "
+            f"more noise, fewer numbers that say the same, or float64 (diffusion.double() and obs.double())",
         )
     return factor
 
@@ -748,11 +769,11 @@ def posterior(
     """
     checks.instance("diffusion", diffusion, Diffusion)
     if diffusion.model.is_random():
-        raise ValueError("diffusion must have no random weights (PyroSample) to be conditioned, but it has some")
-    n = checks.positive_int("num_particles", num_particles)
-    islands = checks.positive_int("num_islands", num_islands)
+        raise ArgumentError("diffusion", "must have no random weights (PyroSample) to be conditioned, but it has some")
+    n = arguments.positive_int("num_particles", num_particles)
+    islands = arguments.positive_int("num_islands", num_islands)
     if n % islands:
-        raise ValueError(f"num_particles must be a multiple of the {islands} islands, but it is {n}")
+        raise ArgumentError("num_particles", f"must be a multiple of the {islands} islands, but it is {n}")
     checks.context(context, 1, diffusion.model.device, "obs")
     with torch.inference_mode(False), evaluating(diffusion, generator), torch.no_grad():
         context = tuple(values.clone().expand(n, *values.shape[1:]) for values in context)
@@ -772,9 +793,10 @@ def _default(given: Conditioned) -> Twist:
         return KnownTwist()
     if given.is_gaussian and given.is_normal:
         return GaussianTwist()
-    raise ValueError(
-        "twist must be given where the observation is neither linear and Gaussian, of a Gaussian chain, nor exact, "
-        "Inpainting(mask, values, noise=0), but it is None: give DenoiserTwist(), or a Twist of your own"
+    raise ArgumentError(
+        "twist",
+        "must be given where the observation is neither linear and Gaussian, of a Gaussian chain, nor exact, "
+        "Inpainting(mask, values, noise=0), but it is None: give DenoiserTwist(), or a Twist of your own",
     )
 
 
@@ -806,9 +828,11 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
 def _check_twist(value: object, n: int, s: int) -> None:
     name = "observation" if s == 0 else "twist"
     if not isinstance(value, Tensor) or value.shape != (n,):
-        raise ValueError(f"{name} must return {n} log probabilities at t = {s}, but it is {checks.described(value)}")
+        raise ArgumentError(
+            name, f"must return {n} log probabilities at t = {s}, but it is {arguments.described(value)}"
+        )
     if bool((value.isnan() | value.isposinf()).any()):
-        raise ValueError(f"{name} must have finite log probabilities, but at t = {s} some are {float(value.amax())}")
+        raise ArgumentError(name, f"must have finite log probabilities, but at t = {s} some are {float(value.amax())}")
 
 
 def _resampled(x: Tensor, psi: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

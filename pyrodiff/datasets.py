@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 
-from .base import checks
+from .base import arguments, checks
+from .base.arguments import ArgumentError
 from .base.precision import home
 from .process.quantization import whole_levels
 from .readers import array, idx, idx_folder, image_folder
@@ -51,9 +52,9 @@ def _on_cpu(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def _generator(num_samples: int, seed: int) -> torch.Generator:
-    checks.positive_int("num_samples", num_samples)
-    if not checks.is_int(seed):
-        raise ValueError(f"seed must be an int, but it is {seed!r}")
+    arguments.positive_int("num_samples", num_samples)
+    if not arguments.is_int(seed):
+        raise ArgumentError("seed", f"must be an int, but it is {seed!r}")
     return torch.Generator("cpu").manual_seed(int(seed))
 
 
@@ -88,8 +89,8 @@ def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
         torch.Size([1000, 2])
     """
     generator = _generator(num_samples, seed)
-    if not (checks.is_number(noise) and 0 <= noise < math.inf):
-        raise ValueError(f"noise must be a number of at least 0, but it is {noise!r}")
+    if not (arguments.is_number(noise) and 0 <= noise < math.inf):
+        raise ArgumentError("noise", f"must be a number of at least 0, but it is {noise!r}")
     r = math.pi * (1.5 + 3 * torch.rand(num_samples, generator=generator, dtype=torch.float64))
     x = torch.stack([r * r.cos(), r * r.sin()], -1)
     mean, std = _swiss_roll_moments()
@@ -123,9 +124,9 @@ def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
         1.0
     """
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2 and x.shape[1] == 2):
-        raise ValueError(f"x must be floats with shape (B, 2), but it is {checks.described(x)}")
-    if not (checks.is_number(noise) and 0 < noise < math.inf):
-        raise ValueError(f"noise must be a number above 0 for a density, but it is {noise!r}")
+        raise ArgumentError("x", f"must be floats with shape (B, 2), but it is {arguments.described(x)}")
+    if not (arguments.is_number(noise) and 0 < noise < math.inf):
+        raise ArgumentError("noise", f"must be a number above 0 for a density, but it is {noise!r}")
     scale = math.sqrt(1 + noise**2)
     pieces = math.ceil(3 * math.pi * 2.2 * max(1.0, 1 / noise) / 4)  # the spiral moves by 2.2 at most as r does by 1
     node, weight = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(16))
@@ -227,10 +228,10 @@ def heartbeat(num_samples: int, seed: int = 0, length: int = 20, period: int = 5
         tensor([[0., 0., 0., 0., 1., 0., 0., 0., 0., 1.]])
     """
     generator = _generator(num_samples, seed)
-    checks.positive_int("period", period)
-    checks.positive_int("length", length)
+    arguments.positive_int("period", period)
+    arguments.positive_int("length", length)
     if length % period:
-        raise ValueError(f"length must be a positive multiple of period = {period}, but it is {length!r}")
+        raise ArgumentError("length", f"must be a positive multiple of period = {period}, but it is {length!r}")
     start = torch.randint(period, (num_samples, 1), generator=generator)
     return (torch.arange(length) % period == start).float()
 
@@ -257,7 +258,7 @@ def digits(split: str = "train", binary: bool = False) -> Tensor:
     """
     bounds = {"train": (0, 1000), "validation": (1000, 1350), "test": (1350, 1797)}
     if split not in bounds:
-        raise ValueError(f"split must be one of {', '.join(bounds)}, but it is {split!r}")
+        raise ArgumentError("split", f"must be one of {', '.join(bounds)}, but it is {split!r}")
     with resources.files(__package__).joinpath("data/digits.npz").open("rb") as file:
         images = np.load(file)["images"]
     levels = torch.from_numpy(images[slice(*bounds[split])]).float()
@@ -288,7 +289,7 @@ class Strokes:
     def __init__(self, k: Tensor) -> None:
         k = whole_levels("k", k, 17).float()
         if k.dim() != 3 or k.shape[1:] != (8, 8) or not len(k):
-            raise ValueError(f"k must have shape (n, 8, 8), but its shape is {tuple(k.shape)}")
+            raise ArgumentError("k", f"must have shape (n, 8, 8), but its shape is {tuple(k.shape)}")
         fine = interpolate(k[:, None], size=(32, 32), mode="bicubic", align_corners=False)
         cells = fine.reshape(-1, 8, 4, 8, 4).transpose(2, 3).reshape(-1, 8, 8, 16)
         rank = cells.argsort(-1, descending=True).argsort(-1)  # in each cell the k largest are dark
@@ -311,7 +312,7 @@ class Strokes:
         last = len(self.scans) - 1
         integers = isinstance(i, Tensor) and not (i.is_floating_point() or i.is_complex() or i.dtype == torch.bool)
         if not integers or i.dim() != 1 or not checks.holds((i >= 0) & (i <= last)):
-            raise ValueError(f"i must be integers in 0..{last} with shape (B,), but it is {i}")
+            raise ArgumentError("i", f"must be integers in 0..{last} with shape (B,), but it is {i}")
         turn, shear, wide, high = (size * (2 * torch.rand(len(i)) - 1) for size in (0.14, 0.12, 0.08, 0.08))
         move = torch.tensor([1.5, 1.0]) / 16 * (2 * torch.rand(len(i), 2) - 1)
         rows = [(1 + wide) * turn.cos(), shear - (1 + high) * turn.sin(), move[:, 0]]
@@ -357,21 +358,21 @@ def binarize(
         >>> pyrodiff.datasets.binarize(k, threshold=128)
         tensor([0., 1., 1.])
     """
-    checks.levels(levels)
+    arguments.levels(levels)
     whole = whole_levels("k", k, levels).float()
     if threshold is None:
         return torch.bernoulli(whole / (levels - 1), generator=_source(generator, k.device))
     if generator is not None:
-        raise ValueError(f"generator must be None with a threshold, which draws nothing, but it is {generator!r}")
-    if not checks.is_int(threshold) or not 1 <= threshold < levels:
-        raise ValueError(f"threshold must be an int in 1..{levels - 1} or None, but it is {threshold!r}")
+        raise ArgumentError("generator", f"must be None with a threshold, which draws nothing, but it is {generator!r}")
+    if not arguments.is_int(threshold) or not 1 <= threshold < levels:
+        raise ArgumentError("threshold", f"must be an int in 1..{levels - 1} or None, but it is {threshold!r}")
     return (whole >= threshold).float()
 
 
 def _source(generator: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:
     """The generator of a seed; None, for torch's global source, stays None."""
-    if checks.is_int(generator):
+    if arguments.is_int(generator):
         return torch.Generator(device).manual_seed(int(generator))
     if not (generator is None or isinstance(generator, torch.Generator)):
-        raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
+        raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {generator!r}")
     return generator

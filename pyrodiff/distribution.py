@@ -45,7 +45,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from .base import checks
+from .base import arguments, checks
+from .base.arguments import ArgumentError
 from .base.precision import coefficients, home, precisely
 from .model.decoders import GaussianDecoder
 from .pair.diffusion import Diffusion, evenly_spaced
@@ -108,11 +109,12 @@ class OneStepEstimate(_Estimate):
     is_bound = True
 
     def __init__(self, num_draws: int = 1, reference: tuple[Tensor, Tensor] | bool | None = None) -> None:
-        self.num_draws = checks.positive_int("num_draws", num_draws)
+        self.num_draws = arguments.positive_int("num_draws", num_draws)
         if reference is not None and reference is not False:
             if not isinstance(reference, tuple | list) or len(reference) != 2:
-                raise ValueError(
-                    f"reference must be a pair (mean, variance), None or False, but it is {checks.described(reference)}"
+                raise ArgumentError(
+                    "reference",
+                    f"must be a pair (mean, variance), None or False, but it is {arguments.described(reference)}",
                 )
             reference = tuple(map(checks.numbers, ("mean of reference", "variance of reference"), reference))
             if not checks.holds((reference[1] > 0) & reference[1].isfinite()):
@@ -123,9 +125,10 @@ class OneStepEstimate(_Estimate):
         if not isinstance(self.reference, tuple):
             return
         if not _is_gaussian(diffusion):
-            raise ValueError(
-                f"reference must be None or False where the forward process is no GaussianForward, whose exact chain "
-                f"it would be, but the process is {diffusion.forward_process!r}"
+            raise ArgumentError(
+                "reference",
+                f"must be None or False where the forward process is no GaussianForward, whose exact chain "
+                f"it would be, but the process is {diffusion.forward_process!r}",
             )
         for name, value in zip(("mean", "variance"), self.reference, strict=True):
             if not _fits(value.shape, diffusion.event_shape):
@@ -201,16 +204,17 @@ class FlowEstimate(_Estimate):
     is_bound = False
 
     def __init__(self, num_steps: int | None = None, tolerance: float = 1e-5, max_steps: int = 1000) -> None:
-        self.num_steps = None if num_steps is None else checks.positive_int("num_steps", num_steps)
-        self.tolerance = checks.number("tolerance", tolerance, 0, 1)
-        self.max_steps = checks.positive_int("max_steps", max_steps)
+        self.num_steps = None if num_steps is None else arguments.positive_int("num_steps", num_steps)
+        self.tolerance = arguments.number("tolerance", tolerance, 0, 1)
+        self.max_steps = arguments.positive_int("max_steps", max_steps)
 
     def check(self, diffusion: Diffusion) -> None:
         check_flow(diffusion, self.tolerance, self.max_steps)
         if not runs(diffusion.model.decoder, GaussianDecoder):
-            raise ValueError(
-                f"diffusion must end without a decoder to have the density of a flow, but it has a "
-                f"{type(diffusion.model.decoder).__name__}: give estimate=OneStepEstimate()"
+            raise ArgumentError(
+                "diffusion",
+                f"must end without a decoder to have the density of a flow, but it has a "
+                f"{type(diffusion.model.decoder).__name__}: give estimate=OneStepEstimate()",
             )
         self._chain(diffusion)
 
@@ -290,20 +294,21 @@ class DiffusionDistribution(TorchDistribution):
     ) -> None:
         checks.instance("diffusion", diffusion, Diffusion)
         if diffusion.model.is_random():
-            raise ValueError(
-                "diffusion must have no random weights (PyroSample) to be a distribution, since it could not score "
-                "them, but it has some: use its programs, diffusion.model and diffusion.guide"
+            raise ArgumentError(
+                "diffusion",
+                "must have no random weights (PyroSample) to be a distribution, since it could not score "
+                "them, but it has some: use its programs, diffusion.model and diffusion.guide",
             )
         estimate = OneStepEstimate() if estimate is None else estimate
         if not isinstance(estimate, _Estimate):
-            raise ValueError(
-                f"estimate must be a OneStepEstimate or a FlowEstimate, but it is {checks.described(estimate)}"
+            raise ArgumentError(
+                "estimate", f"must be a OneStepEstimate or a FlowEstimate, but it is {arguments.described(estimate)}"
             )
         estimate.check(diffusion)
         if sampler is not None:
             checks.instance("sampler", sampler, Sampler)
             if sampler.diffusion is not diffusion:
-                raise ValueError("sampler must be one of this very diffusion, but it is one of another")
+                raise ArgumentError("sampler", "must be one of this very diffusion, but it is one of another")
         self.diffusion, self.estimate, self.context, self._sampler = diffusion, estimate, context, sampler
         self._batch_dim = 1 if batch_dim is None else batch_dim
         super().__init__(_batch_shape(context, self._batch_dim), diffusion.event_shape, validate_args=False)
@@ -325,8 +330,9 @@ class DiffusionDistribution(TorchDistribution):
         """
         new, batch_shape = copy.copy(self), torch.Size(batch_shape)
         if not _fits(self.batch_shape, batch_shape):
-            raise ValueError(
-                f"batch_shape must be one that {tuple(self.batch_shape)} broadcasts to, but it is {tuple(batch_shape)}"
+            raise ArgumentError(
+                "batch_shape",
+                f"must be one that {tuple(self.batch_shape)} broadcasts to, but it is {tuple(batch_shape)}",
             )
         new._batch_shape = batch_shape
         self._tell()
@@ -359,9 +365,10 @@ class DiffusionDistribution(TorchDistribution):
         with model.running(), Recorder() as heard:
             log_prob = self.estimate.log_prob(self.diffusion, value, shape, self._context(shape))
         if heard.sites:
-            raise ValueError(
-                f"diffusion must have no Pyro sites of its own inside its parts to be a distribution, but "
-                f"{heard.sites[0]!r} is one: it would not be scored"
+            raise ArgumentError(
+                "diffusion",
+                f"must have no Pyro sites of its own inside its parts to be a distribution, but "
+                f"{heard.sites[0]!r} is one: it would not be scored",
             )
         return log_prob
 
@@ -412,9 +419,10 @@ class DiffusionDistribution(TorchDistribution):
         heard = any(site["type"] == "param" for trace in traces for site in trace.nodes.values())
         learns = any(parameter.requires_grad for parameter in self.diffusion.parameters())
         if learns and not heard and _is_pyros_step():
-            raise ValueError(
-                "diffusion must be seen by the programs where nothing else is learned, or Pyro's SVI takes no gradient:"
-                " make the DiffusionDistribution in the model, or in a plate, or train by pyrodiff.SVI"
+            raise ArgumentError(
+                "diffusion",
+                "must be seen by the programs where nothing else is learned, or Pyro's SVI takes no gradient:"
+                " make the DiffusionDistribution in the model, or in a plate, or train by pyrodiff.SVI",
             )
 
 
@@ -480,19 +488,23 @@ def _fits(shape: torch.Size, larger: torch.Size) -> bool:
 
 
 def _batch_shape(context: tuple[Tensor, ...], batch_dim: int) -> torch.Size:
-    if not (checks.is_int(batch_dim) and batch_dim >= 0):
-        raise ValueError(f"batch_dim must be an int of at least 0, but it is {checks.described(batch_dim)}")
+    if not (arguments.is_int(batch_dim) and batch_dim >= 0):
+        raise ArgumentError("batch_dim", f"must be an int of at least 0, but it is {arguments.described(batch_dim)}")
     for i, values in enumerate(context):
         if not isinstance(values, Tensor) or values.dim() < batch_dim:
-            raise ValueError(
-                f"context must be tensors with {batch_dim} dimension{'s' * (batch_dim != 1)} of the batch, but "
-                f"context[{i}] is {checks.described(values)}: options are given by keyword, and batch_dim says how many"
+            raise ArgumentError(
+                "context",
+                f"must be tensors with {batch_dim} dimension{'s' * (batch_dim != 1)} of the batch, but "
+                f"context[{i}] is {arguments.described(values)}: options are given by keyword, and batch_dim says how "
+                "many",
             )
     try:
         return torch.broadcast_shapes(*(values.shape[:batch_dim] for values in context))
     except RuntimeError:
         shapes = ", ".join(str(tuple(values.shape)) for values in context)
-        raise ValueError(f"context must be tensors of one number of rows, but their shapes are {shapes}") from None
+        raise ArgumentError(
+            "context", f"must be tensors of one number of rows, but their shapes are {shapes}"
+        ) from None
 
 
 # The exact chain of a Gaussian

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
-from .base import checks
+from .base import arguments, checks
+from .base.arguments import ArgumentError
 from .likelihood.accounting import VarianceAccount
 from .likelihood.bounds import Bound
 from .pair.diffusion import Diffusion
@@ -65,9 +66,9 @@ def diffusion_process(
     T = diffusion.num_steps
     times = (0, T // 2, T) if times is None else tuple(times)
     if diffusion.event_shape != (2,):
-        raise ValueError(f"diffusion must have event_shape (2,), but it is {tuple(diffusion.event_shape)}")
-    if not all(checks.is_int(t) and 0 <= t <= T for t in times):
-        raise ValueError(f"times must be ints in 0..{T}, but they are {times}")
+        raise ArgumentError("diffusion", f"must have event_shape (2,), but it is {tuple(diffusion.event_shape)}")
+    if not all(arguments.is_int(t) and 0 <= t <= T for t in times):
+        raise ArgumentError("times", f"must be ints in 0..{T}, but they are {times}")
     diffusion.model.check(x_0)  # refuse what cannot be data
     trace = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
     undiffused = {t: trace.nodes[f"x_{t}"]["value"] for t in times}
@@ -187,7 +188,9 @@ def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axe
         ValueError: If ``x`` has another number of dimensions.
     """
     if x.dim() not in (2, 3):
-        raise ValueError(f"x must have shape (B, length) or (B, height, width), but its shape is {tuple(x.shape)}")
+        raise ArgumentError(
+            "x", f"must have shape (B, length) or (B, height, width), but its shape is {tuple(x.shape)}"
+        )
     axes = Figure(figsize=(4, 4), layout="constrained").subplots() if axes is None else axes
     numbers = x.detach().cpu().numpy()
     if x.dim() == 3:
@@ -218,17 +221,18 @@ def pictures(x: Tensor, axes: Axes | None = None, columns: int | None = None) ->
         >>> axes.images[0].get_array().shape
         (122, 123, 3)
     """
-    wanted = "x must have shape (B, height, width) or (B, 1 or 3, height, width), with B at least 1"
+    wanted = "must have shape (B, height, width) or (B, 1 or 3, height, width), with B at least 1"
     if not isinstance(x, Tensor) or x.dim() not in (3, 4) or _form(x.shape[1:]) != "pictures" or not x.numel():
-        raise ValueError(f"{wanted}, but it is {checks.described(x)}")
+        raise ArgumentError("x", f"{wanted}, but it is {arguments.described(x)}")
     if not bool(((x >= 0) & (x <= 1)).all()):
         low, high = float(x.min()), float(x.max())
-        raise ValueError(
-            f"x must be numbers in [0, 1], but they lie in [{low:.3g}, {high:.3g}]; for data in [-1, 1] give "
-            "((x + 1) / 2).clamp(0, 1)"
+        raise ArgumentError(
+            "x",
+            f"must be numbers in [0, 1], but they lie in [{low:.3g}, {high:.3g}]; for data in [-1, 1] give "
+            "((x + 1) / 2).clamp(0, 1)",
         )
     if columns is not None:
-        checks.positive_int("columns", columns)
+        arguments.positive_int("columns", columns)
     tiles = _tiled(_enlarged(x), columns, gap=_GAP)
     axes = _axes_for(tiles) if axes is None else axes
     _light(axes, tiles)
@@ -297,7 +301,7 @@ def trajectory(
     form, times = _checked_states(states, times)
     limits = _limits(states[-1], limits)
     if rows is not None:
-        checks.positive_int("rows", rows)
+        arguments.positive_int("rows", rows)
     if form == "points":
         columns, extent, width, height = states.detach(), _extent(states), 1.3, 1.3
     else:
@@ -345,7 +349,7 @@ def animation(
         ['film.gif']
     """
     form, times = _checked_states(states, times)
-    checks.positive_int("interval", interval)
+    arguments.positive_int("interval", interval)
     limits = _limits(states[-1], limits)
     if form == "points":
         axes = _square_axes()
@@ -392,7 +396,7 @@ def curves(records: Sequence[Mapping[str, float]], axes: Axes | None = None) -> 
     """
     losses, bounds = _column(records, "loss"), _column(records, "bound", "bound_se")
     if not (len(losses) or len(bounds)):
-        raise ValueError(f"records must hold a step with a loss or a bound, but none of the {len(records)} does")
+        raise ArgumentError("records", f"must hold a step with a loss or a bound, but none of the {len(records)} does")
     axes = Figure(figsize=(6, 3.4), layout="constrained").subplots() if axes is None else axes
     if len(losses):
         half = len(losses) // 40
@@ -419,11 +423,11 @@ def _column(records: Sequence[Mapping[str, float]], *keys: str) -> np.ndarray:
     rows = []
     for number, record in enumerate(records):
         if not isinstance(record, Mapping):
-            raise ValueError(f"records must be mappings, but number {number} is {checks.described(record)}")
+            raise ArgumentError("records", f"must be mappings, but number {number} is {arguments.described(record)}")
         row = [record.get(key) for key in ("step", *keys)]
         for key, value in zip(("step", *keys), row, strict=True):
             if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
-                raise ValueError(f"records must have numbers, but number {number} has {key} = {value!r}")
+                raise ArgumentError("records", f"must have numbers, but number {number} has {key} = {value!r}")
         row = [math.nan if value is None else float(value) for value in row]
         if math.isfinite(row[0]) and math.isfinite(row[1]):
             rows.append(row)
@@ -451,13 +455,14 @@ def _checked_form(name: str, x: Tensor, before: str, dims: int) -> str:
     """What ``x`` is drawn as, of whose shape the first ``dims`` sizes are called ``before``."""
     form = _form(x.shape[dims:]) if isinstance(x, Tensor) and x.numel() and x.dim() > dims else None
     if form is None:
-        raise ValueError(
-            f"{name} must be points in the plane, with shape ({before}, 2), sequences, ({before}, length), or "
+        raise ArgumentError(
+            name,
+            f"must be points in the plane, with shape ({before}, 2), sequences, ({before}, length), or "
             f"pictures, ({before}, height, width) or ({before}, 1 or 3, height, width), but it is "
-            f"{checks.described(x)}"
+            f"{arguments.described(x)}",
         )
     if not bool(x.isfinite().all()):
-        raise ValueError(f"{name} must be finite, but {int((~x.isfinite()).sum())} of its numbers are not")
+        raise ArgumentError(name, f"must be finite, but {int((~x.isfinite()).sum())} of its numbers are not")
     return form
 
 
@@ -467,7 +472,7 @@ def _checked_states(states: Tensor, times: Sequence[int]) -> tuple[str, tuple]:
     found = times.tolist() if isinstance(times, Tensor) else times
     found = tuple(found) if isinstance(found, Sequence) else ()
     if len(found) != len(states):
-        raise ValueError(f"times must be one for each of the {len(states)} states, but they are {times}")
+        raise ArgumentError("times", f"must be one for each of the {len(states)} states, but they are {times}")
     return form, found
 
 
@@ -475,8 +480,8 @@ def _limits(x: Tensor, limits: tuple[float, float] | None) -> tuple[float, float
     if limits is None:
         return (0.0, 1.0) if bool((x >= 0).all()) else (-1.0, 1.0)
     pair = isinstance(limits, tuple | list) and len(limits) == 2
-    if not (pair and all(checks.is_number(end) for end in limits) and -math.inf < limits[0] < limits[1] < math.inf):
-        raise ValueError(f"limits must be two numbers, the lower first, or None, but it is {limits!r}")
+    if not (pair and all(arguments.is_number(end) for end in limits) and -math.inf < limits[0] < limits[1] < math.inf):
+        raise ArgumentError("limits", f"must be two numbers, the lower first, or None, but it is {limits!r}")
     return float(limits[0]), float(limits[1])
 
 

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import checks
+from .base import arguments
+from .base.arguments import ArgumentError
 
 __all__ = ["array", "idx", "idx_folder", "idx_place", "image_folder", "picture_files"]
 
@@ -73,8 +74,8 @@ def idx(path: str | os.PathLike[str]) -> Tensor:
         tensor([[256,  -1]], dtype=torch.int16)
     """
     file = _existing("path", path, "file")
-    with _opened("path must be", file) as stream:
-        return _numbers("path must be", file, stream, *_idx_header("path must be", file, stream))
+    with _opened(("path", "must be"), file) as stream:
+        return _numbers(("path", "must be"), file, stream, *_idx_header(("path", "must be"), file, stream))
 
 
 def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str = "images") -> Tensor:
@@ -108,7 +109,7 @@ def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str =
     """
     for name, value, known in (("split", split, ("train", "test")), ("kind", kind, ("images", "labels"))):
         if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, but it is {value!r}")
+            raise ArgumentError(name, f"must be one of {', '.join(known)}, but it is {value!r}")
     held = _existing("folder", folder, "folder")
     held = idx_place(held)[0] or held
     files = {either: _idx_file(held, split, either) for either in _IDX_STEMS}
@@ -116,15 +117,16 @@ def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str =
     if file is None:
         names = [entry.name + "/" * entry.is_dir() for entry in sorted(held.iterdir())]
         wanted = f"{'t10k' if split == 'test' else split}-{_IDX_STEMS[kind].format('-')}"
-        raise ValueError(f"folder must hold {wanted} or {wanted}.gz, but {held} holds {_few(names)}")
+        raise ArgumentError("folder", f"must hold {wanted} or {wanted}.gz, but {held} holds {_few(names)}")
     counts = {either: _idx_shape(file, either)[0] for either, file in files.items() if file is not None}
     if len(set(counts.values())) > 1:
-        raise ValueError(
-            f"folder must hold as many images as labels, but {files['images']} has {counts['images']} images and "
-            f"{files['labels']} has {counts['labels']} labels"
+        raise ArgumentError(
+            "folder",
+            f"must hold as many images as labels, but {files['images']} has {counts['images']} images and "
+            f"{files['labels']} has {counts['labels']} labels",
         )
-    with _opened("folder must hold", file) as stream:
-        return _numbers("folder must hold", file, stream, *_idx_header("folder must hold", file, stream))
+    with _opened(("folder", "must hold"), file) as stream:
+        return _numbers(("folder", "must hold"), file, stream, *_idx_header(("folder", "must hold"), file, stream))
 
 
 def idx_place(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
@@ -147,7 +149,9 @@ def idx_place(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
             place for place in places if place.is_dir() and any(known.fullmatch(one.name) for one in place.iterdir())
         ]
         if len(found) > 1:
-            raise ValueError(f"folder must hold one set of IDX files, but there are {_few(map(str, found))}: name one")
+            raise ArgumentError(
+                "folder", f"must hold one set of IDX files, but there are {_few(map(str, found))}: name one"
+            )
         if found:
             return found[0], sorted(one.name for one in found[0].iterdir() if not known.fullmatch(one.name))
     return None, []
@@ -178,7 +182,7 @@ def array(path: str | os.PathLike[str], name: str | None = None, mapped: bool = 
         torch.Size([1797, 8, 8])
     """
     if not (name is None or isinstance(name, str)):
-        raise ValueError(f"name must be a str or None, but it is {name!r}")
+        raise ArgumentError("name", f"must be a str or None, but it is {name!r}")
     file = _existing("path", path, "file")
     with file.open("rb") as stream:
         first = stream.read(8)
@@ -187,10 +191,12 @@ def array(path: str | os.PathLike[str], name: str | None = None, mapped: bool = 
             return _from_npz(file, stream, name)
         if first[:6] != b"\x93NUMPY":
             begins = f"begins with the bytes {first.hex(' ')}" if first else "is empty"
-            raise ValueError(f"path must be a .npy or .npz file as NumPy saves it, but {file} {begins}")
+            raise ArgumentError("path", f"must be a .npy or .npz file as NumPy saves it, but {file} {begins}")
         if name is not None:
-            raise ValueError(f"name must be None for a .npy file, which has one array, but it is {name!r} for {file}")
-        return _from_npy("path must be", file, stream, mapped)
+            raise ArgumentError(
+                "name", f"must be None for a .npy file, which has one array, but it is {name!r} for {file}"
+            )
+        return _from_npy(("path", "must be"), file, stream, mapped)
 
 
 def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor:
@@ -230,7 +236,7 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
         ...     pyrodiff.datasets.image_folder(folder), pyrodiff.datasets.image_folder(folder, "labels")
         (tensor([[[  0, 255]], [[255,   7]]], dtype=torch.uint8), tensor([0, 1]))
     """
-    checks.one_of("kind", kind, ("images", "labels"))
+    arguments.one_of("kind", kind, ("images", "labels"))
     held = _existing("folder", folder, "folder")
     files, _ = picture_files(held)
     if kind == "labels":
@@ -245,9 +251,10 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
         (width, height), _ = heads[0]
         for file, (size, _) in zip(files, heads, strict=True):
             if size != (width, height):
-                raise ValueError(
-                    f"folder must hold pictures of one size, but {files[0]} is {width} x {height} and {file} is "
-                    f"{size[0]} x {size[1]}; resize them first"
+                raise ArgumentError(
+                    "folder",
+                    f"must hold pictures of one size, but {files[0]} is {width} x {height} and {file} is "
+                    f"{size[0]} x {size[1]}; resize them first",
                 )
         colour = any(mode in _COLOUR for _, mode in heads)
         channels = (3,) if colour else ()
@@ -273,7 +280,7 @@ def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]
     folder = _existing("folder", folder, "folder")
 
     def refuse(error: OSError) -> None:
-        raise ValueError(f"folder must be one that can be read, but {error.filename} cannot: {error}") from error
+        raise ArgumentError("folder", f"must be one that can be read, but {error.filename} cannot: {error}") from error
 
     found, others, seen = [], [], {folder.resolve()}
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -288,9 +295,10 @@ def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]
     others = sorted(str(path.relative_to(folder)) + "/" * path.is_dir() for path in others)
     if not found:
         held = sorted([*others, *(f"{name}/" for name in _folders(folder))])
-        raise ValueError(
-            f"folder must hold pictures, files that begin as such or whose names end in {', '.join(_PICTURES)}, but "
-            f"{folder} holds {_few(held)}"
+        raise ArgumentError(
+            "folder",
+            f"must hold pictures, files that begin as such or whose names end in {', '.join(_PICTURES)}, but "
+            f"{folder} holds {_few(held)}",
         )
     return sorted(found, key=lambda path: path.relative_to(folder).parts), others
 
@@ -308,11 +316,11 @@ def _existing(name: str, value: str | os.PathLike[str], kind: str) -> Path:
     try:
         path = Path(value)
     except TypeError:
-        raise ValueError(f"{name} must be the path of a {kind}, a str or os.PathLike, but it is {value!r}") from None
+        raise ArgumentError(name, f"must be the path of a {kind}, a str or os.PathLike, but it is {value!r}") from None
     if not (path.is_file() if kind == "file" else path.is_dir()):
         other = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
         got = f"is {other}" if path.exists() else "does not exist"
-        raise ValueError(f"{name} must be the path of a {kind}, but {path} {got}")
+        raise ArgumentError(name, f"must be the path of a {kind}, but {path} {got}")
     return path
 
 
@@ -323,17 +331,19 @@ def _few(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _whole(must: str, where: object) -> Iterator[None]:
-    """What unpacking a damaged file raises, as a ValueError that begins with ``must``, as "path must be"."""
+def _whole(must: tuple[str, str], where: object) -> Iterator[None]:
+    """What unpacking a damaged file raises, as an error of the argument ``must[0]``."""
     try:
         yield
     except _DAMAGE as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{must} a whole file, but {where} is cut short or corrupt: {reason}") from error
+        raise ArgumentError(
+            must[0], f"{must[1]} a whole file, but {where} is cut short or corrupt: {reason}"
+        ) from error
 
 
 @contextmanager
-def _opened(must: str, file: Path) -> Iterator[BinaryIO]:
+def _opened(must: tuple[str, str], file: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unzipped if it is gzipped."""
     with file.open("rb") as plain:
         zipped = plain.read(2) == b"\x1f\x8b"
@@ -342,23 +352,28 @@ def _opened(must: str, file: Path) -> Iterator[BinaryIO]:
             yield stream
 
 
-def _idx_header(must: str, file: Path, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
+def _idx_header(must: tuple[str, str], file: Path, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
     """The dtype and the shape that an IDX file says it has."""
     first = stream.read(4)
     if len(first) < 4 or first[:2] != b"\0\0":
         begins = f"begins with the bytes {first.hex(' ')}" if first else "is empty"
-        raise ValueError(
-            f"{must} an IDX file, that begins with 00 00, a type code and the number of dimensions, but {file} {begins}"
+        raise ArgumentError(
+            must[0],
+            f"{must[1]} an IDX file, that begins with 00 00, a type code and the number of dimensions, but {file} "
+            f"{begins}",
         )
     code, dimensions = first[2:]
     if code not in _IDX_TYPES:
         known = ", ".join(f"0x{known:02x}" for known in _IDX_TYPES)
-        raise ValueError(f"{must} an IDX file with a type code among {known}, but {file} has 0x{code:02x}")
+        raise ArgumentError(
+            must[0], f"{must[1]} an IDX file with a type code among {known}, but {file} has 0x{code:02x}"
+        )
     sizes = stream.read(4 * dimensions)
     if len(sizes) < 4 * dimensions:
-        raise ValueError(
-            f"{must} an IDX file with 4 bytes for the size of each of its dimensions, {4 * dimensions} in all, but "
-            f"{file} is cut short and has {len(sizes)}"
+        raise ArgumentError(
+            must[0],
+            f"{must[1]} an IDX file with 4 bytes for the size of each of its dimensions, {4 * dimensions} in all, but "
+            f"{file} is cut short and has {len(sizes)}",
         )
     return np.dtype(_IDX_TYPES[code]), struct.unpack(f">{dimensions}I", sizes)
 
@@ -373,30 +388,40 @@ def _idx_file(folder: Path, split: str, kind: str) -> Path | None:
 def _idx_shape(file: Path, kind: str) -> tuple[int, ...]:
     """The shape of a file of images or labels, from its header, if it is one for these."""
     dimensions = {"images": 3, "labels": 1}[kind]
-    with _opened("folder must hold", file) as stream:
-        dtype, shape = _idx_header("folder must hold", file, stream)
+    with _opened(("folder", "must hold"), file) as stream:
+        dtype, shape = _idx_header(("folder", "must hold"), file, stream)
     if dtype != np.uint8 or len(shape) != dimensions:
-        raise ValueError(
-            f"folder must hold {kind} of dtype uint8 in {dimensions} dimension{'s' * (dimensions > 1)}, but {file} has "
-            f"dtype {dtype.name} and shape {shape}"
+        raise ArgumentError(
+            "folder",
+            f"must hold {kind} of dtype uint8 in {dimensions} dimension{'s' * (dimensions > 1)}, but {file} has "
+            f"dtype {dtype.name} and shape {shape}",
         )
     return shape
 
 
 def _numbers(
-    must: str, where: object, stream: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], fortran: bool = False
+    must: tuple[str, str],
+    where: object,
+    stream: BinaryIO,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    fortran: bool = False,
 ) -> Tensor:
     """The rest of a stream as a tensor, read in pieces and to at most a byte beyond what the shape needs."""
     if not shape or min(shape) < 1:
-        raise ValueError(f"{must} an array with a dimension and an element, but {where} has shape {shape}")
+        raise ArgumentError(
+            must[0], f"{must[1]} an array with a dimension and an element, but {where} has shape {shape}"
+        )
     needed = math.prod(shape) * dtype.itemsize
     data = bytearray()
     while len(data) <= needed and (piece := stream.read(min(needed + 1 - len(data), 2**20))):
         data += piece
     if len(data) != needed:
         got = f"is too long and has at least {len(data)}" if len(data) > needed else f"is cut short and has {len(data)}"
-        raise ValueError(
-            f"{must} an array with {needed} bytes of data, for shape {shape} and dtype {dtype.name}, but {where} {got}"
+        raise ArgumentError(
+            must[0],
+            f"{must[1]} an array with {needed} bytes of data, for shape {shape} and dtype {dtype.name}, but {where} "
+            f"{got}",
         )
     numbers = torch.from_numpy(np.frombuffer(data, dtype).astype(_TORCH_TYPES[dtype.name], copy=False))
     if not fortran:
@@ -404,7 +429,7 @@ def _numbers(
     return numbers.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
 
 
-def _npy_header(must: str, where: object, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...], bool]:
+def _npy_header(must: tuple[str, str], where: object, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...], bool]:
     """The dtype and the shape that an array says it has, and whether its first index runs fastest."""
     magic = stream.read(8)
     length = stream.read(2 if magic[6:7] == b"\1" else 4)
@@ -420,17 +445,20 @@ def _npy_header(must: str, where: object, stream: BinaryIO) -> tuple[np.dtype, t
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(header)
     except Exception as error:  # a damaged header makes NumPy raise almost anything
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{must} an array as NumPy saves it, but {where} is cut short or corrupt: {reason}") from error
+        raise ArgumentError(
+            must[0], f"{must[1]} an array as NumPy saves it, but {where} is cut short or corrupt: {reason}"
+        ) from error
     return dtype, shape, fortran
 
 
-def _from_npy(must: str, where: object, stream: BinaryIO, mapped: bool = False) -> Tensor:
+def _from_npy(must: tuple[str, str], where: object, stream: BinaryIO, mapped: bool = False) -> Tensor:
     dtype, shape, fortran = _npy_header(must, where, stream)
     if dtype.name not in _TORCH_TYPES:
         pickled = ": a pickle, which may run code when loaded" * dtype.hasobject
-        raise ValueError(
-            f"{must} an array with a dtype among {', '.join(_TORCH_TYPES)}, but {where} has shape {shape} and dtype "
-            f"{dtype}{pickled}"
+        raise ArgumentError(
+            must[0],
+            f"{must[1]} an array with a dtype among {', '.join(_TORCH_TYPES)}, but {where} has shape {shape} and dtype "
+            f"{dtype}{pickled}",
         )
     if mapped and dtype.isnative and dtype.name == _TORCH_TYPES[dtype.name] and min(shape, default=0) > 0:
         start = stream.tell()
@@ -441,24 +469,27 @@ def _from_npy(must: str, where: object, stream: BinaryIO, mapped: bool = False) 
 
 
 def _from_npz(file: Path, stream: BinaryIO, name: str | None) -> Tensor:
-    with _whole("path must be", file), zipfile.ZipFile(stream) as archive:
+    with _whole(("path", "must be"), file), zipfile.ZipFile(stream) as archive:
         names = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
         if not names:
-            raise ValueError(f"path must be an .npz file with an array, but {file} holds {_few(archive.namelist())}")
+            raise ArgumentError(
+                "path", f"must be an .npz file with an array, but {file} holds {_few(archive.namelist())}"
+            )
         if name is None and len(names) == 1:
             name = names[0]
         if name not in names:
-            raise ValueError(
-                f"name must be that of an array in {file}, but it is {name!r}; there are "
-                f"{_few(_described(file, archive, name) for name in names)}"
+            raise ArgumentError(
+                "name",
+                f"must be that of an array in {file}, but it is {name!r}; there are "
+                f"{_few(_described(file, archive, name) for name in names)}",
             )
         with archive.open(f"{name}.npy") as member:
-            return _from_npy("path must hold", f"{name!r} in {file}", member)
+            return _from_npy(("path", "must hold"), f"{name!r} in {file}", member)
 
 
 def _described(file: Path, archive: zipfile.ZipFile, name: str) -> str:
     with archive.open(f"{name}.npy") as member:
-        dtype, shape, _ = _npy_header("path must hold", f"{name!r} in {file}", member)
+        dtype, shape, _ = _npy_header(("path", "must hold"), f"{name!r} in {file}", member)
     return f"{name!r} {shape} {dtype}"
 
 
@@ -470,16 +501,18 @@ def _folder_numbers(folder: Path, files: list[Path]) -> Tensor:
     """The number, of each picture, of the sub-folder of ``folder`` that it lies in."""
     loose = [file for file in files if file.parent == folder]
     if loose:
-        raise ValueError(
-            f"folder must hold pictures in sub-folders alone, for kind='labels', but {len(loose)} of {len(files)} lie "
-            f"directly in it, the first {loose[0]}"
+        raise ArgumentError(
+            "folder",
+            f"must hold pictures in sub-folders alone, for kind='labels', but {len(loose)} of {len(files)} lie "
+            f"directly in it, the first {loose[0]}",
         )
     names = [file.relative_to(folder).parts[0] for file in files]
     empty = sorted(set(_folders(folder)) - set(names))
     if empty:
-        raise ValueError(
-            f"folder must hold sub-folders with a picture each, for kind='labels', but in {folder} there is none in "
-            f"{_few(empty)}"
+        raise ArgumentError(
+            "folder",
+            f"must hold sub-folders with a picture each, for kind='labels', but in {folder} there is none in "
+            f"{_few(empty)}",
         )
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     return torch.tensor([numbers[name] for name in names])
@@ -489,22 +522,26 @@ def _of_picture(pillow: Any, file: Path, read: Callable[[Any], tuple | Tensor | 
     """What ``read`` finds in a picture; where it gives a text, that is what keeps the picture from being read."""
     if not file.is_file():
         got = "is neither a file nor a folder" if file.exists() else "is a link to what does not exist"
-        raise ValueError(f"folder must hold pictures, but {file} {got}")
+        raise ArgumentError("folder", f"must hold pictures, but {file} {got}")
     try:
         with pillow.open(file, formats=sorted(set(_PICTURES.values()))) as image:
             found = read(image)
     except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
-        raise ValueError(f"folder must hold pictures of a size to be read, but {file} is too large: {error}") from error
+        raise ArgumentError(
+            "folder", f"must hold pictures of a size to be read, but {file} is too large: {error}"
+        ) from error
     except pillow.UnidentifiedImageError:
         with file.open("rb") as stream:
             first = stream.read(8)
         found = f"is none: it begins with the bytes {first.hex(' ')}" if first else "is empty"
     except Exception as error:  # a damaged picture makes Pillow raise almost anything
         reason = str(error) or type(error).__name__
-        raise ValueError(f"folder must hold whole pictures, but {file} is cut short or corrupt: {reason}") from error
+        raise ArgumentError(
+            "folder", f"must hold whole pictures, but {file} is cut short or corrupt: {reason}"
+        ) from error
     if isinstance(found, str):
-        raise ValueError(
-            f"folder must hold still and opaque pictures, grey or RGB, of up to 8 bits a channel, but {file} {found}"
+        raise ArgumentError(
+            "folder", f"must hold still and opaque pictures, grey or RGB, of up to 8 bits a channel, but {file} {found}"
         )
     return found
 

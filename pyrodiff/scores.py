@@ -45,7 +45,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .base import checks
+from .base import arguments, checks
+from .base.arguments import ArgumentError
 from .base.precision import coefficients, precisely
 from .process.noise_levels import initial_noise, langevin_step_size, noise_ratio
 
@@ -88,9 +89,10 @@ def explicit(score: Callable[[Tensor], Tensor], x: Tensor, true_score: Tensor | 
         _check(true_score, x, "true_score")
         true_score = _scored(true_score, x, "true_score")
     elif true_score.shape != x.shape:
-        raise ValueError(
-            f"true_score must have the shape of x, {tuple(x.shape)}, or be a function of x, but it is "
-            f"{checks.described(true_score)}"
+        raise ArgumentError(
+            "true_score",
+            f"must have the shape of x, {tuple(x.shape)}, or be a function of x, but it is "
+            f"{arguments.described(true_score)}",
         )
     s = _scored(score, x)
     with precisely():
@@ -168,7 +170,7 @@ def sliced(
         ([0.0], [0.0])
     """
     _check(score, x)
-    num_projections = checks.positive_int("num_projections", num_projections)
+    num_projections = arguments.positive_int("num_projections", num_projections)
     kept = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         x = _variable(x)
@@ -247,9 +249,10 @@ def denoising(
     if noise is None:
         noise = torch.randn_like(x)
     elif not isinstance(noise, Tensor) or noise.shape != x.shape:
-        raise ValueError(
-            f"noise must be a tensor of the shape of x, {tuple(x.shape)}, or None, to be drawn, but it is "
-            f"{checks.described(noise)}"
+        raise ArgumentError(
+            "noise",
+            f"must be a tensor of the shape of x, {tuple(x.shape)}, or None, to be drawn, but it is "
+            f"{arguments.described(noise)}",
         )
     s, clean = _scored(score, x + sigma * noise), _scored(score, x) if control_variate else None
     with precisely():
@@ -282,7 +285,9 @@ def minus_gradient(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         [[-1.0, -3.0]]
     """
     if not callable(energy):
-        raise ValueError(f"energy must be a function of x, as a network is, but it is {checks.described(energy)}")
+        raise ArgumentError(
+            "energy", f"must be a function of x, as a network is, but it is {arguments.described(energy)}"
+        )
 
     def score(x: Tensor, *rest: object) -> Tensor:
         _check(energy, x, "energy")
@@ -302,9 +307,10 @@ def _check(function: object, x: object, name: str = "score") -> None:
     """Refuse data that are no floats, and, unless it is None, what is no function of them."""
     checks.data(x)
     if function is not None and not callable(function):
-        raise ValueError(
-            f"{name} must be a function of x, as a network or minus_gradient(energy) is, but it is "
-            f"{checks.described(function)}"
+        raise ArgumentError(
+            name,
+            f"must be a function of x, as a network or minus_gradient(energy) is, but it is "
+            f"{arguments.described(function)}",
         )
 
 
@@ -350,25 +356,28 @@ def _refuse_a_cut_graph(function: Callable[[Tensor], Tensor], x: Tensor, value: 
     """Refuse what changes with x but has no gradient there, which would count as constant."""
     with torch.no_grad():
         if not torch.equal(value, function(x + 0.1).to(value.dtype)):
-            raise ValueError(
-                f"{name} must be differentiable in x, but what it returns changes with x and has no gradient there, as "
-                f"under torch.no_grad() or after detach(): compute it from x itself"
+            raise ArgumentError(
+                name,
+                "must be differentiable in x, but what it returns changes with x and has no gradient there, as "
+                "under torch.no_grad() or after detach(): compute it from x itself",
             )
 
 
 def _noise_scale(sigma: float | Tensor, x: Tensor) -> Tensor:
     """The standard deviations of the noise, broadcastable against the data."""
     if not isinstance(sigma, Tensor):
-        return x.new_tensor(checks.number("sigma", sigma, 0, math.inf))
+        return x.new_tensor(arguments.number("sigma", sigma, 0, math.inf))
     if not sigma.is_floating_point() or sigma.shape not in (torch.Size(), x.shape[:1]):
-        raise ValueError(
-            f"sigma must be a positive number or a tensor of floats with shape {tuple(x.shape[:1])}, one for each "
-            f"datum, but it is {checks.described(sigma)}"
+        raise ArgumentError(
+            "sigma",
+            f"must be a positive number or a tensor of floats with shape {tuple(x.shape[:1])}, one for each "
+            f"datum, but it is {arguments.described(sigma)}",
         )
     if checks.validating() and not checks.holds((sigma > 0) & sigma.isfinite()):
-        raise ValueError(
-            f"sigma must be positive and finite, but it has values in {float(sigma.min())}..{float(sigma.max())}: "
-            f"of a schedule, take the noise of t = 1..T"
+        raise ArgumentError(
+            "sigma",
+            f"must be positive and finite, but it has values in {float(sigma.min())}..{float(sigma.max())}: "
+            f"of a schedule, take the noise of t = 1..T",
         )
     (sigma,) = coefficients(sigma[None], x)
     return sigma

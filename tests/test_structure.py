@@ -107,7 +107,9 @@ INSIDE = {  # what modules share, and the package does not offer
 }
 OFFERED_WHOLE = {"checkpoints", "datasets", "plots", "readers", "scores"}  # as modules, as ``networks`` is
 MODULES = sorted(
-    ".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py") if path.stem != "__init__"
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
+    if path.stem not in ("__init__", "api")  # which only say what is offered
 )
 every_module = pytest.mark.parametrize("module", MODULES)
 
@@ -242,7 +244,7 @@ def state():
 pyro.enable_validation(True)
 torch.distributions.Distribution.set_default_validate_args(False)  # another value than Pyro's: setting both shows
 before = state()
-import pyrodiff
+from pyrodiff import *
 after = state()
 print(json.dumps([name for name in before if before[name] != after[name]]))
 """
@@ -254,6 +256,21 @@ def test_importing_the_package_changes_nothing_global():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def test_torch_comes_with_the_first_name_that_is_asked_for():
+    code = """
+import sys
+import pyrodiff
+before = "torch" in sys.modules
+assert "SVI" in dir(pyrodiff)
+try:
+    pyrodiff.nothing
+except AttributeError as error:
+    print(before, "torch" in sys.modules, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=FOLDER.parent)
+    assert done.stdout.strip() == "False True module 'pyrodiff' has no attribute 'nothing'", done.stderr
 
 
 @every_module

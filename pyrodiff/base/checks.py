@@ -8,13 +8,14 @@ programs, is checked while Pyro's own validation is on (``pyro.enable_validation
 import inspect
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral, Real
 
 import numpy as np
 import torch
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
+from . import arguments
+from .arguments import ArgumentError
 from .precision import default_home, home
 
 __all__: list[str] = []
@@ -25,69 +26,20 @@ def validating() -> bool:
     return is_validation_enabled()
 
 
-def is_int(value: object) -> bool:
-    """Whether this is a whole number, Python's or NumPy's, and no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether this is a real number, Python's or NumPy's, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def positive_int(name: str, value: object, *, even: bool = False) -> int:
-    """An int of at least 1, even if so asked."""
-    if not is_int(value) or value < 1 or (even and value % 2):
-        raise ValueError(f"{name} must be an int of at least 1{', even' * even}, but it is {described(value)}")
-    return int(value)
-
-
-def levels(value: object, name: str = "levels") -> int:
-    """A number of levels, an int of at least 2."""
-    if not is_int(value) or value < 2:
-        raise ValueError(f"{name} must be an int of at least 2, but it is {described(value)}")
-    return int(value)
-
-
-def number(name: str, value: object, low: float, high: float) -> float:
-    """A number strictly between two others."""
-    if not (is_number(value) and low < value < high):
-        raise ValueError(f"{name} must be a number in ({low}, {high}), but it is {described(value)}")
-    return float(value)
-
-
-def probability(name: str, value: object) -> float:
-    """A number in [0, 1)."""
-    if not (is_number(value) and 0 <= value < 1):
-        raise ValueError(f"{name} must be a number in [0, 1), but it is {described(value)}")
-    return float(value)
-
-
 def numbers(name: str, value: object) -> Tensor:
     """Numbers that are fixed, as a copy in float64, on the device that they are on."""
     if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(
-            f"{name} must be fixed numbers, but they require a gradient, and nothing here would learn them: give "
-            f"{name}.detach(), or write a module of your own with parameters"
+        raise ArgumentError(
+            name,
+            f"must be fixed numbers, but they require a gradient, and nothing here would learn them: give "
+            f"{name}.detach(), or write a module of your own with parameters",
         )
     try:
         if isinstance(value, Tensor):
             return value.detach().to(home(value.device)).to(torch.float64, copy=True)
         return torch.tensor(value, dtype=torch.float64, device=default_home())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be numbers, but it is {described(value)}") from error
-
-
-def one_of(name: str, value: object, values: Sequence) -> None:
-    """One of a few values."""
-    if not any(value is one or (isinstance(value, str) and value == one) for one in values):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, but it is {described(value)}")
-
-
-def text(name: str, value: object, *, empty: bool = False) -> None:
-    """A string, not empty unless it may be."""
-    if not isinstance(value, str) or not (value or empty):
-        raise ValueError(f"{name} must be a string{', not empty' * (not empty)}, but it is {described(value)}")
+        raise ArgumentError(name, f"must be numbers, but it is {arguments.described(value)}") from error
 
 
 def event_shape(value: Sequence[int]) -> torch.Size:
@@ -97,7 +49,9 @@ def event_shape(value: Sequence[int]) -> torch.Size:
     except TypeError:
         shape = None
     if shape is None or any(size < 1 for size in shape):
-        raise ValueError(f"event_shape must be a sequence of ints of at least 1, but it is {described(value)}")
+        raise ArgumentError(
+            "event_shape", f"must be a sequence of ints of at least 1, but it is {arguments.described(value)}"
+        )
     return shape
 
 
@@ -107,30 +61,20 @@ def increasing(name: str, value: Iterable[int], high: int) -> tuple[int, ...]:
         found = tuple(value.tolist() if isinstance(value, Tensor) else value)
     except TypeError:
         found = ()
-    if not (found and all(map(is_int, found)) and all(a < b for a, b in pairwise((0, *found, high + 1)))):
-        raise ValueError(f"{name} must be increasing ints in 1..{high}, at least one, but they are {value!r}")
+    if not (found and all(map(arguments.is_int, found)) and all(a < b for a, b in pairwise((0, *found, high + 1)))):
+        raise ArgumentError(name, f"must be increasing ints in 1..{high}, at least one, but they are {value!r}")
     return tuple(int(one) for one in found)
-
-
-def described(value: object) -> str:
-    """What an argument is, in one line."""
-    if isinstance(value, Tensor):
-        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
-    if isinstance(value, nn.Module) or (hasattr(value, "__array__") and not is_number(value)):
-        return f"a {type(value).__name__}"
-    text = repr(value)
-    return text if len(text) <= 300 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor, or_else: str = "") -> None:
     """A tensor of a shape, as what a network, say, returns for a state; else an error, with another way out."""
     if isinstance(value, Tensor) and value.shape == shape:
         return
-    got = repr(value) if is_number(value) or value is None else f"a {type(value).__name__}"
+    got = repr(value) if arguments.is_number(value) or value is None else f"a {type(value).__name__}"
     got = tuple(value.shape) if isinstance(value, Tensor) else got
-    raise ValueError(
-        f"{name} must return a tensor of shape {tuple(shape)} for input of shape {tuple(x_t.shape)}{or_else}, but it "
-        f"is {got}"
+    raise ArgumentError(
+        name,
+        f"must return a tensor of shape {tuple(shape)} for input of shape {tuple(x_t.shape)}{or_else}, but it is {got}",
     )
 
 
@@ -138,24 +82,29 @@ def instance(name: str, value: object, kind: type) -> None:
     """An instance of a class."""
     if not isinstance(value, kind):
         home = "pyrodiff" if kind.__module__.startswith("pyrodiff.") else kind.__module__
-        raise ValueError(f"{name} must be a {home}.{kind.__name__}, but it is {described(value)}")
+        raise ArgumentError(name, f"must be a {home}.{kind.__name__}, but it is {arguments.described(value)}")
 
 
 def context(values: Sequence, size: int, device: torch.device, keyword: str = "") -> None:
     """Tensors on a device, each with a first dimension of the size of the data, or of 1."""
     for i, value in enumerate(values):
         if not isinstance(value, Tensor):
-            hint = f": options are given by keyword, {keyword}={value!r} say" if keyword and is_number(value) else ""
+            hint = (
+                f": options are given by keyword, {keyword}={value!r} say"
+                if keyword and arguments.is_number(value)
+                else ""
+            )
             hint = ": give torch.from_numpy of it" if isinstance(value, np.ndarray) else hint
-            raise ValueError(f"context must be tensors, but context[{i}] is {described(value)}{hint}")
+            raise ArgumentError("context", f"must be tensors, but context[{i}] is {arguments.described(value)}{hint}")
         if value.dim() == 0 or value.shape[0] not in (1, size):
-            raise ValueError(
-                f"context must have a first dimension of {size}, as many as there are data, or of 1, but the shape of "
-                f"context[{i}] is {tuple(value.shape)}"
+            raise ArgumentError(
+                "context",
+                f"must have a first dimension of {size}, as many as there are data, or of 1, but the shape of "
+                f"context[{i}] is {tuple(value.shape)}",
             )
         if value.device != device:
-            raise ValueError(
-                f"context must be on the device of the data, {device}, but context[{i}] is on {value.device}"
+            raise ArgumentError(
+                "context", f"must be on the device of the data, {device}, but context[{i}] is on {value.device}"
             )
 
 
@@ -171,10 +120,11 @@ def takes_context(name: str, module: nn.Module, context: Sequence[Tensor], **opt
         signature.bind("x_t", "t", *context, **options)
     except TypeError as error:
         if options and _binds(signature, context):
-            raise ValueError(
-                f"{name} must return what a learned variance is made of, when it is called with variance=True, but it "
+            raise ArgumentError(
+                name,
+                f"must return what a learned variance is made of, when it is called with variance=True, but it "
                 f"is a {type(module).__name__}, called as {signature}: put DataPrediction(network, forward), say, "
-                f"around a network of two outputs"
+                f"around a network of two outputs",
             ) from error
         given = f"{len(context)} tensor{'s' * (len(context) != 1)} of context"
         way = (
@@ -183,9 +133,10 @@ def takes_context(name: str, module: nn.Module, context: Sequence[Tensor], **opt
             if context
             else "give its context after the data: svi.step(x_0, y), bound(diffusion, x_0, y), sampler(num_samples, y)"
         )
-        raise ValueError(
-            f"{name} must take what it is called with, a state, a time and {given}, but it is a "
-            f"{type(module).__name__}, called as {signature}: {way}"
+        raise ArgumentError(
+            name,
+            f"must take what it is called with, a state, a time and {given}, but it is a "
+            f"{type(module).__name__}, called as {signature}: {way}",
         ) from error
 
 
@@ -200,18 +151,20 @@ def _binds(signature: inspect.Signature, context: Sequence[Tensor]) -> bool:
 def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:
     """A module made for this forward process, where it says for which."""
     if getattr(module, "forward_process", forward) is not forward:
-        raise ValueError(
-            f"{name} must be made for the same forward process, the very object {type(forward).__name__}, but it is a "
-            f"{type(module).__name__} made for another"
+        raise ArgumentError(
+            name,
+            f"must be made for the same forward process, the very object {type(forward).__name__}, but it is a "
+            f"{type(module).__name__} made for another",
         )
 
 
 def data(x: object) -> None:
     """Data: floats of full precision, one datum for each index of the first dimension."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-        raise ValueError(
-            f"x must be a tensor of floats, one datum for each index of its first dimension, but it is "
-            f"{described(x)}: give x.float(), or pyrodiff.dequantize(k, levels) of levels"
+        raise ArgumentError(
+            "x",
+            f"must be a tensor of floats, one datum for each index of its first dimension, but it is "
+            f"{arguments.described(x)}: give x.float(), or pyrodiff.dequantize(k, levels) of levels",
         )
     full_precision("x", x.dtype)
 
@@ -219,10 +172,11 @@ def data(x: object) -> None:
 def full_precision(name: str, dtype: torch.dtype) -> None:
     """A dtype that bounds can be computed in: half precision is the networks' alone, under autocast."""
     if torch.finfo(dtype).bits < 32:
-        raise ValueError(
-            f"{name} must be float32 or float64, but the dtype is {dtype}: keep weights and data in float32 "
+        raise ArgumentError(
+            name,
+            f"must be float32 or float64, but the dtype is {dtype}: keep weights and data in float32 "
             f"(diffusion.float(), x_0.float()), and let networks compute in half precision by autocast, "
-            f"SVI(..., autocast=torch.bfloat16) for training"
+            f"SVI(..., autocast=torch.bfloat16) for training",
         )
 
 
@@ -237,15 +191,17 @@ def time(name: str, t: object, high: int, low: int = 0) -> None:
         if not validating():
             return
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise ValueError(
-                f"{name} must be an int or an integer tensor in {low}..{high}, but it is a tensor of dtype {t.dtype}"
+            raise ArgumentError(
+                name, f"must be an int or an integer tensor in {low}..{high}, but it is a tensor of dtype {t.dtype}"
             )
         if not holds((t >= low) & (t <= high)):
-            raise ValueError(f"{name} must lie in {low}..{high}, but it has values in {t.min()}..{t.max()}")
-    elif not is_int(t):
-        raise ValueError(f"{name} must be an int or an integer tensor in {low}..{high}, but it is {described(t)}")
+            raise ArgumentError(name, f"must lie in {low}..{high}, but it has values in {t.min()}..{t.max()}")
+    elif not arguments.is_int(t):
+        raise ArgumentError(
+            name, f"must be an int or an integer tensor in {low}..{high}, but it is {arguments.described(t)}"
+        )
     elif not low <= t <= high:
-        raise ValueError(f"{name} must lie in {low}..{high}, but it is {t}")
+        raise ArgumentError(name, f"must lie in {low}..{high}, but it is {t}")
 
 
 def step(x: object, t: object, s: object, num_steps: int, first: int = 0) -> None:
@@ -260,9 +216,10 @@ def step(x: object, t: object, s: object, num_steps: int, first: int = 0) -> Non
     time("s", s, num_steps - 1)
     for name, one in (("t", t), ("s", s)):
         if isinstance(one, Tensor) and one.shape not in (torch.Size(), x.shape[: one.dim()]):
-            raise ValueError(
-                f"{name} must be an int or have the batch shape {tuple(x.shape[: max(one.dim(), 1)])} of the state of "
-                f"shape {tuple(x.shape)}, but its shape is {tuple(one.shape)}"
+            raise ArgumentError(
+                name,
+                f"must be an int or have the batch shape {tuple(x.shape[: max(one.dim(), 1)])} of the state of "
+                f"shape {tuple(x.shape)}, but its shape is {tuple(one.shape)}",
             )
     ordered = (s >= first) & (s < t)
     if not (holds(ordered) if isinstance(ordered, Tensor) else ordered):

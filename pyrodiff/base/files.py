@@ -8,6 +8,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from .arguments import ArgumentError
+
 __all__ = ["path_of", "plainly", "printable", "write"]
 
 
@@ -60,7 +62,7 @@ def path_of(value: str | os.PathLike[str]) -> Path:
         ValueError: If it is none.
     """
     if not isinstance(value, str | os.PathLike) or not Path(value).name:
-        raise ValueError(f"path must be the path of a file, a str or os.PathLike, but it is {value!r}")
+        raise ArgumentError("path", f"must be the path of a file, a str or os.PathLike, but it is {value!r}")
     return Path(value)
 
 

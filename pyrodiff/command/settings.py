@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ..base import checks
+from ..base import arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,7 +39,7 @@ def _seed(name: str, value: object) -> None:
 
 
 def _positive(name: str, value: object) -> None:
-    checks.number(name, value, 0, math.inf)
+    arguments.number(name, value, 0, math.inf)
 
 
 def _from_zero(name: str, value: object) -> None:
@@ -48,22 +48,22 @@ def _from_zero(name: str, value: object) -> None:
 
 
 def _finite(name: str, value: object) -> None:
-    checks.number(name, value, -math.inf, math.inf)
+    arguments.number(name, value, -math.inf, math.inf)
 
 
 def _fraction(name: str, value: object) -> None:
-    checks.number(name, value, 0, 0.5)
+    arguments.number(name, value, 0, 0.5)
 
 
 def _levels(name: str, value: object) -> None:
-    checks.levels(value, name)
+    arguments.levels(value, name)
 
 
 def _positives(name: str, value: object) -> None:
     if not isinstance(value, tuple) or not value:
         raise ValueError(f"{name} must be ints, at least one, but it is {value!r}")
     for one in value:
-        checks.positive_int(name, one)
+        arguments.positive_int(name, one)
 
 
 def _naturals(name: str, value: object) -> None:
@@ -73,7 +73,7 @@ def _naturals(name: str, value: object) -> None:
 
 def _among(*values: str) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
-        checks.one_of(name, value, values)
+        arguments.one_of(name, value, values)
 
     check.choices = values
     return check
@@ -120,7 +120,7 @@ class Settings:
         (True, 5)
         >>> Settings(data="digits", batch_size=0)
         Traceback (most recent call last):
-        ValueError: --batch-size must be an int of at least 1, but it is 0
+        pyrodiff.ArgumentError: --batch-size must be an int of at least 1, but it is 0
     """
 
     data: str | None = _data(
@@ -147,7 +147,7 @@ class Settings:
         "the part held out for validation, and again for testing, where data have no splits", _fraction, 0.1
     )
 
-    num_steps: int | None = _model("T, the number of diffusion steps", checks.positive_int)
+    num_steps: int | None = _model("T, the number of diffusion steps", arguments.positive_int)
     schedule: str | None = _model("the noise schedule", _among("log-snr", "linear", "cosine", "reciprocal"))
     log_snr_first: float | None = _model("the log SNR at t = 1, of the schedule log-snr", _finite)
     log_snr_last: float | None = _model("the log SNR at t = T, of the schedule log-snr", _finite)
@@ -160,17 +160,19 @@ class Settings:
     channels: tuple[int, ...] | None = _model("the U-Net's channels at each size, as 32,64", _positives)
     attention: tuple[int, ...] | None = _model("the heights at which the U-Net attends, as 16,8; 0 for none", _naturals)
     hidden: int | None = _model("hidden units: of the MLP, or at the U-Net's smallest size (0 for none)", _natural)
-    blocks: int | None = _model("residual blocks, of the U-Net at each size", checks.positive_int)
-    dropout: float | None = _model("the probability that a hidden unit is dropped in training", checks.probability)
+    blocks: int | None = _model("residual blocks, of the U-Net at each size", arguments.positive_int)
+    dropout: float | None = _model("the probability that a hidden unit is dropped in training", arguments.probability)
 
-    steps: int | None = _training("how many gradient steps to train", checks.positive_int, changeable=True)
-    batch_size: int | None = _training("data a gradient step", checks.positive_int)
-    accumulate: int = _training("batches a step of the optimizer", checks.positive_int, 1)
+    steps: int | None = _training("how many gradient steps to train", arguments.positive_int, changeable=True)
+    batch_size: int | None = _training("data a gradient step", arguments.positive_int)
+    accumulate: int = _training("batches a step of the optimizer", arguments.positive_int, 1)
     lr: float | None = _training("AdamW's learning rate, which falls to 0 as a cosine", _positive)
     warmup: int = _training("steps over which the learning rate rises first", _natural, 0)
     weight_decay: float | None = _training("AdamW's weight decay", _from_zero)
     clip_norm: float = _training("the norm that the gradient a datum is clipped to", _positive, 10.0)
-    average: float | None = _training("the decay of the moving average of the weights; 0 for none", checks.probability)
+    average: float | None = _training(
+        "the decay of the moving average of the weights; 0 for none", arguments.probability
+    )
     drawing: str | None = _training("how t is drawn", _among("low-discrepancy", "uniform", "loss-second-moment"))
     weighting: str = _training("what a step weighs: bound, or simple as in DDPM", _among("bound", "simple"), "bound")
     autocast: str = _training("the precision that networks compute in", _among("none", "bfloat16", "float16"), "none")
@@ -178,19 +180,19 @@ class Settings:
     seed: int = _training("the seed of all random numbers", _seed, 0)
     device: str = _training("auto, cpu, cuda, cuda:1, ...", default="auto", changeable=True)
     threads: int | None = _training(
-        "how many threads to compute with (all cores)", checks.positive_int, changeable=True
+        "how many threads to compute with (all cores)", arguments.positive_int, changeable=True
     )
 
-    evaluate_every: int | None = _watching("steps between evaluations on held-out data", checks.positive_int)
-    evaluate_on: int = _watching("how many held-out data to evaluate on", checks.positive_int, 512, changeable=False)
+    evaluate_every: int | None = _watching("steps between evaluations on held-out data", arguments.positive_int)
+    evaluate_on: int = _watching("how many held-out data to evaluate on", arguments.positive_int, 512, changeable=False)
     evaluate_times: int = _watching(
-        "how many of the T terms to evaluate a datum, at random", checks.positive_int, 50, changeable=False
+        "how many of the T terms to evaluate a datum, at random", arguments.positive_int, 50, changeable=False
     )
-    checkpoint_every: int | None = _watching("steps between checkpoints", checks.positive_int)
-    keep: int = _watching("how many of the last checkpoints to keep, beside the best", checks.positive_int, 2)
-    log_every: int = _watching("steps between lines of metrics", checks.positive_int, 50)
-    samples: int | None = _watching("how many samples to draw at each evaluation", checks.positive_int)
-    final_times: int | None = _watching("how many of the T terms the last bound has (all)", checks.positive_int)
+    checkpoint_every: int | None = _watching("steps between checkpoints", arguments.positive_int)
+    keep: int = _watching("how many of the last checkpoints to keep, beside the best", arguments.positive_int, 2)
+    log_every: int = _watching("steps between lines of metrics", arguments.positive_int, 50)
+    samples: int | None = _watching("how many samples to draw at each evaluation", arguments.positive_int)
+    final_times: int | None = _watching("how many of the T terms the last bound has (all)", arguments.positive_int)
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):

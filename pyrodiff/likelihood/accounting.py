@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import float64
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
@@ -126,16 +127,19 @@ def variance_account(
     """
     checks.instance("diffusion", diffusion, Diffusion)
     checks.instance("x_0", x_0, Tensor)
-    num_particles = checks.positive_int("num_particles", num_particles)
-    batch_size, num_pairs = checks.positive_int("batch_size", batch_size), checks.positive_int("num_pairs", num_pairs)
+    num_particles = arguments.positive_int("num_particles", num_particles)
+    batch_size, num_pairs = (
+        arguments.positive_int("batch_size", batch_size),
+        arguments.positive_int("num_pairs", num_pairs),
+    )
     for name, value in (("num_particles", num_particles), ("num_pairs", num_pairs)):
         if value < 2:
-            raise ValueError(f"{name} must be at least 2, but it is {value}")
+            raise ArgumentError(name, f"must be at least 2, but it is {value}")
     if not any(parameter.requires_grad for parameter in diffusion.model.parameters()):
-        raise ValueError("diffusion must have a parameter that requires a gradient, but it has none")
+        raise ArgumentError("diffusion", "must have a parameter that requires a gradient, but it has none")
     named = isinstance(drawings, dict) and all(isinstance(drawing, Drawing) for drawing in drawings.values())
     if drawings is not None and not (drawings and named):
-        raise ValueError(f"drawings must be drawings by name, at least one, but they are {drawings!r}")
+        raise ArgumentError("drawings", f"must be drawings by name, at least one, but they are {drawings!r}")
     evaluated = evaluating(diffusion, generator, guide=guide, given=(x_0, *context))
     with evaluated, progress_bar(progress, "variance account") as bar:
         (data,) = batches(diffusion, x_0, context, "num_particles")

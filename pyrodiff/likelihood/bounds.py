@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
 
-from ..base import checks, ranks
+from ..base import arguments, checks, ranks
+from ..base.arguments import ArgumentError
 from ..base.precision import costs_dtype, home, precisely
 from ..base.randomness import seed_draws, seed_of
 from ..model.reverse import GaussianReverse
@@ -98,7 +99,7 @@ class Bound(Likelihood):
             ValueError: If the entropy of the prior is not known.
         """
         if self.prior_entropy is None:
-            raise ValueError("prior must have an entropy in closed form for L_null, but it has none")
+            raise ArgumentError("prior", "must have an entropy in closed form for L_null, but it has none")
         return -self.prior_entropy / math.log(2)
 
     @property
@@ -173,13 +174,13 @@ def bound(
         (torch.Size([99, 50]), torch.Size([50]))
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    num_particles = checks.positive_int("num_particles", num_particles)
+    num_particles = arguments.positive_int("num_particles", num_particles)
     T = diffusion.num_steps
     if num_times is not None:
-        num_times = checks.positive_int("num_times", num_times)
+        num_times = arguments.positive_int("num_times", num_times)
         if num_times >= T:
-            raise ValueError(f"num_times must be at most T - 1 = {T - 1}, but it is {num_times}")
-    checks.one_of("sharded", sharded, (False, True))
+            raise ArgumentError("num_times", f"must be at most T - 1 = {T - 1}, but it is {num_times}")
+    arguments.one_of("sharded", sharded, (False, True))
     num_times = T - 1 if num_times is None else num_times
     rank, count = (ranks.number(), ranks.count()) if sharded else (0, 1)
     evaluated = evaluating(diffusion, generator, sharded, guide, guided(x_0, context))
@@ -421,9 +422,9 @@ class ImportanceBound(Likelihood):
         Raises:
             ValueError: If k is not an int in 1..K.
         """
-        num_particles = checks.positive_int("num_particles", num_particles)
+        num_particles = arguments.positive_int("num_particles", num_particles)
         if num_particles > self.num_particles:
-            raise ValueError(f"num_particles must be at most K = {self.num_particles}, but it is {num_particles}")
+            raise ArgumentError("num_particles", f"must be at most K = {self.num_particles}, but it is {num_particles}")
         groups = self.num_particles // num_particles
         weights = self.log_weights[: groups * num_particles].unflatten(0, (groups, num_particles))
         return (math.log(num_particles) - weights.logsumexp(1)).mean(0)
@@ -487,7 +488,7 @@ def importance_bound(
     checks.instance("diffusion", diffusion, Diffusion)
     if num_particles is None and context and not isinstance(context[-1], Tensor):  # a number in the place of a context
         checks.context(context[-1:], 1, diffusion.model.device, "num_particles")
-    K, T = checks.positive_int("num_particles", num_particles), diffusion.num_steps
+    K, T = arguments.positive_int("num_particles", num_particles), diffusion.num_steps
     evaluated = evaluating(diffusion, generator, guide=guide, given=guided(x_0, context))
     with evaluated as (seed, global_kl), progress_bar(progress, "importance bound") as bar:
         weights, first, start = [], None, 0

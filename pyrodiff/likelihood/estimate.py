@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import checks
+from ..base import arguments
+from ..base.arguments import ArgumentError
 from ..base.files import write
 
 __all__ = ["Likelihood"]
@@ -129,9 +130,11 @@ class Likelihood(ABC):
             A note on the evaluation of generative models (Theis et al., 2016), section 3.1,
             https://arxiv.org/abs/1511.01844
         """
-        width = checks.number("width", width, 0, math.inf)
+        width = arguments.number("width", width, 0, math.inf)
         if self.levels is not None:
-            raise ValueError(f"levels must be None, as of a density, but p is already a probability of {self.levels}")
+            raise ArgumentError(
+                "levels", f"must be None, as of a density, but p is already a probability of {self.levels}"
+            )
         return self.bits_per_dim - math.log2(width)
 
     def rescaled(self: Self, log_scale: float) -> Self:
@@ -145,9 +148,9 @@ class Likelihood(ABC):
         Raises:
             ValueError: If it is no finite number, or p is a probability, of levels, which has no unit.
         """
-        checks.number("log_scale", log_scale, -math.inf, math.inf)
+        arguments.number("log_scale", log_scale, -math.inf, math.inf)
         if self.levels is not None:
-            raise ValueError(f"levels must be None, as of a density, but p is a probability of {self.levels}")
+            raise ArgumentError("levels", f"must be None, as of a density, but p is a probability of {self.levels}")
         return dataclasses.replace(self, **self._raised(log_scale))
 
     @abstractmethod
@@ -212,7 +215,9 @@ class Likelihood(ABC):
                 values[name] = found[0]
             for value in found:
                 if value != found[0]:
-                    raise ValueError(f"estimates must be of one model to add up, but {name} is {found[0]} and {value}")
+                    raise ArgumentError(
+                        "estimates", f"must be of one model to add up, but {name} is {found[0]} and {value}"
+                    )
         return cls(**values)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -261,5 +266,7 @@ class Likelihood(ABC):
                 str(it)  # its numbers fit together
                 return it
         except Exception as error:  # a damaged file may raise anything
-            raise ValueError(f"path must be a whole file that {cls.__name__}.save wrote, but {path} is not") from error
-        raise ValueError(f"path must be a file that {cls.__name__}.save wrote, but {path} holds a {kind}")
+            raise ArgumentError(
+                "path", f"must be a whole file that {cls.__name__}.save wrote, but {path} is not"
+            ) from error
+        raise ArgumentError("path", f"must be a file that {cls.__name__}.save wrote, but {path} holds a {kind}")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..base import checks
+from ..base import arguments
+from ..base.arguments import ArgumentError
 from ..model.decoders import GaussianDecoder
 from ..pair.diffusion import Diffusion
 from ..pair.flow import Flow, check_flow, refuse_a_cut_graph
@@ -150,14 +151,16 @@ def ode_log_prob(
         torch.Size([5, 2])
     """
     tolerance, max_steps = check_flow(diffusion, tolerance, max_steps)
-    if num_probes is not None and not (checks.is_int(num_probes) and num_probes >= 0):
-        raise ValueError(f"num_probes must be an int of at least 0, or None, but it is {num_probes!r}")
-    checks.one_of("differentiable", differentiable, (False, True))
+    if num_probes is not None and not (arguments.is_int(num_probes) and num_probes >= 0):
+        raise ArgumentError("num_probes", f"must be an int of at least 0, or None, but it is {num_probes!r}")
+    arguments.one_of("differentiable", differentiable, (False, True))
     is_bound, D = not runs(diffusion.model.decoder, GaussianDecoder), diffusion.event_shape.numel()
     if num_particles is not None:
-        num_particles = checks.positive_int("num_particles", num_particles)
+        num_particles = arguments.positive_int("num_particles", num_particles)
         if not is_bound:
-            raise ValueError(f"num_particles must be None where no decoder follows the flow, but it is {num_particles}")
+            raise ArgumentError(
+                "num_particles", f"must be None where no decoder follows the flow, but it is {num_particles}"
+            )
     if num_probes is None:
         num_probes = 0 if D <= _EXACT_UP_TO else 10
     graph = torch.enable_grad() if differentiable else torch.no_grad()

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import precisely
 from ..base.randomness import seed_draws, seed_of
 from ..pair.diffusion import Diffusion, OneStep
@@ -194,8 +195,8 @@ def pair_bound(
         >>> {name: tuple(cost.shape) for name, cost in bound.terms.items()}, bound.convention
         ({'z': (50,), 'x': (50,)}, 'p is a density, per unit of the data as given')
     """
-    num_particles, pair = checks.positive_int("num_particles", num_particles), _Pair(model, guide, plate)
-    batches = _batches(x_0, context, checks.positive_int("batch_size", batch_size))
+    num_particles, pair = arguments.positive_int("num_particles", num_particles), _Pair(model, guide, plate)
+    batches = _batches(x_0, context, arguments.positive_int("batch_size", batch_size))
     costs, shared, runs = [], {}, 0
     with pair.evaluated(), seeded(generator, _CPU) as seed, progress_bar(progress, "bound") as bar:
         for number, data in enumerate(batches):
@@ -272,8 +273,8 @@ def pair_importance_bound(
         (torch.Size([100, 50]), True)
     """
     _refuse_options(context)
-    K, pair, weights = checks.positive_int("num_particles", num_particles), _Pair(model, guide, plate), []
-    batches = _batches(x_0, context, checks.positive_int("batch_size", batch_size))
+    K, pair, weights = arguments.positive_int("num_particles", num_particles), _Pair(model, guide, plate), []
+    batches = _batches(x_0, context, arguments.positive_int("batch_size", batch_size))
     with pair.evaluated(), seeded(generator, _CPU) as seed, progress_bar(progress, "importance bound") as bar:
         for number, data in enumerate(batches):
             with _run(seed_of(seed, 0, number), data[0].device, validated=True), warnings.catch_warnings():
@@ -327,8 +328,8 @@ class _Pair:
         for name, program in (("model", model), ("guide", guide)):
             if isinstance(program, Diffusion | OneStep) or not callable(program):
                 hint = f", its {name}: give .{name} of it" * isinstance(program, Diffusion | OneStep)
-                raise ValueError(f"{name} must be a program{hint}, but it is {checks.described(program)}")
-        checks.text("plate", plate)
+                raise ArgumentError(name, f"must be a program{hint}, but it is {arguments.described(program)}")
+        arguments.text("plate", plate)
         self.model, self.guide, self.plate, self.elbo = _Heard(model), _Heard(guide), plate, DiffusionELBO()
         self.kinds: dict[str, str] = {}
         self._levels: dict[str, set] = {}
@@ -386,9 +387,10 @@ class _Pair:
                 )
         for name, site in {**self.guide.sites(), **self.model.sites()}.items():
             if site["mask"] is not False and not bool((torch.as_tensor(site["scale"]) == 1).all()):
-                raise ValueError(
-                    f"scale must be 1 at every site for an importance-weighted bound, but at {name!r} it is another: "
-                    f"inside of the logarithm it makes no sense"
+                raise ArgumentError(
+                    "scale",
+                    f"must be 1 at every site for an importance-weighted bound, but at {name!r} it is another: "
+                    f"inside of the logarithm it makes no sense",
                 )
 
     def log_weights(self, data: tuple[Tensor, ...]) -> Tensor:
@@ -423,8 +425,8 @@ class _Pair:
         frame = frames.get(self.plate)
         if frame is None:
             found = f"their plates are {', '.join(map(repr, frames))}" if frames else "there is none"
-            raise ValueError(
-                f"plate must be the name of the programs' plate of the data, but it is {self.plate!r}, and {found}"
+            raise ArgumentError(
+                "plate", f"must be the name of the programs' plate of the data, but it is {self.plate!r}, and {found}"
             )
         if not frame.vectorized:
             raise ValueError(f"plate {self.plate!r} must be a context, with pyro.plate(...), but it is a loop")
@@ -447,14 +449,17 @@ class _Pair:
             if not isinstance(innermost(law), Unit):  # a factor is no law of data
                 self._levels.setdefault(name, set()).update(_levels_of(name, law))
         if not self._levels:
-            raise ValueError(f"model must observe the data in plate {self.plate!r}, but no observed site stands in it")
+            raise ArgumentError(
+                "model", f"must observe the data in plate {self.plate!r}, but no observed site stands in it"
+            )
         found = {name: {levels is None for levels in levels} for name, levels in self._levels.items()}
         if len(set.union(*found.values())) > 1:
             dense = ", ".join(repr(name) for name, is_density in found.items() if True in is_density)
-            raise ValueError(
-                f"model must give all that it observes a density, or all a probability, but there is a density at "
+            raise ArgumentError(
+                "model",
+                f"must give all that it observes a density, or all a probability, but there is a density at "
                 f"{dense} and none at {', '.join(repr(name) for name in found if False in found[name])}: their product "
-                f"is neither; give one of them as context instead"
+                f"is neither; give one of them as context instead",
             )
 
 
@@ -492,7 +497,7 @@ def _batches(x_0: Tensor | Iterable, context: tuple, size: int) -> Iterator[tupl
             yield tuple(values[:size] for values in waiting)
             waiting = tuple(values[size:] for values in waiting)
     if waiting is None:
-        raise ValueError(f"x_0 must have at least one batch, but this {type(x_0).__name__} is empty")
+        raise ArgumentError("x_0", f"must have at least one batch, but this {type(x_0).__name__} is empty")
     if len(waiting[0]) > 0:
         yield waiting
 
@@ -504,12 +509,12 @@ def _given(x_0: Tensor | Iterable, context: tuple) -> Iterator[tuple[Tensor, ...
         return
     if context:
         _refuse_options(context)
-        raise ValueError("context must come from the loader, which yields (x_0, y), but it is given beside one")
+        raise ArgumentError("context", "must come from the loader, which yields (x_0, y), but it is given beside one")
     for number, batch in enumerate(x_0):
         try:
             yield _checked(*((batch[0], batch[1:]) if isinstance(batch, tuple | list) and batch else (batch, ())))
         except ValueError as error:
-            raise ValueError(f"{error} (in batch {number} of the loader)") from None
+            raise arguments.amended(error, f"(in batch {number} of the loader)") from None
 
 
 def _refuse_options(context: tuple) -> None:
@@ -520,9 +525,11 @@ def _refuse_options(context: tuple) -> None:
 def _checked(x_0: object, context: tuple) -> tuple[Tensor, ...]:
     hint = ": give torch.from_numpy(x_0)" * hasattr(x_0, "__array__")
     if not isinstance(x_0, Tensor):
-        raise ValueError(f"x_0 must be a tensor, or a loader of such, but it is {checks.described(x_0)}{hint}")
+        raise ArgumentError("x_0", f"must be a tensor, or a loader of such, but it is {arguments.described(x_0)}{hint}")
     if x_0.dim() == 0 or len(x_0) == 0:
-        raise ValueError(f"x_0 must have shape (B, *event_shape) with B >= 1, but its shape is {tuple(x_0.shape)}")
+        raise ArgumentError(
+            "x_0", f"must have shape (B, *event_shape) with B >= 1, but its shape is {tuple(x_0.shape)}"
+        )
     checks.context(context, len(x_0), x_0.device, "num_particles")
     return (x_0, *(values.expand(len(x_0), *values.shape[1:]) for values in context))
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import float64, home, precisely
 from ..base.randomness import seed_draws, seed_of
 from ..model.reverse import BinomialReverse, GaussianReverse
@@ -101,7 +102,7 @@ def analytic_variance(
         >>> bool(bounded(variance) < bounded(pyrodiff.PosteriorVariance()))
         True
     """
-    denoiser, num_particles = _denoiser(diffusion), checks.positive_int("num_particles", num_particles)
+    denoiser, num_particles = _denoiser(diffusion), arguments.positive_int("num_particles", num_particles)
     T, device = diffusion.num_steps, diffusion.forward_process.schedule.device
     sums, start, first = torch.zeros(2, T, dtype=torch.float64, device=device), 0, None
     evaluated = evaluating(diffusion, generator, guide=guide, given=guided(x_0, context))
@@ -129,23 +130,25 @@ def _denoiser(diffusion: Diffusion) -> nn.Module:
     checks.instance("diffusion", diffusion, Diffusion)
     process, reverse = diffusion.forward_process, diffusion.reverse
     if not isinstance(process, GaussianForward):
-        raise ValueError(
-            f"diffusion must be of a GaussianForward, since the variance is a Gaussian kernel's, but its forward "
-            f"process is a {type(process).__name__}"
+        raise ArgumentError(
+            "diffusion",
+            f"must be of a GaussianForward, since the variance is a Gaussian kernel's, but its forward "
+            f"process is a {type(process).__name__}",
         )
     denoiser = getattr(reverse, "denoiser", None)
     if not isinstance(denoiser, nn.Module):
-        raise ValueError(
-            f"diffusion must have a reverse process with a denoiser, whose error is to be measured, but its "
+        raise ArgumentError(
+            "diffusion",
+            f"must have a reverse process with a denoiser, whose error is to be measured, but its "
             f"{type(reverse).__name__} has none: give it as an attribute denoiser, a module called as denoiser(x_t, t, "
-            f"*context) that returns the data, or use GaussianReverse"
+            f"*context) that returns the data, or use GaussianReverse",
         )
     return denoiser
 
 
 def _refuse_one(number: int) -> None:
     if number < 2:
-        raise ValueError(f"x_0 must be at least 2 data, whose mean error the variance is, but there is {number}")
+        raise ArgumentError("x_0", f"must be at least 2 data, whose mean error the variance is, but there is {number}")
 
 
 def _warn_of_few_data(diffusion: Diffusion, mean: Tensor, error: Tensor, number: int) -> None:
@@ -230,10 +233,12 @@ def best_subchain(
     checks.instance("diffusion", diffusion, Diffusion)
     if num_steps is None and not all(isinstance(value, Tensor) for value in context):  # a number in its place
         checks.context(context, 1, diffusion.model.device, "num_steps")
-    times, num_particles = _candidates(diffusion, candidates), checks.positive_int("num_particles", num_particles)
-    num_steps = checks.positive_int("num_steps", num_steps)
+    times, num_particles = _candidates(diffusion, candidates), arguments.positive_int("num_particles", num_particles)
+    num_steps = arguments.positive_int("num_steps", num_steps)
     if num_steps > len(times):
-        raise ValueError(f"num_steps must be at most {len(times)}, the number of candidates, but it is {num_steps}")
+        raise ArgumentError(
+            "num_steps", f"must be at most {len(times)}, the number of candidates, but it is {num_steps}"
+        )
     costs, start, first = _Costs(diffusion, times, num_steps == 1), 0, None
     evaluated = evaluating(diffusion, generator, guide=guide, given=guided(x_0, context))
     with evaluated as (seed, _), progress_bar(progress, "best subchain") as bar:
@@ -250,12 +255,14 @@ def best_subchain(
 def _candidates(diffusion: Diffusion, candidates: int | Sequence[int]) -> tuple[int, ...]:
     """The times, refused where no chain of them can be."""
     T = diffusion.num_steps
-    if checks.is_int(candidates):
-        times = evenly_spaced(min(checks.positive_int("candidates", candidates), T), T)
+    if arguments.is_int(candidates):
+        times = evenly_spaced(min(arguments.positive_int("candidates", candidates), T), T)
     else:
         times = checks.increasing("candidates", candidates, T)
     if diffusion.model.prior is not None and times[-1] != T:
-        raise ValueError(f"candidates must end at T = {T}, the time of the given prior, but they are {candidates!r}")
+        raise ArgumentError(
+            "candidates", f"must end at T = {T}, the time of the given prior, but they are {candidates!r}"
+        )
     diffusion.subchain(times)  # which refuses what cannot be cut
     return times
 
@@ -388,9 +395,10 @@ class _Costs:
             before.append(earlier)
         cost, i = (cost + self.last).min(0)
         if not checks.holds(cost.isfinite()):
-            raise ValueError(
-                f"diffusion must have a chain of {num_steps} steps with a finite bound, but among these candidates the "
-                f"least is {float(cost)}"
+            raise ArgumentError(
+                "diffusion",
+                f"must have a chain of {num_steps} steps with a finite bound, but among these candidates the "
+                f"least is {float(cost)}",
             )
         path = [int(i)]
         for earlier in reversed(before):

@@ -15,7 +15,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import float64
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
@@ -110,11 +111,11 @@ def verify(
         True
     """
     checks.instance("x_0", x_0, Tensor)
-    num_repeats = checks.positive_int("num_repeats", num_repeats)
-    num_particles = checks.positive_int("num_particles", num_particles)
+    num_repeats = arguments.positive_int("num_repeats", num_repeats)
+    num_particles = arguments.positive_int("num_particles", num_particles)
     for name, value, least in (("num_repeats", num_repeats, 10), ("num_particles", num_particles, 2)):
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, but it is {value}")
+            raise ArgumentError(name, f"must be at least {least}, but it is {value}")
     evaluated = evaluating(diffusion, generator, guide=guide, given=(x_0, *context))
     with _differentiable(), evaluated, pyro.validation_enabled(True):
         (data,) = batches(diffusion, x_0, context, "num_repeats")

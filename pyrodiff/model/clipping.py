@@ -22,7 +22,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import Float64Module
 from ..process.forward import GaussianForward, event_dim
 
@@ -37,9 +38,10 @@ class _Around(Float64Module, ABC):
         checks.instance("denoiser", denoiser, nn.Module)
         process = getattr(denoiser, "forward_process", None)
         if process is not None and not isinstance(process, GaussianForward):
-            raise ValueError(
-                f"denoiser must be made for a GaussianForward for {type(self).__name__}, but it is a "
-                f"{type(denoiser).__name__} made for {process!r}"
+            raise ArgumentError(
+                "denoiser",
+                f"must be made for a GaussianForward for {type(self).__name__}, but it is a "
+                f"{type(denoiser).__name__} made for {process!r}",
             )
         self.denoiser = denoiser
 
@@ -133,7 +135,7 @@ class Clipped(_Around):
         super().__init__(denoiser)
         low, high = checks.numbers("low", low), checks.numbers("high", high)
         if not _broadcast(low.shape, high.shape) or not checks.holds(low < high):
-            raise ValueError(f"low must be below high, but low is {low.tolist()} and high is {high.tolist()}")
+            raise ArgumentError("low", f"must be below high, but low is {low.tolist()} and high is {high.tolist()}")
         self.register_buffer("low", low)
         self.register_buffer("high", high)
 
@@ -141,9 +143,9 @@ class Clipped(_Around):
         shape = x_0.shape[x_0.dim() - event :]
         for name, limit in (("low", self.low), ("high", self.high)):
             if not _broadcast(limit.shape, shape) or torch.broadcast_shapes(limit.shape, shape) != shape:
-                raise ValueError(
-                    f"{name} must broadcast against one datum of shape {tuple(shape)}, but its shape is "
-                    f"{tuple(limit.shape)}"
+                raise ArgumentError(
+                    name,
+                    f"must broadcast against one datum of shape {tuple(shape)}, but its shape is {tuple(limit.shape)}",
                 )
         low, high = (limit.to(x_0.dtype).to(x_0.device) for limit in (self.low, self.high))
         return torch.clamp(x_0, low, high)
@@ -194,10 +196,10 @@ class Thresholded(_Around):
 
     def __init__(self, denoiser: nn.Module, quantile: float = 0.995, most: float = math.inf) -> None:
         super().__init__(denoiser)
-        if not (checks.is_number(quantile) and 0 < quantile <= 1):
-            raise ValueError(f"quantile must be a number in (0, 1], but it is {checks.described(quantile)}")
-        if not (checks.is_number(most) and most >= 1):
-            raise ValueError(f"most must be a number of at least 1, but it is {checks.described(most)}")
+        if not (arguments.is_number(quantile) and 0 < quantile <= 1):
+            raise ArgumentError("quantile", f"must be a number in (0, 1], but it is {arguments.described(quantile)}")
+        if not (arguments.is_number(most) and most >= 1):
+            raise ArgumentError("most", f"must be a number of at least 1, but it is {arguments.described(most)}")
         self.quantile, self.most = float(quantile), float(most)
 
     def _within(self, x_0: Tensor, event: int) -> Tensor:

@@ -13,7 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import float64
 from ..process.forward import Forward, GaussianForward, with_parts
 from ..process.quantization import DiscretizedNormal, LevelCategorical, Levels
@@ -49,9 +50,10 @@ class Decoder(nn.Module, ABC):
             ValueError: If so.
         """
         if self.levels is not None and isinstance(x_0, Tensor) and not x_0.is_floating_point():
-            raise ValueError(
-                f"x_0 must have a floating dtype, the levels on [-1, 1] that "
-                f"pyrodiff.dequantize(k, levels={self.levels}) gives, but its dtype is {x_0.dtype}"
+            raise ArgumentError(
+                "x_0",
+                f"must have a floating dtype, the levels on [-1, 1] that "
+                f"pyrodiff.dequantize(k, levels={self.levels}) gives, but its dtype is {x_0.dtype}",
             )
 
     def check(self, x_0: Tensor) -> None:
@@ -66,11 +68,12 @@ class Decoder(nn.Module, ABC):
         if not checks.holds(valid):
             whole = bool(((x_0 == x_0.round()) & (x_0 >= 0) & (x_0 < self.levels)).all()) and float(x_0.max()) > 1
             hint = f": they look like such k, so give pyrodiff.dequantize(x_0, levels={self.levels})" if whole else ""
-            raise ValueError(
-                f"x_0 must be one of {self.levels} levels on [-1, 1] everywhere, the values that "
+            raise ArgumentError(
+                "x_0",
+                f"must be one of {self.levels} levels on [-1, 1] everywhere, the values that "
                 f"pyrodiff.dequantize(k, levels={self.levels}) gives for k in 0..{self.levels - 1}, but "
                 f"{int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0].item():.6g}; "
-                f"they lie in [{x_0.min().item():.6g}, {x_0.max().item():.6g}]{hint}"
+                f"they lie in [{x_0.min().item():.6g}, {x_0.max().item():.6g}]{hint}",
             )
 
     def subchain(self, forward: Forward) -> "Decoder":
@@ -149,12 +152,12 @@ class DiscretizedDecoder(Decoder):
 
     def __init__(self, levels: int) -> None:
         super().__init__()
-        self.levels = checks.levels(levels)
+        self.levels = arguments.levels(levels)
 
     def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
         base = kernel.base_dist if isinstance(kernel, torch.distributions.Independent) else kernel
         if not isinstance(base, torch.distributions.Normal):
-            raise ValueError(f"kernel must be Gaussian for DiscretizedDecoder, but it is {kernel!r}")
+            raise ArgumentError("kernel", f"must be Gaussian for DiscretizedDecoder, but it is {kernel!r}")
         return DiscretizedNormal(base.loc, base.scale, self.levels).to_event(len(kernel.event_shape))
 
     def extra_repr(self) -> str:
@@ -190,7 +193,7 @@ class SoftmaxDecoder(Decoder):
     def __init__(self, forward: GaussianForward, levels: int) -> None:
         super().__init__()
         checks.instance("forward", forward, GaussianForward)
-        self.forward_process, self.levels = forward, checks.levels(levels)
+        self.forward_process, self.levels = forward, arguments.levels(levels)
 
     def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
         signal, noise = self.forward_process.schedule.scales(1)

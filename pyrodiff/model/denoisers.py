@@ -26,7 +26,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import precisely
 from ..process.forward import Forward, GaussianForward
 from ..process.quantization import Levels
@@ -91,7 +92,9 @@ class Denoiser(nn.Module, ABC):
 
     def _check_forward(self, forward: Forward) -> None:
         if not isinstance(forward, GaussianForward):
-            raise ValueError(f"forward must be a GaussianForward for {type(self).__name__}, but it is {forward!r}")
+            raise ArgumentError(
+                "forward", f"must be a GaussianForward for {type(self).__name__}, but it is {forward!r}"
+            )
 
 
 class Retimed(nn.Module):
@@ -151,10 +154,11 @@ class _Prediction(Denoiser):
         if not variance:
             return x_0
         if v is None:
-            raise ValueError(
-                f"network must return two numbers for each of x_t's where the variance is learned, with shape "
+            raise ArgumentError(
+                "network",
+                f"must return two numbers for each of x_t's where the variance is learned, with shape "
                 f"{(*x_t.shape, 2)}, but its output has shape {tuple(x_t.shape)}: give networks.UNet or networks.MLP "
-                f"outputs=2, or take a variance that is not learned"
+                f"outputs=2, or take a variance that is not learned",
             )
         return x_0, v
 
@@ -191,9 +195,10 @@ class _DividesBySignal(_Prediction):
     def _check_forward(self, forward: Forward) -> None:
         super()._check_forward(forward)
         if not checks.holds(forward.schedule.signal(forward.num_steps) != 0):
-            raise ValueError(
-                f"forward must leave some signal at t = T for {type(self).__name__}, which divides by it, but its "
-                f"schedule {forward.schedule!r} leaves none; use DataPrediction or VelocityPrediction"
+            raise ArgumentError(
+                "forward",
+                f"must leave some signal at t = T for {type(self).__name__}, which divides by it, but its "
+                f"schedule {forward.schedule!r} leaves none; use DataPrediction or VelocityPrediction",
             )
 
 
@@ -267,7 +272,7 @@ class LogitPrediction(Denoiser):
 
     def _check_forward(self, forward: Forward) -> None:
         if not isinstance(forward, Forward) or forward.support is not constraints.boolean:
-            raise ValueError(f"forward must be a process of bits for LogitPrediction, but it is {forward!r}")
+            raise ArgumentError("forward", f"must be a process of bits for LogitPrediction, but it is {forward!r}")
 
 
 class LevelPrediction(Denoiser):
@@ -304,7 +309,7 @@ class LevelPrediction(Denoiser):
 
     def __init__(self, network: nn.Module, forward: GaussianForward, levels: int) -> None:
         super().__init__(network, forward)
-        self.levels = checks.levels(levels)
+        self.levels = arguments.levels(levels)
 
     def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         probs = self.log_probs(x_t, t, *context).exp()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import coefficients
 from ..process.forward import BinomialForward, Bits, GaussianForward, event_dim, with_parts
 from .denoisers import LogitPrediction, Retimed
@@ -87,9 +88,10 @@ class GaussianReverse(nn.Module):
         checks.takes_context("denoiser", denoiser, context, **learned)
         estimate = denoiser(x_t, t, *context, **learned)
         if learned and not (isinstance(estimate, tuple) and len(estimate) == 2):
-            raise ValueError(
-                f"denoiser must return a pair when it is called with variance=True, the data and what the variance is "
-                f"made of, but it is {checks.described(estimate)}"
+            raise ArgumentError(
+                "denoiser",
+                f"must return a pair when it is called with variance=True, the data and what the variance is "
+                f"made of, but it is {arguments.described(estimate)}",
             )
         estimate, *v = estimate if learned else (estimate,)
         checks.returned("denoiser", estimate, x_t.shape, x_t)
@@ -127,9 +129,10 @@ def _check_variance(variance: Tensor, t: int | Tensor) -> None:
     if checks.validating() and not (
         isinstance(variance, Tensor) and (variance.shape == shape or variance.numel() == 1)
     ):
-        raise ValueError(
-            f"variance must return a tensor of the shape {tuple(shape)} of t, but it is {checks.described(variance)}; "
-            f"derive from LearnedVariance for one for each number of a state"
+        raise ArgumentError(
+            "variance",
+            f"must return a tensor of the shape {tuple(shape)} of t, but it is {arguments.described(variance)}; "
+            f"derive from LearnedVariance for one for each number of a state",
         )
 
 

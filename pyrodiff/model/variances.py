@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..base import checks
+from ..base.arguments import ArgumentError
 from ..base.precision import Float64Module, coefficients
 from ..process.forward import GaussianForward
 from ..process.schedules import Schedule, SubSchedule
@@ -149,7 +150,9 @@ class FixedVariance(Variance):
         super().__init__()
         variances = checks.numbers("variances", variances)
         if variances.dim() != 1 or len(variances) == 0 or not checks.holds((variances > 0) & variances.isfinite()):
-            raise ValueError(f"variances must be a sequence of positive numbers, but they are {variances.tolist()}")
+            raise ArgumentError(
+                "variances", f"must be a sequence of positive numbers, but they are {variances.tolist()}"
+            )
         self.register_buffer("variances", variances)
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
@@ -162,7 +165,9 @@ class FixedVariance(Variance):
                 return self.variances[int(t) - 1]
             return self.variances.index_select(0, t.to(self.variances.device).reshape(-1) - 1).reshape(t.shape)
         if not isinstance(schedule, SubSchedule):
-            raise ValueError(f"variances must be T = {schedule.num_steps} numbers, but there are {len(self.variances)}")
+            raise ArgumentError(
+                "variances", f"must be T = {schedule.num_steps} numbers, but there are {len(self.variances)}"
+            )
         whole, time = schedule.schedule, schedule.times_at(t)
         variance = self._of_step(whole, time)
         (_, weight, deviation), (_, weight_short, deviation_short) = whole.posterior(time), schedule.posterior(t)
@@ -211,14 +216,17 @@ class AnalyticVariance(Variance):
         super().__init__()
         errors, least = checks.numbers("errors", errors), checks.numbers("least", least)
         if least.dim() or not checks.holds((least >= 0) & least.isfinite()):
-            raise ValueError(f"least must be a number of at least 0, but it is {least.tolist()}")
+            raise ArgumentError("least", f"must be a number of at least 0, but it is {least.tolist()}")
         if errors.dim() != 1 or len(errors) == 0 or not checks.holds((errors >= 0) & errors.isfinite()):
-            raise ValueError(f"errors must be a sequence of numbers of at least 0, but they are {errors.tolist()}")
+            raise ArgumentError(
+                "errors", f"must be a sequence of numbers of at least 0, but they are {errors.tolist()}"
+            )
         if not checks.holds(errors + least.to(errors.device) > 0):
             t = int((errors == 0).nonzero()[0]) + 1
-            raise ValueError(
-                f"errors must be positive where no least variance is given, but that at t = {t} is 0: a step to the "
-                f"data would have no density; give least, or data that the denoiser does not know by heart"
+            raise ArgumentError(
+                "errors",
+                f"must be positive where no least variance is given, but that at t = {t} is 0: a step to the "
+                f"data would have no density; give least, or data that the denoiser does not know by heart",
             )
         self.register_buffer("errors", errors)
         self.register_buffer("least", least)
@@ -229,7 +237,7 @@ class AnalyticVariance(Variance):
         while schedule.num_steps != T and isinstance(schedule, SubSchedule):
             schedule, time = schedule.schedule, schedule.times_at(time)
         if schedule.num_steps != T:
-            raise ValueError(f"errors must be T = {schedule.num_steps} numbers, but there are {T}")
+            raise ArgumentError("errors", f"must be T = {schedule.num_steps} numbers, but there are {T}")
         time = torch.as_tensor(time, device=self.errors.device)
         error = self.errors.index_select(0, time.reshape(-1) - 1).reshape(time.shape)
         _, weight, deviation = process.schedule.posterior(t)

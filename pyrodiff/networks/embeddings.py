@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 
 __all__ = ["ContextEmbedding", "LogSNREmbedding", "TimeEmbedding"]
 
@@ -34,7 +35,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.features = features = checks.positive_int("features", features, even=True)
+        self.features = features = arguments.positive_int("features", features, even=True)
         self.layers = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -82,12 +83,13 @@ class LogSNREmbedding(nn.Module):
     def __init__(self, schedule: nn.Module, features: int) -> None:
         super().__init__()
         if not (isinstance(schedule, nn.Module) and hasattr(schedule, "log_snr") and hasattr(schedule, "num_steps")):
-            raise ValueError(f"schedule must be a pyrodiff.Schedule, but it is {checks.described(schedule)}")
+            raise ArgumentError("schedule", f"must be a pyrodiff.Schedule, but it is {arguments.described(schedule)}")
         ends = torch.stack([schedule.log_snr(t) for t in (1, schedule.num_steps)])
         if not checks.holds(ends.isfinite()):
-            raise ValueError(
-                f"schedule must have a finite log signal-to-noise ratio at t = 1 and T, but of {schedule!r} they are "
-                f"{ends.tolist()}"
+            raise ArgumentError(
+                "schedule",
+                f"must have a finite log signal-to-noise ratio at t = 1 and T, but of {schedule!r} they are "
+                f"{ends.tolist()}",
             )
         self.schedule, self.embedding, self.features = schedule, TimeEmbedding(features), features
 
@@ -95,7 +97,9 @@ class LogSNREmbedding(nn.Module):
         """The features of times ``t`` of any shape (*), with shape (*, features)."""
         log_snr = self.schedule.log_snr(t)
         if checks.validating() and not checks.holds(log_snr.isfinite()):
-            raise ValueError(f"t must lie in 1..{self.schedule.num_steps}, but it has values in {t.min()}..{t.max()}")
+            raise ArgumentError(
+                "t", f"must lie in 1..{self.schedule.num_steps}, but it has values in {t.min()}..{t.max()}"
+            )
         return self.embedding(50 * log_snr)
 
 
@@ -133,9 +137,9 @@ class ContextEmbedding(nn.Module):
 
     def __init__(self, features: int, classes: int | None = None, vector: int | None = None) -> None:
         super().__init__()
-        features = checks.positive_int("features", features)
-        self.classes = None if classes is None else checks.positive_int("classes", classes)
-        self.vector = None if vector is None else checks.positive_int("vector", vector)
+        features = arguments.positive_int("features", features)
+        self.classes = None if classes is None else arguments.positive_int("classes", classes)
+        self.vector = None if vector is None else arguments.positive_int("vector", vector)
         self.names = [name for name, number in (("y", classes), ("vector", vector)) if number is not None]
         self.embedding = None if classes is None else nn.Embedding(self.classes + 1, features)
         self.linear = None if vector is None else nn.Linear(self.vector, features, bias=False)
@@ -153,10 +157,11 @@ class ContextEmbedding(nn.Module):
         """
         context = context if y is None else (y, *context)
         if len(context) > len(self.names) or (y is not None and self.embedding is None):
-            raise ValueError(
-                f"context must be {' and '.join(self.names) or 'left out'}, as in {self._call()}, but it is "
-                f"{' and '.join(map(checks.described, context))}: give classes= (for labels) or vector= to the "
-                f"network, or drop what it is not to know; its loader must yield x_0 alone, (x_0 for x_0, y in loader)"
+            raise ArgumentError(
+                "context",
+                f"must be {' and '.join(self.names) or 'left out'}, as in {self._call()}, but it is "
+                f"{' and '.join(map(arguments.described, context))}: give classes= (for labels) or vector= to the "
+                f"network, or drop what it is not to know; its loader must yield x_0 alone, (x_0 for x_0, y in loader)",
             )
         given, features = dict(zip(self.names, context, strict=False)), []
         if self.embedding is not None:
@@ -171,27 +176,30 @@ class ContextEmbedding(nn.Module):
     def _check_label(self, y: object, batch_shape: tuple[int, ...]) -> None:
         where = f"in 0..{self.classes - 1}, or -1 for no label"
         many = isinstance(y, Tensor)
-        if (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) if many else not checks.is_int(y):
-            raise ValueError(f"y must be an int or an integer tensor, {where}, but it is {checks.described(y)}")
+        if (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) if many else not arguments.is_int(y):
+            raise ArgumentError(
+                "y", f"must be an int or an integer tensor, {where}, but it is {arguments.described(y)}"
+            )
         if many and not _fits(y.shape, batch_shape):
-            raise ValueError(
-                f"y must be an int, or broadcast to the batch shape {batch_shape}, but its shape is {tuple(y.shape)}"
+            raise ArgumentError(
+                "y", f"must be an int, or broadcast to the batch shape {batch_shape}, but its shape is {tuple(y.shape)}"
             )
         if many and not checks.validating():
             return
         inside = (y.long() >= -1) & (y.long() < self.classes) if many else -1 <= y < self.classes
         if not (checks.holds(inside) if many else inside):
-            raise ValueError(
-                f"y must be {where}, but it {f'has values in {y.min()}..{y.max()}' if many else f'is {y}'}"
+            raise ArgumentError(
+                "y", f"must be {where}, but it {f'has values in {y.min()}..{y.max()}' if many else f'is {y}'}"
             )
 
     def _check_vector(self, vector: object, batch_shape: tuple[int, ...]) -> None:
         shape = (*batch_shape, self.vector)
         many = isinstance(vector, Tensor) and vector.shape[-1:] == shape[-1:]
         if not (many and _fits(vector.shape[:-1], batch_shape)):
-            raise ValueError(
-                f"vector must be given, as in {self._call()}, with shape {shape}, or one that broadcasts to it over "
-                f"the batch, but it is {checks.described(vector)}"
+            raise ArgumentError(
+                "vector",
+                f"must be given, as in {self._call()}, with shape {shape}, or one that broadcasts to it over "
+                f"the batch, but it is {arguments.described(vector)}",
             )
 
     def _call(self) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from .embeddings import ContextEmbedding, TimeEmbedding
 
 __all__ = ["MLP"]
@@ -68,12 +69,15 @@ class MLP(nn.Module):
         vector: int | None = None,
     ) -> None:
         super().__init__()
-        hidden = checks.positive_int("hidden", hidden, even=True)
-        num_blocks, dropout = checks.positive_int("num_blocks", num_blocks), checks.probability("dropout", dropout)
-        if not (checks.is_number(frequency) and 0 <= frequency < math.inf):
-            raise ValueError(f"frequency must be a number of at least 0, but it is {frequency!r}")
+        hidden = arguments.positive_int("hidden", hidden, even=True)
+        num_blocks, dropout = (
+            arguments.positive_int("num_blocks", num_blocks),
+            arguments.probability("dropout", dropout),
+        )
+        if not (arguments.is_number(frequency) and 0 <= frequency < math.inf):
+            raise ArgumentError("frequency", f"must be a number of at least 0, but it is {frequency!r}")
         self.event_shape, self.frequency = checks.event_shape(event_shape), float(frequency)
-        self.outputs = None if outputs is None else checks.positive_int("outputs", outputs)
+        self.outputs = None if outputs is None else arguments.positive_int("outputs", outputs)
         size = self.event_shape.numel()
         self.embedding = nn.Sequential(TimeEmbedding(hidden), nn.SiLU())
         self.inlet = nn.Linear(size, hidden)
@@ -95,9 +99,10 @@ class MLP(nn.Module):
         """
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
         if x_t.shape[len(batch_shape) :] != self.event_shape:
-            raise ValueError(
-                f"x_t must have shape (B, {', '.join(map(str, self.event_shape))}), the MLP's event_shape, but its "
-                f"shape is {tuple(x_t.shape)}"
+            raise ArgumentError(
+                "x_t",
+                f"must have shape (B, {', '.join(map(str, self.event_shape))}), the MLP's event_shape, but its "
+                f"shape is {tuple(x_t.shape)}",
             )
         told, (time, activation) = self.labels(batch_shape, *context, y=y), self.embedding
         embedding = activation(time(torch.as_tensor(t, device=x_t.device)) + told)

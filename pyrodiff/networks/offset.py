@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 
 __all__ = ["Offset"]
 
@@ -35,7 +36,7 @@ class Offset(nn.Module):
         checks.instance("network", network, nn.Module)
         checks.instance("offset", offset, Tensor)
         if not offset.is_floating_point() or not checks.holds(offset.isfinite()):
-            raise ValueError(f"offset must be finite floats, but it is {checks.described(offset)}")
+            raise ArgumentError("offset", f"must be finite floats, but it is {arguments.described(offset)}")
         self.network, self.offset = network, nn.Parameter(offset.detach().clone())
 
     def forward(self, x_t: Tensor, t: int | Tensor, *context: int | Tensor | None) -> Tensor:
@@ -44,7 +45,8 @@ class Offset(nn.Module):
         try:
             return output + self.offset.expand(output.shape)
         except RuntimeError:
-            raise ValueError(
-                f"offset must broadcast to the output, of shape {tuple(output.shape)}, but its shape is "
-                f"{tuple(self.offset.shape)}"
+            raise ArgumentError(
+                "offset",
+                f"must broadcast to the output, of shape {tuple(output.shape)}, but its shape is "
+                f"{tuple(self.offset.shape)}",
             ) from None

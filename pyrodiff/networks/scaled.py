@@ -4,7 +4,8 @@ import inspect
 
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import coefficients, precisely
 
 __all__ = ["DividedByNoise"]
@@ -48,7 +49,7 @@ class DividedByNoise(nn.Module):
         super().__init__()
         checks.instance("network", network, nn.Module)
         if not (isinstance(schedule, nn.Module) and hasattr(schedule, "noise") and hasattr(schedule, "num_steps")):
-            raise ValueError(f"schedule must be a pyrodiff.Schedule, but it is {checks.described(schedule)}")
+            raise ArgumentError("schedule", f"must be a pyrodiff.Schedule, but it is {arguments.described(schedule)}")
         self.network, self.schedule = network, schedule
 
     def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
@@ -71,8 +72,9 @@ class DividedByNoise(nn.Module):
         try:
             signature.bind(x_t, *context)
         except TypeError as error:
-            raise ValueError(
-                f"network must take x_t and {len(context)} tensor{'s' * (len(context) != 1)} of context, and no time, "
+            raise ArgumentError(
+                "network",
+                f"must take x_t and {len(context)} tensor{'s' * (len(context) != 1)} of context, and no time, "
                 f"but it is a {type(self.network).__name__}, called as {signature}: put a module of yours around it, "
-                f"which calls it with the same time always, network(x_t, 1, *context)"
+                f"which calls it with the same time always, network(x_t, 1, *context)",
             ) from error

@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from .embeddings import ContextEmbedding, TimeEmbedding
 
 __all__ = ["UNet"]
@@ -142,21 +143,22 @@ def _check_unet(
     event_shape: torch.Size, channels: Sequence[int], hidden: int, num_blocks: int, dropout: float, outputs: int | None
 ) -> None:
     if isinstance(channels, int) or len(channels) == 0:
-        raise ValueError(f"channels must be a sequence of at least one int, but it is {channels!r}")
+        raise ArgumentError("channels", f"must be a sequence of at least one int, but it is {channels!r}")
     for size in channels:
-        checks.positive_int("channels", size, even=True)
+        arguments.positive_int("channels", size, even=True)
     halvings = len(channels) - 1
     if len(event_shape) not in (2, 3) or any(size % 2**halvings for size in event_shape[-2:]):
-        raise ValueError(
-            f"event_shape must be (H, W) or (C, H, W) with H and W divisible by {2**halvings} for {halvings} halvings, "
-            f"but it is {tuple(event_shape)}"
+        raise ArgumentError(
+            "event_shape",
+            f"must be (H, W) or (C, H, W) with H and W divisible by {2**halvings} for {halvings} halvings, "
+            f"but it is {tuple(event_shape)}",
         )
     if hidden != 0:
-        checks.positive_int("hidden", hidden)
-    checks.positive_int("num_blocks", num_blocks)
-    checks.probability("dropout", dropout)
+        arguments.positive_int("hidden", hidden)
+    arguments.positive_int("num_blocks", num_blocks)
+    arguments.probability("dropout", dropout)
     if outputs is not None:
-        checks.positive_int("outputs", outputs)
+        arguments.positive_int("outputs", outputs)
 
 
 def _check_parts(
@@ -165,15 +167,17 @@ def _check_parts(
     """The sizes are given by their heights, with the channels of each."""
     if not isinstance(attention, Sequence) or any(high not in tuple(sizes) for high in attention):
         there = ", ".join(map(str, sizes))
-        raise ValueError(f"attention must be a sequence of heights of the network, of {there}, but it is {attention!r}")
+        raise ArgumentError(
+            "attention", f"must be a sequence of heights of the network, of {there}, but it is {attention!r}"
+        )
     attending = [sizes[high] for high in attention]
     for name, number, channels in (("heads", heads, attending), ("groups", groups, sizes.values())):
-        checks.positive_int(name, number)
+        arguments.positive_int(name, number)
         if any(size % number for size in channels):
-            raise ValueError(f"{name} must divide the channels {tuple(channels)}, but it is {number}")
+            raise ArgumentError(name, f"must divide the channels {tuple(channels)}, but it is {number}")
     if time is not None:
         checks.instance("time", time, nn.Module)
-        checks.positive_int("time.features", getattr(time, "features", None))
+        arguments.positive_int("time.features", getattr(time, "features", None))
 
 
 def _zero(layer: nn.Module) -> nn.Module:

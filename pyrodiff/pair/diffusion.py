@@ -33,7 +33,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..model.decoders import GaussianDecoder
 from ..process.forward import Forward
 from .programs import (
@@ -115,8 +116,8 @@ class Diffusion(nn.Module):
         event_shape = checks.event_shape(event_shape)
         if not isinstance(prior, nn.Module | None):
             check_law(prior, "prior", event_shape)
-        checks.text("name", name, empty=True)
-        checks.text("plate", plate)
+        arguments.text("name", name, empty=True)
+        arguments.text("plate", plate)
         self.model = TrajectoryModel(forward, reverse, event_shape, decoder, prior, name, plate)
         self.guide = TrajectoryGuide(forward, event_shape, plate)
 
@@ -215,13 +216,16 @@ class Diffusion(nn.Module):
         """
         forward, model = self.forward_process.subchain(times), self.model
         if model.prior is not None and int(max(times)) != self.num_steps:
-            raise ValueError(f"times must end at T = {self.num_steps}, the time of the given prior, but are {times!r}")
+            raise ArgumentError(
+                "times", f"must end at T = {self.num_steps}, the time of the given prior, but are {times!r}"
+            )
         parts = {"reverse": model.reverse, "decoder": model.decoder}
         for name, part in parts.items():
             if not hasattr(part, "subchain"):
-                raise ValueError(
-                    f"{name} must have a method subchain(forward), which returns it for a forward process of fewer "
-                    f"steps, but it is a {type(part).__name__}, which has none"
+                raise ArgumentError(
+                    name,
+                    f"must have a method subchain(forward), which returns it for a forward process of fewer "
+                    f"steps, but it is a {type(part).__name__}, which has none",
                 )
             parts[name] = part.subchain(forward)
         names = {"name": model.name, "plate": model.plate}
@@ -240,13 +244,14 @@ class OneStep(nn.Module):
         super().__init__()
         checks.instance("drawing", drawing, Drawing)
         if not callable(weighting):
-            raise ValueError(f"weighting must be called with t, but it is {weighting!r}")
+            raise ArgumentError("weighting", f"must be called with t, but it is {weighting!r}")
         checks.same_process("weighting", weighting, diffusion.forward_process)
         learned = any(parameter.requires_grad for parameter in diffusion.forward_process.parameters())
         if learned and isinstance(weighting, NoiseWeighting | SimpleWeighting):
-            raise ValueError(
-                f"weighting must be the bound's where the schedule is learned, as a {type(weighting).__name__} pays "
-                f"nothing for what a schedule leaves out: give none, or schedule.requires_grad_(False)"
+            raise ArgumentError(
+                "weighting",
+                f"must be the bound's where the schedule is learned, as a {type(weighting).__name__} pays "
+                f"nothing for what a schedule leaves out: give none, or schedule.requires_grad_(False)",
             )
         drawing.to(diffusion.forward_process.schedule.device)
         step = Step(diffusion.model, drawing, weighting)
@@ -256,7 +261,7 @@ class OneStep(nn.Module):
 def _check_levels(reverse: nn.Module, decoder: nn.Module) -> None:
     ours, theirs = (getattr(part, "levels", None) for part in (getattr(reverse, "denoiser", None), decoder))
     if ours is not None and theirs is not None and ours != theirs:
-        raise ValueError(f"decoder must have the {ours} levels that the denoiser predicts, but it has {theirs}")
+        raise ArgumentError("decoder", f"must have the {ours} levels that the denoiser predicts, but it has {theirs}")
 
 
 def evenly_spaced(num_steps: int, T: int) -> tuple[int, ...]:
@@ -269,9 +274,9 @@ def evenly_spaced(num_steps: int, T: int) -> tuple[int, ...]:
     Raises:
         ValueError: If ``num_steps`` is no int in 1..T.
     """
-    num_steps = checks.positive_int("num_steps", num_steps)
+    num_steps = arguments.positive_int("num_steps", num_steps)
     if num_steps > T:
-        raise ValueError(f"num_steps must be at most T = {T}, but it is {num_steps}")
+        raise ArgumentError("num_steps", f"must be at most T = {T}, but it is {num_steps}")
     spaced = torch.linspace(T, 1, num_steps, dtype=torch.float64, device="cpu").round().long()
     return tuple(reversed(spaced.tolist()))
 
@@ -323,7 +328,7 @@ def adopt_stored(diffusion: Diffusion) -> None:
         if (stored[name].shape, stored[name].dtype) != (parameter.shape, parameter.dtype):
             raise ValueError(
                 f"Pyro's param store must hold parameters of the diffusion's shapes, but {name!r} is "
-                f"{checks.described(stored[name])} there, and {checks.described(parameter)} in the diffusion"
+                f"{arguments.described(stored[name])} there, and {arguments.described(parameter)} in the diffusion"
             )
     state = store.get_state()
     for key, (tensor, parameter) in diffusion.model.other_stored().items():

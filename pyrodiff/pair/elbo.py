@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from ..base import checks
+from ..base.arguments import ArgumentError
 from ..base.precision import precisely
 from .entropy import innermost, relative_entropy
 from .terms import is_listened_to, pair_costs
@@ -211,25 +212,28 @@ def _check_pair(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> N
     drawn = [name for name in guide_sites if name not in auxiliary and name not in observed]
     for name in latent:
         if name not in drawn:
-            raise ValueError(
-                f"guide must draw every latent site of the model, but {name!r} is missing: add it to the guide, or "
-                f"observe it in the model"
+            raise ArgumentError(
+                "guide",
+                f"must draw every latent site of the model, but {name!r} is missing: add it to the guide, or "
+                f"observe it in the model",
             )
     for name in drawn:
         if name not in latent:
-            raise ValueError(
-                f"guide must draw latent sites of the model only, but {name!r} is not one: draw it in the model too "
-                f"(with the same law, if it is auxiliary), or its entropy would count as part of the bound"
+            raise ArgumentError(
+                "guide",
+                f"must draw latent sites of the model only, but {name!r} is not one: draw it in the model too "
+                f"(with the same law, if it is auxiliary), or its entropy would count as part of the bound",
             )
     for name in latent:
         _check_site(name, model_sites[name], guide_sites[name])
     for name in auxiliary:
         _check_reparameterised(name, guide_sites[name])
         if not any(isinstance(innermost(guide_sites[other]["fn"]), Delta) for other in latent):
-            raise ValueError(
-                f"guide must draw an auxiliary site only to put a Delta at a latent site of the model, as Pyro's "
+            raise ArgumentError(
+                "guide",
+                f"must draw an auxiliary site only to put a Delta at a latent site of the model, as Pyro's "
                 f"automatic guides do, but no site of it is a Delta and {name!r} is auxiliary: its entropy would count "
-                f"as part of the bound. Draw it in the model too, with the same law"
+                f"as part of the bound. Draw it in the model too, with the same law",
             )
 
 
@@ -263,11 +267,12 @@ def _check_site(name: str, model_site: dict, guide_site: dict) -> None:
 def _check_reparameterised(name: str, guide_site: dict) -> None:
     q = guide_site["fn"]
     if not q.has_rsample and q.log_prob(guide_site["value"]).requires_grad:
-        raise ValueError(
-            f"guide must not learn the law of a site that is not reparameterised, but the parameters of {name!r} "
+        raise ArgumentError(
+            "guide",
+            f"must not learn the law of a site that is not reparameterised, but the parameters of {name!r} "
             f"({type(innermost(q)).__name__}) require a gradient, which would be wrong: detach them, or use "
             f"pyro.infer.TraceGraph_ELBO; a learned schedule of bits is used as it is after "
-            f"schedule.requires_grad_(False), and best_subchain finds the best of its times"
+            f"schedule.requires_grad_(False), and best_subchain finds the best of its times",
         )
 
 

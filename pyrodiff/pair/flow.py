@@ -29,7 +29,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import float64, home
 from ..base.solver import solve
 from ..model.reverse import GaussianReverse
@@ -55,11 +56,11 @@ def check_flow(diffusion: Diffusion, tolerance: float, max_steps: int) -> tuple[
     """
     checks.instance("diffusion", diffusion, Diffusion)
     if not isinstance(diffusion.forward_process, GaussianForward):
-        raise ValueError(f"diffusion must be Gaussian to have a flow, but it is of {diffusion.forward_process!r}")
+        raise ArgumentError("diffusion", f"must be Gaussian to have a flow, but it is of {diffusion.forward_process!r}")
     schedule = diffusion.forward_process.schedule
     if not checks.holds(schedule.signal(diffusion.num_steps) != 0):
-        raise ValueError(f"diffusion must leave some signal at t = T, but its schedule is {schedule!r}")
-    return checks.number("tolerance", tolerance, 0, 1), checks.positive_int("max_steps", max_steps)
+        raise ArgumentError("diffusion", f"must leave some signal at t = T, but its schedule is {schedule!r}")
+    return arguments.number("tolerance", tolerance, 0, 1), arguments.positive_int("max_steps", max_steps)
 
 
 def refuse_a_cut_graph(diffusion: Diffusion, x: Tensor, context: tuple[Tensor, ...]) -> None:
@@ -84,9 +85,10 @@ def refuse_a_cut_graph(diffusion: Diffusion, x: Tensor, context: tuple[Tensor, .
         if output.requires_grad:
             (gradient,) = torch.autograd.grad(output.sum(), given, allow_unused=True)
         if gradient is None and not torch.equal(output, network(x + 0.1, t, *context)):
-            raise ValueError(
-                "denoiser must be differentiable in x_t for a flow, but what its network returns has no gradient, "
-                "as under torch.no_grad() or after detach()"
+            raise ArgumentError(
+                "denoiser",
+                "must be differentiable in x_t for a flow, but what its network returns has no gradient, "
+                "as under torch.no_grad() or after detach()",
             )
 
 

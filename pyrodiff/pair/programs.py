@@ -23,7 +23,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.primitives import plate as Plate
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import coefficients, costs_dtype, home
 from ..model.decoders import Decoder
 from ..model.denoisers import Retimed
@@ -55,11 +56,12 @@ def check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dis
         ValueError: If it is none, or one of another event_shape.
     """
     if not isinstance(law, torch.distributions.Distribution):
-        raise ValueError(f"{name} must be a distribution or return one, but it is {checks.described(law)}")
+        raise ArgumentError(name, f"must be a distribution or return one, but it is {arguments.described(law)}")
     if law.event_shape != event_shape:
-        raise ValueError(
-            f"{name} must have the event_shape {tuple(event_shape)}, but its event_shape is {tuple(law.event_shape)} "
-            f"(and its batch_shape {tuple(law.batch_shape)})"
+        raise ArgumentError(
+            name,
+            f"must have the event_shape {tuple(event_shape)}, but its event_shape is {tuple(law.event_shape)} "
+            f"(and its batch_shape {tuple(law.batch_shape)})",
         )
     return law
 
@@ -245,9 +247,10 @@ class Generative(nn.Module):
             fits = False
         enumerating = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
         if not fits or (len(found.batch_shape) > len(batch_shape) and not enumerating):
-            raise ValueError(
-                f"{name} must return a distribution with the batch_shape {tuple(batch_shape)} of its state, but its "
-                f"batch_shape is {tuple(law.batch_shape)}"
+            raise ArgumentError(
+                name,
+                f"must return a distribution with the batch_shape {tuple(batch_shape)} of its state, but its "
+                f"batch_shape is {tuple(law.batch_shape)}",
             )
         return law
 
@@ -277,7 +280,9 @@ class Generative(nn.Module):
         if on_levels:
             self.decoder.check(x_0)
         if dtypes and x_0.is_floating_point() and x_0.dtype not in dtypes:
-            raise ValueError(f"x_0 must have the dtype of the model's parameters, {dtypes[0]}, but it is {x_0.dtype}")
+            raise ArgumentError(
+                "x_0", f"must have the dtype of the model's parameters, {dtypes[0]}, but it is {x_0.dtype}"
+            )
         checks.context(context, len(x_0), x_0.device)
 
     def _dtypes(self) -> list[torch.dtype]:
@@ -380,9 +385,10 @@ class Generative(nn.Module):
             return
         for key, (_, parameter) in found.items():
             if not parameter.is_contiguous():
-                raise ValueError(
-                    f"parameters must be contiguous for Pyro's param store, which keeps a copy of {key!r} that nothing "
-                    f"here would see learn: train by pyrodiff.SVI, or give .to(memory_format=torch.contiguous_format)"
+                raise ArgumentError(
+                    "parameters",
+                    f"must be contiguous for Pyro's param store, which keeps a copy of {key!r} that nothing "
+                    f"here would see learn: train by pyrodiff.SVI, or give .to(memory_format=torch.contiguous_format)",
                 )
             raise ValueError(
                 f"Pyro's param store must hold the diffusion's own parameters, but under {key!r} it holds another "
@@ -422,11 +428,12 @@ class Generative(nn.Module):
         """
         self.refuse_other_stored(unless_anothers=True)
         if self.is_random() != (guide is not None):
-            raise ValueError(
-                "guide must be given where there are random weights (PyroSample), to draw them from what was learned, "
+            raise ArgumentError(
+                "guide",
+                "must be given where there are random weights (PyroSample), to draw them from what was learned, "
                 "guide=AutoNormal(...) say: else they would be drawn from their prior"
                 if guide is None
-                else "guide must be None where there are no random weights (PyroSample), but it is given"
+                else "guide must be None where there are no random weights (PyroSample), but it is given",
             )
         if not self.of_pyro():  # nothing below sends a message
             yield None
@@ -452,13 +459,14 @@ def _global_cost(model_trace: Trace, guide_trace: Trace) -> Tensor:
     auxiliary = {name: site for name, site in drawn.items() if site["infer"].get("is_auxiliary")}
     for name, site in _latent(model_trace).items():
         if name not in drawn:
-            raise ValueError(f"guide must draw every random weight of the diffusion, but {name!r} is missing")
+            raise ArgumentError("guide", f"must draw every random weight of the diffusion, but {name!r} is missing")
         q, p = drawn[name]["fn"], site["fn"]
         if (q.batch_shape, q.event_shape) != (p.batch_shape, p.event_shape):
-            raise ValueError(
-                f"guide must draw {name!r} with the batch_shape {tuple(p.batch_shape)} and the event_shape "
+            raise ArgumentError(
+                "guide",
+                f"must draw {name!r} with the batch_shape {tuple(p.batch_shape)} and the event_shape "
                 f"{tuple(p.event_shape)} that it has in the diffusion, but they are {tuple(q.batch_shape)} and "
-                f"{tuple(q.event_shape)}"
+                f"{tuple(q.event_shape)}",
             )
         stands_for = auxiliary.get(f"{name}_unconstrained")
         if isinstance(innermost(q), Delta) and stands_for and torch.equal(stands_for["value"], site["value"]):
@@ -484,9 +492,9 @@ class TrajectoryModel(Generative):
     def forward(self, x_0: Tensor | None = None, *context: Tensor, num_samples: int | None = None) -> Tensor:
         if (x_0 is None) == (num_samples is None):
             raise ValueError(f"either x_0 or num_samples must be given, but num_samples is {num_samples!r}")
-        if checks.is_int(x_0):
-            raise ValueError(f"num_samples must be given by keyword, num_samples={x_0}, but x_0 is {x_0}")
-        size = checks.positive_int("num_samples", num_samples) if x_0 is None else None
+        if arguments.is_int(x_0):
+            raise ArgumentError("num_samples", f"must be given by keyword, num_samples={x_0}, but x_0 is {x_0}")
+        size = arguments.positive_int("num_samples", num_samples) if x_0 is None else None
         if checks.validating():
             if x_0 is not None:
                 _refuse_plates_around()
@@ -581,15 +589,16 @@ class Step(nn.Module):
             weights.append(self.weighting.noise(t, self.forward_process.schedule))
         for weight in weights:
             if not isinstance(weight, Tensor) or weight.shape != t.shape:
-                raise ValueError(
-                    f"weighting must return a tensor of the shape {tuple(t.shape)} of t, but it is "
-                    f"{checks.described(weight)}"
+                raise ArgumentError(
+                    "weighting",
+                    f"must return a tensor of the shape {tuple(t.shape)} of t, but it is {arguments.described(weight)}",
                 )
             if checks.validating() and not checks.holds((weight >= 0) & weight.isfinite()):
                 i = int((~((weight >= 0) & weight.isfinite())).flatten().nonzero()[0])
-                raise ValueError(
-                    f"weighting must return finite numbers of at least 0, but at t = {int(t.flatten()[i])} it is "
-                    f"{float(weight.flatten()[i]):g}"
+                raise ArgumentError(
+                    "weighting",
+                    f"must return finite numbers of at least 0, but at t = {int(t.flatten()[i])} it is "
+                    f"{float(weight.flatten()[i]):g}",
                 )
         scales = [(weight / probability).to(costs_dtype(x_0)).to(x_0.device) for weight in weights]
         t = t.to(x_0.device)
@@ -607,9 +616,10 @@ class Step(nn.Module):
         """
         law = innermost(kernel)
         if not isinstance(law, torch.distributions.Normal):
-            raise ValueError(
-                f"weighting must not be a {type(self.weighting).__name__} where the reverse kernel is not Gaussian, "
-                f"but a {type(law).__name__}: give none, which is the bound's"
+            raise ArgumentError(
+                "weighting",
+                f"must not be a {type(self.weighting).__name__} where the reverse kernel is not Gaussian, "
+                f"but a {type(law).__name__}: give none, which is the bound's",
             )
         event, schedule = event_dim(x_t, t), self.forward_process.schedule
         signal, noise = coefficients(schedule.scales(t), x_t)

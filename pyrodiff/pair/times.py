@@ -22,7 +22,8 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import Float64Module, default_home
 from ..model.reverse import GaussianReverse
 from ..model.variances import LearnedVariance
@@ -162,7 +163,9 @@ class ImportanceDrawing(Drawing):
         super().__init__()
         p = checks.numbers("probabilities", probabilities)
         if p.dim() != 1 or len(p) == 0 or not checks.holds((p > 0) & p.isfinite() & ((p.sum() - 1).abs() <= 1e-6)):
-            raise ValueError(f"probabilities must be positive numbers that add up to 1, but they are {p.tolist()}")
+            raise ArgumentError(
+                "probabilities", f"must be positive numbers that add up to 1, but they are {p.tolist()}"
+            )
         self.register_buffer("probabilities", p / p.sum())
 
     @classmethod
@@ -179,10 +182,10 @@ class ImportanceDrawing(Drawing):
             ValueError: If an argument is none of that.
         """
         moments = checks.numbers("second_moments", second_moments)
-        checks.number("uniform", uniform, 0, 1)
+        arguments.number("uniform", uniform, 0, 1)
         if moments.dim() != 1 or not ((moments >= 0) & moments.isfinite()).all() or not (moments > 0).any():
-            raise ValueError(
-                f"second_moments must be numbers of at least 0, not all 0, but they are {moments.tolist()}"
+            raise ArgumentError(
+                "second_moments", f"must be numbers of at least 0, not all 0, but they are {moments.tolist()}"
             )
         return cls(_least_variance(moments, uniform))
 
@@ -226,8 +229,8 @@ class LossSecondMoment(Drawing):
 
     def __init__(self, num_steps: int, history: int = 10, uniform: float = 0.1) -> None:
         super().__init__()
-        num_steps, history = checks.positive_int("num_steps", num_steps), checks.positive_int("history", history)
-        self.uniform, device = checks.number("uniform", uniform, 0, 1), default_home()
+        num_steps, history = arguments.positive_int("num_steps", num_steps), arguments.positive_int("history", history)
+        self.uniform, device = arguments.number("uniform", uniform, 0, 1), default_home()
         self.register_buffer("costs", torch.zeros(num_steps, history, dtype=torch.float64, device=device))
         self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.long, device=device))
 
@@ -276,7 +279,7 @@ def _least_variance(moments: Tensor, uniform: float) -> Tensor:
 def _by_probability(u: Tensor, probabilities: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
     """The inverse of the cumulative probability at u."""
     if len(probabilities) != num_steps:
-        raise ValueError(f"drawing must be one of T = {num_steps} times, but it is one of {len(probabilities)}")
+        raise ArgumentError("drawing", f"must be one of T = {num_steps} times, but it is one of {len(probabilities)}")
     ends = probabilities.cumsum(0)
     index = torch.searchsorted(ends, u.double().contiguous(), right=True).clamp(max=num_steps - 1)
     return index + 1, probabilities[index].to(u.dtype)
@@ -364,14 +367,15 @@ class SimpleWeighting(nn.Module):
         super().__init__()
         checks.instance("reverse", reverse, GaussianReverse)
         if isinstance(reverse.variance, LearnedVariance):
-            raise ValueError(
-                f"reverse must have a variance that is a function of t, for the weighting to undo, but it has a "
+            raise ArgumentError(
+                "reverse",
+                f"must have a variance that is a function of t, for the weighting to undo, but it has a "
                 f"{type(reverse.variance).__name__}, which the simple loss would not train: give "
-                f"HybridWeighting(), or no weighting, which is the bound's"
+                f"HybridWeighting(), or no weighting, which is the bound's",
             )
         process = reverse.forward_process
         if not checks.holds(process.schedule.signal(process.num_steps) != 0):
-            raise ValueError(f"reverse must leave some signal at t = T, but its schedule is {process.schedule!r}")
+            raise ArgumentError("reverse", f"must leave some signal at t = T, but its schedule is {process.schedule!r}")
         self._reverse = (reverse,)  # read, but no part of this module: in a tuple, torch does not register it
 
     @property
@@ -456,7 +460,7 @@ class HybridWeighting(NoiseWeighting):
 
     def __init__(self, scale: float = 0.001) -> None:
         super().__init__()
-        self.scale = checks.number("scale", scale, 0, math.inf)
+        self.scale = arguments.number("scale", scale, 0, math.inf)
 
     def forward(self, t: Tensor) -> Tensor:
         return torch.full(t.shape, self.scale, dtype=torch.float64, device=t.device)
@@ -502,13 +506,16 @@ class ScoreWeighting(NoiseWeighting):
     def __init__(self, weight: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         if not callable(weight):
-            raise ValueError(f"weight must be called with t, as lambda t: schedule.noise(t) ** 2, but it is {weight!r}")
+            raise ArgumentError(
+                "weight", f"must be called with t, as lambda t: schedule.noise(t) ** 2, but it is {weight!r}"
+            )
         self.weight = weight
 
     def noise(self, t: Tensor, schedule: Schedule) -> Tensor:
         weight = self.weight(t)
         if not isinstance(weight, Tensor) or weight.shape != t.shape:
-            raise ValueError(
-                f"weight must return a tensor of the shape {tuple(t.shape)} of t, but it is {checks.described(weight)}"
+            raise ArgumentError(
+                "weight",
+                f"must return a tensor of the shape {tuple(t.shape)} of t, but it is {arguments.described(weight)}",
             )
         return weight / (2 * schedule.noise(t) ** 2)

@@ -34,6 +34,7 @@ from torch.distributions import register_kl
 from torch.nn.functional import softplus
 
 from ..base import checks
+from ..base.arguments import ArgumentError
 from ..base.precision import Float64Module, coefficients, home
 from .quantization import number_of_values
 from .schedules import Schedule, SubSchedule
@@ -154,8 +155,8 @@ class Forward(Float64Module, ABC):
         Raises:
             ValueError: If ``times`` are not increasing ints in 1..T, or this kind of process cannot say it.
         """
-        raise ValueError(
-            f"{type(self).__name__} must have a method subchain(times) of its own to be cut to fewer steps"
+        raise ArgumentError(
+            type(self).__name__, "must have a method subchain(times) of its own to be cut to fewer steps"
         )
 
     def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
@@ -166,23 +167,26 @@ class Forward(Float64Module, ABC):
         """
         if not isinstance(x_0, Tensor):
             hint = ": give torch.from_numpy(x_0)" if isinstance(x_0, np.ndarray) else ""
-            raise ValueError(f"x_0 must be a tensor, but it is a {type(x_0).__name__}{hint}")
+            raise ArgumentError("x_0", f"must be a tensor, but it is a {type(x_0).__name__}{hint}")
         if x_0.dim() != 1 + len(event_shape) or x_0.shape[1:] != event_shape or len(x_0) == 0:
             expected = ", ".join(("B", *tuple(str(size) for size in event_shape)))
-            raise ValueError(f"x_0 must have shape ({expected}) with B >= 1, but its shape is {tuple(x_0.shape)}")
+            raise ArgumentError("x_0", f"must have shape ({expected}) with B >= 1, but its shape is {tuple(x_0.shape)}")
         if self.is_integer and x_0.dtype != torch.long:  # an index of uint8 would be a mask
-            raise ValueError(f"x_0 must have dtype torch.long, but its dtype is {x_0.dtype}: give x_0.long()")
+            raise ArgumentError("x_0", f"must have dtype torch.long, but its dtype is {x_0.dtype}: give x_0.long()")
         if not self.is_integer:
             if not x_0.is_floating_point():
-                raise ValueError(f"x_0 must have a floating dtype, but its dtype is {x_0.dtype}")
+                raise ArgumentError("x_0", f"must have a floating dtype, but its dtype is {x_0.dtype}")
             checks.full_precision("x_0", x_0.dtype)
         if home(x_0.device) != self.schedule.device:
-            raise ValueError(f"x_0 must be on the model's device {self.schedule.device}, but it is on {x_0.device}")
+            raise ArgumentError(
+                "x_0", f"must be on the model's device {self.schedule.device}, but it is on {x_0.device}"
+            )
         valid = self.support.check(x_0) & x_0.isfinite()
         if not checks.holds(valid):
-            raise ValueError(
-                f"x_0 must be {self._described_support()} everywhere, "
-                f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}"
+            raise ArgumentError(
+                "x_0",
+                f"must be {self._described_support()} everywhere, "
+                f"but {int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0]}",
             )
 
     def _described_support(self) -> str:
@@ -195,9 +199,10 @@ def shortened(process: Forward, chain: Forward) -> Forward:
     """The process of fewer steps, refused where it lacks what was put on the whole one: hooks, attributes, methods."""
     missing = sorted(vars(process).keys() - vars(chain).keys())
     if process._forward_hooks or process._forward_pre_hooks or missing:
-        raise ValueError(
-            f"{type(process).__name__} must have a method subchain(times) of its own where it has more than its class "
-            f"gives it, but it has {', '.join(missing) or 'hooks'}"
+        raise ArgumentError(
+            type(process).__name__,
+            f"must have a method subchain(times) of its own where it has more than its class "
+            f"gives it, but it has {', '.join(missing) or 'hooks'}",
         )
     return chain
 
@@ -221,7 +226,7 @@ def check_posterior(x_t: Tensor, x_0: Tensor, t: object, s: object, num_steps: i
     checks.step(x_t, t, s, num_steps, first=1)
     if checks.validating() and not _broadcasts(x_0, x_t, event_dim(x_t, t)):
         got = f"its shape is {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"it is a {type(x_0).__name__}"
-        raise ValueError(f"x_0 must have the shape {tuple(x_t.shape)} of the state x_t, but {got}")
+        raise ArgumentError("x_0", f"must have the shape {tuple(x_t.shape)} of the state x_t, but {got}")
 
 
 def _broadcasts(x_0: object, x_t: Tensor, event: int) -> bool:
@@ -309,10 +314,11 @@ class GaussianForward(Forward):
         signal, noise = self.schedule.scales(1)
         least = 2 * torch.finfo(x_0.dtype).eps * x_0.detach().abs().amax().to(noise.device)
         if not checks.holds(noise >= signal * least.clamp(min=1e-7 if x_0.dtype == torch.float32 else 0)):
-            raise ValueError(
-                f"forward must have more noise at t = 1 for data up to {float(x_0.abs().amax()):.3g} in {x_0.dtype}, "
+            raise ArgumentError(
+                "forward",
+                f"must have more noise at t = 1 for data up to {float(x_0.abs().amax()):.3g} in {x_0.dtype}, "
                 f"which would not tell x_1 from x_0, but b_1 / a_1 is {float(noise / signal):.2g}: use float64 "
-                f"(diffusion.double(), x_0.double()), standardise the data, or let the schedule start with more noise"
+                f"(diffusion.double(), x_0.double()), standardise the data, or let the schedule start with more noise",
             )
 
     def noise(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
@@ -377,9 +383,9 @@ class BinomialForward(Forward):
         super().__init__(schedule)
         rate = checks.numbers("rate", rate)
         if not checks.holds((rate > 0) & (rate < 1)):
-            raise ValueError(f"rate must lie in (0, 1), but it is {rate.tolist()}")
+            raise ArgumentError("rate", f"must lie in (0, 1), but it is {rate.tolist()}")
         if not checks.holds(schedule.alpha_bar(schedule.num_steps) < 1):
-            raise ValueError(f"schedule must be variance preserving, but it is {schedule!r}")
+            raise ArgumentError("schedule", f"must be variance preserving, but it is {schedule!r}")
         self.register_buffer("rate", rate)
 
     def subchain(self, times: Sequence[int]) -> "BinomialForward":
@@ -393,9 +399,10 @@ class BinomialForward(Forward):
             rates not in (1, size)
             for rates, size in zip(reversed(self.rate.shape), reversed(event_shape), strict=False)
         ):
-            raise ValueError(
-                f"rate must broadcast against one datum of shape {tuple(event_shape)}, but its shape is "
-                f"{tuple(self.rate.shape)}"
+            raise ArgumentError(
+                "rate",
+                f"must broadcast against one datum of shape {tuple(event_shape)}, but its shape is "
+                f"{tuple(self.rate.shape)}",
             )
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:

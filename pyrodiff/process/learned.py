@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import default_home, home
 from .schedules import Schedule
 
@@ -86,7 +87,7 @@ class _Learned(Schedule):
         if not isinstance(t, Tensor):
             return torch.full((), int(t), device=device)
         if checks.validating() and t.device != device and home(t.device) != device:
-            raise ValueError(f"t must be on the schedule's device {device}, but it is on {t.device}")
+            raise ArgumentError("t", f"must be on the schedule's device {device}, but it is on {t.device}")
         return t.to(device, torch.long)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Learned":
@@ -151,19 +152,23 @@ class LearnedBetaSchedule(_Learned):
     def __init__(self, betas: Sequence[float] | Tensor, fixed: int = 1) -> None:
         betas = checks.numbers("betas", betas)
         if betas.dim() != 1 or len(betas) == 0:
-            raise ValueError(f"betas must be a sequence of at least one number, but its shape is {tuple(betas.shape)}")
+            raise ArgumentError(
+                "betas", f"must be a sequence of at least one number, but its shape is {tuple(betas.shape)}"
+            )
         allowed = (betas > 0) & (betas < 1)
         if not checks.holds(allowed):
             index = int((~allowed).nonzero()[0])
-            raise ValueError(
-                f"betas must lie in (0, 1) to be learned, but betas[{index}] of {len(betas)} is {float(betas[index])}: "
-                f"BetaSchedule takes a last beta of 1, which erases all, as it is"
+            raise ArgumentError(
+                "betas",
+                f"must lie in (0, 1) to be learned, but betas[{index}] of {len(betas)} is {float(betas[index])}: "
+                f"BetaSchedule takes a last beta of 1, which erases all, as it is",
             )
         T = len(betas)
-        if not (checks.is_int(fixed) and 0 <= fixed < T):
-            raise ValueError(
-                f"fixed must be an int in 0..T-1 = {T - 1}, so that there is a beta to learn, but it is "
-                f"{checks.described(fixed)}: give BetaSchedule(betas) if all are fixed"
+        if not (arguments.is_int(fixed) and 0 <= fixed < T):
+            raise ArgumentError(
+                "fixed",
+                f"must be an int in 0..T-1 = {T - 1}, so that there is a beta to learn, but it is "
+                f"{arguments.described(fixed)}: give BetaSchedule(betas) if all are fixed",
             )
         super().__init__(T)
         self.register_buffer("first_betas", betas[: int(fixed)].clone())
@@ -247,14 +252,15 @@ class LearnedLogSNRSchedule(_Learned):
 
     def __init__(self, num_steps: int, first: float, last: float, hidden: int = 1024, learn_ends: bool = True) -> None:
         super().__init__(num_steps)
-        first = checks.number("first", first, -700, 700)
-        if not (checks.is_number(last) and -700 < last < first):
-            raise ValueError(
-                f"last must be a number in (-700, {first}), below first since the signal-to-noise ratio falls, but it "
-                f"is {checks.described(last)}"
+        first = arguments.number("first", first, -700, 700)
+        if not (arguments.is_number(last) and -700 < last < first):
+            raise ArgumentError(
+                "last",
+                f"must be a number in (-700, {first}), below first since the signal-to-noise ratio falls, but it "
+                f"is {arguments.described(last)}",
             )
-        hidden = checks.positive_int("hidden", hidden)
-        checks.one_of("learn_ends", learn_ends, (False, True))
+        hidden = arguments.positive_int("hidden", hidden)
+        arguments.one_of("learn_ends", learn_ends, (False, True))
         numbers = {"dtype": torch.float64, "device": default_home()}
         if learn_ends:
             self.first = nn.Parameter(torch.tensor(first, **numbers))

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 
 __all__ = ["initial_noise", "langevin_step_size", "noise_ratio"]
 
@@ -52,18 +53,20 @@ def initial_noise(x: Tensor, num_samples: int | None = None, generator: torch.Ge
     checks.data(x)
     N = len(x)
     if N < 2:
-        raise ValueError(f"x must hold at least 2 data, to have a distance between them, but it holds {N}")
+        raise ArgumentError("x", f"must hold at least 2 data, to have a distance between them, but it holds {N}")
     if not checks.holds(x.isfinite()):
-        raise ValueError("x must be finite, but it has values that are not: leave out the data that hold them")
+        raise ArgumentError("x", "must be finite, but it has values that are not: leave out the data that hold them")
     x = x.detach().reshape(N, x.shape[1:].numel())
     if num_samples is not None:
-        if not checks.is_int(num_samples) or not 2 <= num_samples <= N:
-            raise ValueError(
-                f"num_samples must be an int in 2..{N}, or None, but it is {checks.described(num_samples)}"
+        if not arguments.is_int(num_samples) or not 2 <= num_samples <= N:
+            raise ArgumentError(
+                "num_samples", f"must be an int in 2..{N}, or None, but it is {arguments.described(num_samples)}"
             )
         x = x[_permuted(N, generator)[:num_samples].to(x.device)]
     elif generator is not None:
-        raise ValueError(f"generator must be None without num_samples, as nothing is drawn, but it is {generator!r}")
+        raise ArgumentError(
+            "generator", f"must be None without num_samples, as nothing is drawn, but it is {generator!r}"
+        )
     return _farthest(x)
 
 
@@ -99,12 +102,13 @@ def noise_ratio(D: int, overlap: float = 0.5) -> float:
         >>> 2 + int(torch.log(torch.tensor(50 / 0.01)) / torch.log(torch.tensor(ratio)))  # steps from 0.01 to 50
         220
     """
-    if not checks.is_int(D) or D < 5:
-        raise ValueError(
-            f"D must be an int of at least 5, as below that any two noises overlap by 0.9973 or more, but it is "
-            f"{checks.described(D)}: choose the ratio by hand"
+    if not arguments.is_int(D) or D < 5:
+        raise ArgumentError(
+            "D",
+            f"must be an int of at least 5, as below that any two noises overlap by 0.9973 or more, but it is "
+            f"{arguments.described(D)}: choose the ratio by hand",
         )
-    overlap, high = checks.number("overlap", overlap, 0, math.erf(3 / math.sqrt(2))), 1.0
+    overlap, high = arguments.number("overlap", overlap, 0, math.erf(3 / math.sqrt(2))), 1.0
     while _overlap(D, high) > overlap:
         high *= 2
     return 1 + _change(lambda excess: _overlap(D, excess) > overlap, 0.0, high)
@@ -163,8 +167,8 @@ def langevin_step_size(schedule: nn.Module, D: int, num_updates: int) -> float:
         >>> pyrodiff.langevin_step_size(schedule, D=3 * 32 * 32, num_updates=5)  # the paper has 6.2e-6
         6.184...e-06
     """
-    U, (log_first, log_ratio) = checks.positive_int("num_updates", num_updates), _geometric(schedule)
-    overlap = _overlap(checks.positive_int("D", D), math.expm1(log_ratio))
+    U, (log_first, log_ratio) = arguments.positive_int("num_updates", num_updates), _geometric(schedule)
+    overlap = _overlap(arguments.positive_int("D", D), math.expm1(log_ratio))
     if overlap < 0.01:
         warnings.warn(
             f"neighbouring noises of the schedule, of a ratio of {math.exp(log_ratio):.4g}, do not overlap in {D} "
@@ -186,10 +190,10 @@ def langevin_step_size(schedule: nn.Module, D: int, num_updates: int) -> float:
 
 def _permuted(number: int, generator: torch.Generator | int | None) -> Tensor:
     """The ints below a number, in random order; a seed draws on the CPU."""
-    if checks.is_int(generator):
+    if arguments.is_int(generator):
         generator = torch.Generator("cpu").manual_seed(int(generator))
     elif not (generator is None or isinstance(generator, torch.Generator)):
-        raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
+        raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {generator!r}")
     device = "cpu" if generator is None else generator.device
     return torch.randperm(number, generator=generator, device=device)
 
@@ -221,10 +225,11 @@ def _geometric(schedule: nn.Module) -> tuple[float, float]:
         even = (steps > 0) & ((steps - steps.mean()).abs() <= 1e-6 * steps.mean())
         if bool(even.all()) and bool((signal == 1).all()):
             return float(log_noise[0]), float(log_noise[-1] - log_noise[0]) / (T - 1)
-    raise ValueError(
-        f"schedule must have a signal of 1 and a geometric noise, of at least two steps, as "
+    raise ArgumentError(
+        "schedule",
+        f"must have a signal of 1 and a geometric noise, of at least two steps, as "
         f"pyrodiff.GeometricSchedule(num_steps, sigma_min, sigma_max) has, but it is "
-        f"{repr(schedule) if isinstance(schedule, nn.Module) else checks.described(schedule)}"
+        f"{repr(schedule) if isinstance(schedule, nn.Module) else arguments.described(schedule)}",
     )
 
 

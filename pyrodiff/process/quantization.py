@@ -18,7 +18,8 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.special import erfcx, log_ndtr
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import default_home, float64, home
 
 __all__ = ["DiscretizedNormal", "LevelCategorical", "Levels", "bin_width", "dequantize", "quantize"]
@@ -37,7 +38,7 @@ def bin_width(levels: int) -> float:
         >>> pyrodiff.bin_width(17)
         0.125
     """
-    return 2 / (checks.levels(levels) - 1)
+    return 2 / (arguments.levels(levels) - 1)
 
 
 def dequantize(
@@ -78,17 +79,17 @@ def dequantize(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     width = bin_width(levels)
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating dtype, but it is {dtype}")
+        raise ArgumentError("dtype", f"must be a floating dtype, but it is {dtype}")
     if torch.finfo(dtype).eps > width / 4:
-        raise ValueError(f"levels must be few enough for {dtype} to tell them apart, but there are {levels}")
+        raise ArgumentError("levels", f"must be few enough for {dtype} to tell them apart, but there are {levels}")
     if uniform and torch.finfo(dtype).eps > 1e-3 * width:
-        raise ValueError(
-            f"dtype must resolve the noise in a bin of width {width:.3g} for uniform=True, but it is {dtype}"
+        raise ArgumentError(
+            "dtype", f"must resolve the noise in a bin of width {width:.3g} for uniform=True, but it is {dtype}"
         )
     whole = whole_levels("k", k, levels)
     x = _points(whole, levels)
     if uniform:
-        if checks.is_int(generator):
+        if arguments.is_int(generator):
             generator = torch.Generator(home(k.device)).manual_seed(int(generator))
         noise = torch.rand(k.shape, generator=generator, dtype=torch.float64, device=home(k.device))
         rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in quantize
@@ -114,11 +115,11 @@ def quantize(x: Tensor, levels: int) -> Tensor:
         >>> pyrodiff.quantize(torch.tensor([-3.0, 0.01, 0.07, 1.0]), levels=17)
         tensor([ 0,  8,  9, 16])
     """
-    checks.levels(levels)
+    arguments.levels(levels)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f"x must be a tensor with a floating dtype, but it is {checks.described(x)}")
+        raise ArgumentError("x", f"must be a tensor with a floating dtype, but it is {arguments.described(x)}")
     if not checks.holds(~x.isnan()):
-        raise ValueError(f"x must be a number everywhere, but {int(x.isnan().sum())} of its values are NaN")
+        raise ArgumentError("x", f"must be a number everywhere, but {int(x.isnan().sum())} of its values are NaN")
     return _nearest(x, levels)
 
 
@@ -134,16 +135,17 @@ def _points(k: Tensor, levels: int) -> Tensor:
 def whole_levels(name: str, k: Tensor, levels: int) -> Tensor:
     """Levels in float64, refused where they are none."""
     if not isinstance(k, Tensor) or k.is_complex():
-        raise ValueError(
-            f"{name} must be a tensor of whole numbers in 0..{levels - 1}, but it is {checks.described(k)}"
+        raise ArgumentError(
+            name, f"must be a tensor of whole numbers in 0..{levels - 1}, but it is {arguments.described(k)}"
         )
     whole = float64(k)
     valid = (whole == whole.round()) & (whole >= 0) & (whole <= levels - 1)
     if not checks.holds(valid):
-        raise ValueError(
-            f"{name} must be whole numbers in 0..{levels - 1}, for {levels} levels, but {int((~valid).sum())} of its "
+        raise ArgumentError(
+            name,
+            f"must be whole numbers in 0..{levels - 1}, for {levels} levels, but {int((~valid).sum())} of its "
             f"{k.numel()} values are not, the first {k[~valid.to(k.device)][0].item()}; they lie in "
-            f"{k.min().item()}..{k.max().item()}"
+            f"{k.min().item()}..{k.max().item()}",
         )
     return whole
 
@@ -177,7 +179,7 @@ class Levels(constraints.Constraint):
     is_discrete = True
 
     def __init__(self, levels: int) -> None:
-        self.levels = checks.levels(levels)
+        self.levels = arguments.levels(levels)
 
     def check(self, value: Tensor) -> Tensor:
         """Whether each number is a level, with the shape of ``value``."""
@@ -259,7 +261,7 @@ class DiscretizedNormal(_OnLevels):
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        super().__init__(checks.levels(levels), self.loc.shape, validate_args)
+        super().__init__(arguments.levels(levels), self.loc.shape, validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DiscretizedNormal":
         return type(self)(
@@ -332,7 +334,7 @@ class LevelCategorical(_OnLevels):
     """
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
-        checks.levels(logits.shape[-1] if logits.dim() else 0)
+        arguments.levels(logits.shape[-1] if logits.dim() else 0)
         self.logits = logits.log_softmax(-1)
         super().__init__(logits.shape[-1], logits.shape[:-1], validate_args)
 

@@ -29,7 +29,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import Float64Module, default_home, home
 
 __all__ = [
@@ -62,7 +63,7 @@ class Schedule(Float64Module, ABC):
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
-        self.num_steps = checks.positive_int("num_steps", num_steps)
+        self.num_steps = arguments.positive_int("num_steps", num_steps)
 
     @property
     def device(self) -> torch.device:
@@ -116,8 +117,8 @@ class Schedule(Float64Module, ABC):
             (1, 45, 504, 951, 996, 1000)
         """
         T = self.num_steps
-        if checks.positive_int("num_steps", num_steps) > T:
-            raise ValueError(f"num_steps must be at most T = {T}, but it is {num_steps}")
+        if arguments.positive_int("num_steps", num_steps) > T:
+            raise ArgumentError("num_steps", f"must be at most T = {T}, but it is {num_steps}")
         falling = -self.log_snr(torch.arange(1, T + 1, device=self.device)).detach()
         first, last = float(falling[0]), min(float(falling[-1]), 1e6)  # where no signal is left it is infinite
         if last > _NOISE_ALONE > first and num_steps > 1:  # few steps where there is nothing to see
@@ -174,7 +175,7 @@ def _at(table: Tensor, t: int | Tensor) -> Tensor:
         return table[..., int(t)]
     if t.device != table.device:
         if checks.validating() and home(t.device) != table.device:
-            raise ValueError(f"t must be on the schedule's device {table.device}, but it is on {t.device}")
+            raise ArgumentError("t", f"must be on the schedule's device {table.device}, but it is on {t.device}")
         t = t.to(table.device)
     if t.dim() == 1:  # unlike table[..., t], this refuses a negative t whether Pyro validates or not
         return table.index_select(-1, t)
@@ -246,7 +247,9 @@ class _FixedSchedule(Schedule):
         super().__init__(len(beta) - 1)
         if not checks.holds(signal[:-1] != 0):
             t = int((signal == 0).nonzero()[0])
-            raise ValueError(f"betas must leave some signal before the last step, but alpha_bar({t}) is 0 in float64")
+            raise ArgumentError(
+                "betas", f"must leave some signal before the last step, but alpha_bar({t}) is 0 in float64"
+            )
         weights = beta.new_tensor([[0.0], [1.0], [0.0]]).repeat(1, len(beta))  # at t = 0, where the state is x_0
         self.register_buffer("_table", torch.cat([torch.stack([beta, signal, noise, log_snr]), weights]))
         t = torch.arange(1, len(beta), device=beta.device)
@@ -303,14 +306,17 @@ class BetaSchedule(_FixedSchedule):
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         betas = checks.numbers("betas", betas)
         if betas.dim() != 1 or len(betas) == 0:
-            raise ValueError(f"betas must be a sequence of at least one number, but its shape is {tuple(betas.shape)}")
+            raise ArgumentError(
+                "betas", f"must be a sequence of at least one number, but its shape is {tuple(betas.shape)}"
+            )
         allowed = (betas > 0) & (betas <= 1)
         allowed[:-1] &= betas[:-1] < 1
         if not checks.holds(allowed):
             index = int((~allowed).nonzero()[0])
-            raise ValueError(
-                f"betas must lie in (0, 1], and below 1 before the last, but betas[{index}] of {len(betas)} is "
-                f"{float(betas[index])}"
+            raise ArgumentError(
+                "betas",
+                f"must lie in (0, 1], and below 1 before the last, but betas[{index}] of {len(betas)} is "
+                f"{float(betas[index])}",
             )
         super().__init__(*_variance_preserving(betas))
 
@@ -335,8 +341,11 @@ class LinearSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
-        num_steps = checks.positive_int("num_steps", num_steps)
-        beta_start, beta_end = checks.number("beta_start", beta_start, 0, 1), checks.number("beta_end", beta_end, 0, 1)
+        num_steps = arguments.positive_int("num_steps", num_steps)
+        beta_start, beta_end = (
+            arguments.number("beta_start", beta_start, 0, 1),
+            arguments.number("beta_end", beta_end, 0, 1),
+        )
         betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64, device=default_home())
         super().__init__(*_variance_preserving(betas))
 
@@ -365,9 +374,9 @@ class CosineSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> None:
-        num_steps = checks.positive_int("num_steps", num_steps)
-        offset = checks.number("offset", offset, 0, math.inf)
-        beta_max = checks.number("beta_max", beta_max, 0, 1)
+        num_steps = arguments.positive_int("num_steps", num_steps)
+        offset = arguments.number("offset", offset, 0, math.inf)
+        beta_max = arguments.number("beta_max", beta_max, 0, 1)
         t = torch.arange(num_steps + 1, dtype=torch.float64, device=default_home())
         log_f = 2 * torch.cos((t / num_steps + offset) / (1 + offset) * math.pi / 2).log()
         super().__init__(*_variance_preserving((-torch.expm1(log_f.diff())).clamp(max=beta_max)))
@@ -395,7 +404,7 @@ class ReciprocalSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int) -> None:
-        num_steps = checks.positive_int("num_steps", num_steps)
+        num_steps = arguments.positive_int("num_steps", num_steps)
         t = torch.arange(num_steps + 1, dtype=torch.float64, device=default_home())
         beta = torch.cat([t[:1], 1 / (num_steps - t[1:] + 1)])
         erased = t / num_steps
@@ -425,9 +434,9 @@ class GeometricSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        num_steps = checks.positive_int("num_steps", num_steps)
-        sigma_min = checks.number("sigma_min", sigma_min, 0, math.inf)
-        sigma_max = checks.number("sigma_max", sigma_max, sigma_min, math.inf)
+        num_steps = arguments.positive_int("num_steps", num_steps)
+        sigma_min = arguments.number("sigma_min", sigma_min, 0, math.inf)
+        sigma_max = arguments.number("sigma_max", sigma_max, sigma_min, math.inf)
         fraction = torch.linspace(1, 0, num_steps, dtype=torch.float64, device=default_home())
         log_sigma = math.log(sigma_max) + fraction * math.log(sigma_min / sigma_max) * (num_steps > 1)
         log_sigma = torch.cat([log_sigma.new_full((1,), -math.inf), log_sigma])
@@ -465,9 +474,9 @@ class LogSNRSchedule(_FixedSchedule):
     """
 
     def __init__(self, num_steps: int, first: float = 9.0, last: float = -9.0) -> None:
-        num_steps = checks.positive_int("num_steps", num_steps)
-        first = checks.number("first", first, -700, 700)
-        last = checks.number("last", last, -700, first)
+        num_steps = arguments.positive_int("num_steps", num_steps)
+        first = arguments.number("first", first, -700, 700)
+        last = arguments.number("last", last, -700, first)
         log_snr = torch.linspace(first, last, num_steps, dtype=torch.float64, device=default_home())
         log_alpha_bar = torch.nn.functional.logsigmoid(log_snr)
         beta = torch.cat([torch.sigmoid(-log_snr[:1]), -torch.expm1(log_alpha_bar.diff())])

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from ..base import checks, ranks
+from ..base import arguments, checks, ranks
+from ..base.arguments import ArgumentError
 from ..base.randomness import copied_source, seed_draws
 from ..pair.diffusion import Diffusion
 from ..pair.programs import check_law
@@ -98,10 +99,10 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
         seed = int(torch.randint(2**63 - 1, (), generator=source, device="cpu"))
     elif isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    elif checks.is_int(generator) and -(2**63) <= generator < 2**64:
+    elif arguments.is_int(generator) and -(2**63) <= generator < 2**64:
         seed = int(generator)
     else:
-        raise ValueError(f"generator must be a torch.Generator, a seed or None, but it is {generator!r}")
+        raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {generator!r}")
     if agreed:
         of_first = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
         ranks.agree([of_first])
@@ -179,15 +180,15 @@ def batches(
     if context:
         if not isinstance(context[0], Tensor):
             checks.context(context[:1], 1, diffusion.model.device, keyword)
-        raise ValueError("context must come from the loader, which yields (x_0, y), but it is given beside one")
+        raise ArgumentError("context", "must come from the loader, which yields (x_0, y), but it is given beside one")
     number = -1
     for number, batch in enumerate(x_0):
         try:
             yield _batch(diffusion, *_loaded(batch, diffusion.model.device))
         except ValueError as error:
-            raise ValueError(f"{error} (in batch {number} of the loader)") from None
+            raise arguments.amended(error, f"(in batch {number} of the loader)") from None
     if number < 0:
-        raise ValueError(f"x_0 must have at least one batch, but this {type(x_0).__name__} is empty")
+        raise ArgumentError("x_0", f"must have at least one batch, but this {type(x_0).__name__} is empty")
 
 
 def _loads(x_0: object) -> bool:
@@ -195,7 +196,7 @@ def _loads(x_0: object) -> bool:
     first = x_0
     while isinstance(first, list | tuple) and first:
         first = first[0]
-    if checks.is_number(first):
+    if arguments.is_number(first):
         return False
     return isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | np.ndarray | str | bytes | dict)
 
@@ -237,15 +238,18 @@ def look(memory_budget: int, diffusion: Diffusion, batch: Batch) -> Look:
         ValueError: If no row fits the budget, or it is not a positive int; if a part of the model returns no law, takes
             another context, or has Pyro sites of its own; if the last step's law is discrete and nothing says so.
     """
-    memory_budget, one = checks.positive_int("memory_budget", memory_budget), batch.rows(slice(1))
+    memory_budget, one = arguments.positive_int("memory_budget", memory_budget), batch.rows(slice(1))
     size, kernel, sites = _called(diffusion, one)
     if sites:
-        raise ValueError(
-            f"diffusion must have no Pyro sites of its own inside its parts to be evaluated outside of its programs, "
-            f"but {sites[0]!r} is one: it would not be scored"
+        raise ArgumentError(
+            "diffusion",
+            f"must have no Pyro sites of its own inside its parts to be evaluated outside of its programs, "
+            f"but {sites[0]!r} is one: it would not be scored",
         )
     if size > memory_budget:
-        raise ValueError(f"memory_budget must hold one datum, which takes {size} bytes here, but it is {memory_budget}")
+        raise ArgumentError(
+            "memory_budget", f"must hold one datum, which takes {size} bytes here, but it is {memory_budget}"
+        )
     cached = min(memory_budget, max(_CACHE, size)) if one.x_0.device.type == "cpu" else memory_budget
     return Look(max(1, cached // max(1, size)), _is_analytic(diffusion, one.x_0, kernel))
 
@@ -282,9 +286,10 @@ def _called(diffusion: Diffusion, one: Batch) -> tuple[int, Distribution, list[s
         last = diffusion.model.decoded(kernel, x_0)
         last.log_prob(x_0)
     if diffusion.levels is None and _is_discrete(last):
-        raise ValueError(
-            f"decoder must say how many values a number may take, by an attribute levels, where its law is discrete, "
-            f"but {type(diffusion.model.decoder).__name__} says nothing: p would be taken for a density"
+        raise ArgumentError(
+            "decoder",
+            f"must say how many values a number may take, by an attribute levels, where its law is discrete, "
+            f"but {type(diffusion.model.decoder).__name__} says nothing: p would be taken for a density",
         )
     return 16 * x_0.nbytes + results.nbytes, kernel, heard.sites
 

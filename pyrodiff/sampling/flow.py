@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..model.decoders import GaussianDecoder
 from ..pair.diffusion import Diffusion
 from ..pair.flow import Flow, check_flow, refuse_a_cut_graph
@@ -101,13 +102,14 @@ class FlowSampler(Sampler):
             ValueError: As a call; if a decoder makes the last step, so that p has no closed form.
         """
         if not runs(self.diffusion.model.decoder, GaussianDecoder):
-            raise ValueError(
-                f"diffusion must end without a decoder for log p of its samples, but it has a "
-                f"{type(self.diffusion.model.decoder).__name__}: ode_log_prob bounds log p of samples there"
+            raise ArgumentError(
+                "diffusion",
+                f"must end without a decoder for log p of its samples, but it has a "
+                f"{type(self.diffusion.model.decoder).__name__}: ode_log_prob bounds log p of samples there",
             )
-        if not (checks.is_int(num_probes) and num_probes >= 0):
-            raise ValueError(f"num_probes must be an int of at least 0, but it is {num_probes!r}")
-        num_samples = checks.positive_int("num_samples", num_samples)
+        if not (arguments.is_int(num_probes) and num_probes >= 0):
+            raise ArgumentError("num_probes", f"must be an int of at least 0, but it is {num_probes!r}")
+        num_samples = arguments.positive_int("num_samples", num_samples)
         checks.context(context, num_samples, self.diffusion.model.device, "num_steps")
         self._choose(num_steps)
         evaluated, T = evaluating(self.chain, generator, guide=self.guide, given=(None, *context)), self.chain.num_steps

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import coefficients
 from ..pair.diffusion import Diffusion
 from ..process.forward import GaussianForward
@@ -68,8 +69,8 @@ class LangevinSampler:
 
     def __init__(self, score: Callable[[Tensor], Tensor], step_size: float) -> None:
         if not callable(score):
-            raise ValueError(f"score must be called with points, but it is {checks.described(score)}")
-        self.score, self.step_size = score, checks.number("step_size", step_size, 0, math.inf)
+            raise ArgumentError("score", f"must be called with points, but it is {arguments.described(score)}")
+        self.score, self.step_size = score, arguments.number("step_size", step_size, 0, math.inf)
 
     def __call__(self, x: Tensor, num_updates: int, generator: torch.Generator | int | None = None) -> Tensor:
         r"""The points after so many updates.
@@ -91,7 +92,7 @@ class LangevinSampler:
                 not finite at the start; if the dynamics diverges, with the ``step_size`` below which it would not,
                 where the curvature at the points that do tells it.
         """
-        x, num_updates = _checked_points(x), checks.positive_int("num_updates", num_updates)
+        x, num_updates = _checked_points(x), arguments.positive_int("num_updates", num_updates)
         start, scale = x, 0.0
         is_module = isinstance(self.score, nn.Module)
         mode = evaluation_mode(self.score) if is_module else nullcontext()
@@ -101,7 +102,9 @@ class LangevinSampler:
                 if number == 1:
                     scale = _largest(start) + self.step_size / 2 * _largest(s) + math.sqrt(num_updates * self.step_size)
                     if not math.isfinite(scale):
-                        raise ValueError("score must be finite at the points x, but it is infinite or NaN at some")
+                        raise ArgumentError(
+                            "score", "must be finite at the points x, but it is infinite or NaN at some"
+                        )
                 x = _updated(x, s, self.step_size)
                 if _has_diverged(x, scale):
                     size = _stable_size(self._score, start[_farthest(x)])
@@ -178,9 +181,9 @@ class AnnealedLangevinSampler(Sampler):
         times: Sequence[int] | None = None,
         guide: Callable | None = None,
     ) -> None:
-        self.step_size = checks.number("step_size", step_size, 0, math.inf)
-        self.num_updates = checks.positive_int("num_updates", num_updates)
-        checks.one_of("denoise", denoise, (False, True))
+        self.step_size = arguments.number("step_size", step_size, 0, math.inf)
+        self.num_updates = arguments.positive_int("num_updates", num_updates)
+        arguments.one_of("denoise", denoise, (False, True))
         self.denoise = denoise
         super().__init__(diffusion, compile, num_steps=num_steps, times=times, guide=guide)
         self._check_chain()
@@ -225,32 +228,37 @@ class AnnealedLangevinSampler(Sampler):
         """Refuse a chain that is not one of rising noise around the data themselves, or too coarse a step for it."""
         process, way_out = self.chain.forward_process, "give AncestralSampler, which draws from any diffusion"
         if not isinstance(process, GaussianForward):
-            raise ValueError(
-                f"diffusion must be Gaussian for annealed Langevin dynamics, but its forward process is a "
-                f"{type(process).__name__}: {way_out}"
+            raise ArgumentError(
+                "diffusion",
+                f"must be Gaussian for annealed Langevin dynamics, but its forward process is a "
+                f"{type(process).__name__}: {way_out}",
             )
         signal, noise = self._schedule.scales(torch.arange(1, self.chain.num_steps + 1, device=self._schedule.device))
         if not checks.holds(signal == 1):
-            raise ValueError(
-                f"diffusion must have a signal of 1 for annealed Langevin dynamics, as with a GeometricSchedule, but "
-                f"that of {self._schedule!r} is {float(signal[-1]):.3g} at t = T: {way_out}"
+            raise ArgumentError(
+                "diffusion",
+                f"must have a signal of 1 for annealed Langevin dynamics, as with a GeometricSchedule, but "
+                f"that of {self._schedule!r} is {float(signal[-1]):.3g} at t = T: {way_out}",
             )
         if not checks.holds(noise.diff(prepend=noise.new_zeros(1)) > 0):
-            raise ValueError(
-                f"diffusion must have noise that rises with t for annealed Langevin dynamics, but that of "
-                f"{self._schedule!r} does not"
+            raise ArgumentError(
+                "diffusion",
+                f"must have noise that rises with t for annealed Langevin dynamics, but that of "
+                f"{self._schedule!r} does not",
             )
         if not hasattr(self.chain.reverse, "denoiser"):
-            raise ValueError(
-                f"diffusion must have a reverse process with a denoiser, whose score is followed, but it is a "
-                f"{type(self.chain.reverse).__name__}, which has none: {way_out}"
+            raise ArgumentError(
+                "diffusion",
+                f"must have a reverse process with a denoiser, whose score is followed, but it is a "
+                f"{type(self.chain.reverse).__name__}, which has none: {way_out}",
             )
         smallest = float(noise[0])
         if not self.step_size < 4 * smallest**2:
-            raise ValueError(
-                f"step_size must be below 4 times the smallest variance of the noise, 4 * {smallest:g}^2 = "
+            raise ArgumentError(
+                "step_size",
+                f"must be below 4 times the smallest variance of the noise, 4 * {smallest:g}^2 = "
                 f"{4 * smallest**2:g}, from which on Langevin dynamics around a point diverges, but it is "
-                f"{self.step_size:g}; a tenth of that variance is {smallest**2 / 10:g}"
+                f"{self.step_size:g}; a tenth of that variance is {smallest**2 / 10:g}",
             )
 
     def _run(self, num_samples: int, context: tuple[Tensor, ...], *rest: Any) -> Iterator[tuple[int, Tensor]]:
@@ -273,7 +281,7 @@ class AnnealedLangevinSampler(Sampler):
             try:
                 size = _stable_size(lambda x: self._score(x, time, *given), before[rows].clone())
             except ValueError:
-                return ValueError(f"denoiser must return finite numbers, but at t = {t} of the chain it does not")
+                return ArgumentError("denoiser", f"must return finite numbers, but at t = {t} of the chain it does not")
         size *= self.step_size / float(self.step_sizes(t))
         return _divergence(self.step_size, size, f"in the updates of t = {t}", "the states before these")
 
@@ -286,11 +294,13 @@ def _updated(x: Tensor, s: Tensor, step_size: Tensor | float) -> Tensor:
 def _checked_points(x: object) -> Tensor:
     """Finite points, at least one, in float32 or float64."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be a float32 or float64 tensor, but it is {checks.described(x)}")
+        raise ArgumentError("x", f"must be a float32 or float64 tensor, but it is {arguments.described(x)}")
     if x.dim() == 0 or x.numel() == 0:
-        raise ValueError(f"x must have shape (B, *event_shape), with a point at least, but its shape is {(*x.shape,)}")
+        raise ArgumentError(
+            "x", f"must have shape (B, *event_shape), with a point at least, but its shape is {(*x.shape,)}"
+        )
     if not bool(x.isfinite().all()):
-        raise ValueError("x must be finite, but it has infinite or NaN values")
+        raise ArgumentError("x", "must be finite, but it has infinite or NaN values")
     return x.detach().clone()
 
 
@@ -319,7 +329,7 @@ def _stable_size(score: Callable[[Tensor], Tensor], x: Tensor, num_rounds: int =
         x = x.detach().clone().requires_grad_()
         s = score(x)
         if not bool(s.isfinite().all()):
-            raise ValueError("score must be finite")
+            raise ArgumentError("score", "must be finite")
         if not s.requires_grad:
             return math.nan
         source, shift, product = torch.Generator().manual_seed(0), torch.zeros(()), x
@@ -345,7 +355,8 @@ def _norms(v: Tensor) -> Tensor:
 def _divergence(step_size: float, size: float, when: str, where: str) -> ValueError:
     """The error of Langevin dynamics that diverges: with the step size that would not, if the curvature explains it."""
     told = f"by the largest curvature of -log p at {where} give less than {size:.4g}"
-    return ValueError(
-        f"step_size must be so small that Langevin dynamics does not diverge, but with {step_size:g} it does, {when}: "
-        f"{told if 0 < size <= step_size else 'give a smaller one'}"
+    return ArgumentError(
+        "step_size",
+        f"must be so small that Langevin dynamics does not diverge, but with {step_size:g} it does, {when}: "
+        f"{told if 0 < size <= step_size else 'give a smaller one'}",
     )

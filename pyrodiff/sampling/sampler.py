@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..pair.diffusion import Diffusion, evenly_spaced
 from ..running.compilation import Compiled, Composition
 from ..running.evaluation import evaluating, progress_bar, validated
@@ -79,11 +80,11 @@ class Sampler(ABC):
         guide: Callable | None = None,
     ) -> None:
         checks.instance("diffusion", diffusion, Diffusion)
-        checks.one_of("compile", compile, (False, True))
+        arguments.one_of("compile", compile, (False, True))
         if compile and diffusion.model.is_random():
-            raise ValueError("diffusion must have no random weights (PyroSample) to be compiled, but it has some")
+            raise ArgumentError("diffusion", "must have no random weights (PyroSample) to be compiled, but it has some")
         if num_steps is not None and times is not None:
-            raise ValueError(f"num_steps must be None where times are given, but it is {num_steps!r}")
+            raise ArgumentError("num_steps", f"must be None where times are given, but it is {num_steps!r}")
         self.diffusion, self.guide = diffusion, guide
         self._times_given = None if times is None else checks.increasing("times", times, diffusion.num_steps)
         self._num_steps, self._compiles = num_steps, compile
@@ -207,8 +208,8 @@ class Sampler(ABC):
         found = _spread((0, *self._times)) if times is None else _decreasing(times, self.diffusion.num_steps)
         missing = [t for t in found if t not in (0, *self._times)]
         if missing:
-            raise ValueError(
-                f"times must be 0 or times of the {len(self._times)} steps, but {missing[0]} is none of them"
+            raise ArgumentError(
+                "times", f"must be 0 or times of the {len(self._times)} steps, but {missing[0]} is none of them"
             )
         return torch.stack(self._states(found, num_samples, context, "times", generator, progress))
 
@@ -242,7 +243,7 @@ class Sampler(ABC):
         progress: bool,
     ) -> list[Tensor]:
         """The states at these times, as tensors that gradients may pass through, which those of inference are not."""
-        num_samples = checks.positive_int("num_samples", num_samples)
+        num_samples = arguments.positive_int("num_samples", num_samples)
         checks.context(context, num_samples, self.diffusion.model.device, keyword)
         no_gradient = torch.inference_mode() if self._compiled is None else torch.no_grad()
         evaluated = evaluating(self.chain, generator, guide=self.guide, given=(None, *context))
@@ -291,7 +292,7 @@ def _check_states(name: str, x: object, like: Tensor) -> None:
     """States as a step returns them."""
     checks.returned(name, x, like.shape, like)
     if x.dtype != like.dtype:
-        raise ValueError(f"{name} must return states of dtype {like.dtype}, but they are of {x.dtype}")
+        raise ArgumentError(name, f"must return states of dtype {like.dtype}, but they are of {x.dtype}")
 
 
 def drawn(law: Distribution, num_samples: int) -> Tensor:
@@ -317,8 +318,8 @@ def _decreasing(times: Sequence[int], num_steps: int) -> tuple[int, ...]:
         found = ()
     if not (
         found
-        and all(checks.is_int(t) and 0 <= t <= num_steps for t in found)
+        and all(arguments.is_int(t) and 0 <= t <= num_steps for t in found)
         and all(before > after for before, after in pairwise(found))
     ):
-        raise ValueError(f"times must be decreasing ints in 0..{num_steps}, at least one, but they are {times!r}")
+        raise ArgumentError("times", f"must be decreasing ints in 0..{num_steps}, at least one, but they are {times!r}")
     return tuple(int(t) for t in found)

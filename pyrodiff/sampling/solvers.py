@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import checks
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
 from ..base.precision import coefficients
 from ..pair.diffusion import Diffusion
 from ..process.forward import GaussianForward
@@ -41,15 +42,17 @@ class _GaussianSampler(Sampler):
         checks.instance("diffusion", diffusion, Diffusion)
         name, process, reverse = type(self).__name__, diffusion.forward_process, diffusion.reverse
         if not isinstance(process, GaussianForward):
-            raise ValueError(
-                f"diffusion must have a GaussianForward for {name}, but its forward process is a "
-                f"{type(process).__name__}: use AncestralSampler, which samples any"
+            raise ArgumentError(
+                "diffusion",
+                f"must have a GaussianForward for {name}, but its forward process is a "
+                f"{type(process).__name__}: use AncestralSampler, which samples any",
             )
         if not isinstance(getattr(reverse, "denoiser", None), nn.Module):
-            raise ValueError(
-                f"diffusion must have a reverse process with a denoiser, called as denoiser(x_t, t, *context), for "
+            raise ArgumentError(
+                "diffusion",
+                f"must have a reverse process with a denoiser, called as denoiser(x_t, t, *context), for "
                 f"{name}, but its {type(reverse).__name__} has none: build it of GaussianReverse, or use "
-                f"AncestralSampler, which samples any"
+                f"AncestralSampler, which samples any",
             )
         super().__init__(diffusion, **options)
         self._check_chain()
@@ -133,10 +136,11 @@ class DDIMSampler(_FlowSampler):
     """
 
     def __init__(self, diffusion: Diffusion, eta: float = 0.0, **options: Any) -> None:
-        if not (checks.is_number(eta) and 0 <= eta <= 1):
-            raise ValueError(
-                f"eta must be a number in [0, 1], of which 0 draws nothing and 1 as much as the posterior, but it is "
-                f"{checks.described(eta)}"
+        if not (arguments.is_number(eta) and 0 <= eta <= 1):
+            raise ArgumentError(
+                "eta",
+                f"must be a number in [0, 1], of which 0 draws nothing and 1 as much as the posterior, but it is "
+                f"{arguments.described(eta)}",
             )
         self.eta = float(eta)
         self.order = None if eta else 1
@@ -191,8 +195,10 @@ class DPMSolverSampler(_LogSNRSampler):
     """
 
     def __init__(self, diffusion: Diffusion, order: int = 2, **options: Any) -> None:
-        if not (checks.is_int(order) and order in (1, 2)):
-            raise ValueError(f"order must be 1 or 2, the orders that there are, but it is {checks.described(order)}")
+        if not (arguments.is_int(order) and order in (1, 2)):
+            raise ArgumentError(
+                "order", f"must be 1 or 2, the orders that there are, but it is {arguments.described(order)}"
+            )
         self.order = int(order)
         super().__init__(diffusion, **options)
 
@@ -214,9 +220,9 @@ class DPMSolverSampler(_LogSNRSampler):
 
     def _check_chain(self) -> None:
         if self.chain.num_steps < self.order:
-            raise ValueError(
-                f"num_steps must be at least 2 for order=2, but it is {self.chain.num_steps}: take more steps, or "
-                f"order=1"
+            raise ArgumentError(
+                "num_steps",
+                f"must be at least 2 for order=2, but it is {self.chain.num_steps}: take more steps, or order=1",
             )
 
 
@@ -278,12 +284,12 @@ class HeunSampler(_LogSNRSampler):
         **options: Any,
     ) -> None:
         for name, value in {"churn": churn, "churn_from": churn_from, "churn_noise": churn_noise}.items():
-            if not (checks.is_number(value) and 0 <= value < math.inf):
-                raise ValueError(f"{name} must be a number of at least 0, but it is {checks.described(value)}")
-        if not (checks.is_number(churn_to) and churn_to >= churn_from):
-            raise ValueError(
-                f"churn_to must be a number of at least churn_from = {churn_from}, but it is "
-                f"{checks.described(churn_to)}"
+            if not (arguments.is_number(value) and 0 <= value < math.inf):
+                raise ArgumentError(name, f"must be a number of at least 0, but it is {arguments.described(value)}")
+        if not (arguments.is_number(churn_to) and churn_to >= churn_from):
+            raise ArgumentError(
+                "churn_to",
+                f"must be a number of at least churn_from = {churn_from}, but it is {arguments.described(churn_to)}",
             )
         self.churn, self.churn_noise = float(churn), float(churn_noise)
         self.churn_from, self.churn_to = float(churn_from), float(churn_to)
@@ -320,9 +326,10 @@ class HeunSampler(_LogSNRSampler):
     def _check_chain(self) -> None:
         schedule = self.chain.forward_process.schedule
         if not checks.holds(schedule.signal(self.chain.num_steps) != 0):
-            raise ValueError(
-                f"diffusion must leave some signal at t = T for HeunSampler, whose steps are in b / a, but its "
-                f"schedule {schedule!r} leaves none: use DDIMSampler or DPMSolverSampler, or times that end before T"
+            raise ArgumentError(
+                "diffusion",
+                f"must leave some signal at t = T for HeunSampler, whose steps are in b / a, but its "
+                f"schedule {schedule!r} leaves none: use DDIMSampler or DPMSolverSampler, or times that end before T",
             )
 
 
@@ -379,8 +386,8 @@ class PredictorCorrectorSampler(_GaussianSampler):
     """
 
     def __init__(self, diffusion: Diffusion, snr: float = 0.16, num_corrections: int = 1, **options: Any) -> None:
-        self.snr = checks.number("snr", snr, 0, math.inf)
-        self.num_corrections = checks.positive_int("num_corrections", num_corrections)
+        self.snr = arguments.number("snr", snr, 0, math.inf)
+        self.num_corrections = arguments.positive_int("num_corrections", num_corrections)
         super().__init__(diffusion, **options)
 
     def step(self, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:

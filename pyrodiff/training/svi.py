@@ -14,7 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-from ..base import checks, ranks
+from ..base import arguments, checks, ranks
+from ..base.arguments import ArgumentError
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..process.schedules import Schedule
@@ -105,22 +106,23 @@ class SVI:
         _check_callables(model, guide, optim, scheduler, average)
         checks.instance("loss", loss, ELBO)
         if not hasattr(loss, "differentiable_loss"):
-            raise ValueError(f"loss must have a differentiable_loss, but it is {loss!r}")
+            raise ArgumentError("loss", f"must have a differentiable_loss, but it is {loss!r}")
         if clip_norm is not None:
-            clip_norm = checks.number("clip_norm", clip_norm, 0, math.inf)
-        accumulate = checks.positive_int("accumulate", accumulate)
-        checks.one_of("autocast", autocast, (None, torch.bfloat16, torch.float16))
-        checks.one_of("nonfinite", nonfinite, (None, "stop", "skip"))
-        checks.one_of("compile", compile, (False, True))
-        checks.one_of("validate", validate, (None, False, True))
+            clip_norm = arguments.number("clip_norm", clip_norm, 0, math.inf)
+        accumulate = arguments.positive_int("accumulate", accumulate)
+        arguments.one_of("autocast", autocast, (None, torch.bfloat16, torch.float16))
+        arguments.one_of("nonfinite", nonfinite, (None, "stop", "skip"))
+        arguments.one_of("compile", compile, (False, True))
+        arguments.one_of("validate", validate, (None, False, True))
         if compile and validate:
-            raise ValueError("validate must not be True where compile is: a graph checks nothing")
+            raise ArgumentError("validate", "must not be True where compile is: a graph checks nothing")
         if compile and not isinstance(loss, DiffusionELBO):
-            raise ValueError(
-                f"loss must be a DiffusionELBO to be compiled, but it is {loss!r}: Pyro's own read numbers as they go"
+            raise ArgumentError(
+                "loss",
+                f"must be a DiffusionELBO to be compiled, but it is {loss!r}: Pyro's own read numbers as they go",
             )
         if average is not None and not isinstance(model, nn.Module):
-            raise ValueError(f"model must be a torch.nn.Module to be averaged, but it is {model!r}")
+            raise ArgumentError("model", f"must be a torch.nn.Module to be averaged, but it is {model!r}")
         self.model, self.guide, self.optim, self.loss, self.clip_norm = model, guide, optim, loss, clip_norm
         self.accumulate, self.autocast, self.nonfinite = accumulate, autocast, nonfinite
         self.validate = validate
@@ -145,7 +147,7 @@ class SVI:
         """
         self._refuse_averages()
         if not torch.is_grad_enabled():
-            raise ValueError("gradients must be enabled for a step, but it is taken under torch.no_grad()")
+            raise ArgumentError("gradients", "must be enabled for a step, but it is taken under torch.no_grad()")
         if self._state is not None:
             self._gradient.rehearse(args, kwargs)
             self._resume(self._state)
@@ -218,7 +220,7 @@ class SVI:
         """The model's tensors and their averages, by name."""
         self._refuse_averages()
         if self._make_average is None:
-            raise ValueError("average must be given to SVI for the weights to be averaged, but it is None")
+            raise ArgumentError("average", "must be given to SVI for the weights to be averaged, but it is None")
         if self.num_steps == 0:
             raise ValueError("the weights must have taken a step to be averaged, but there was none yet")
         ours, means = (dict(program.named_parameters()) for program in (self.model, self.average.module))
@@ -244,7 +246,9 @@ class SVI:
         if self._make_scheduler is not None:
             self.scheduler = _made("scheduler", self._make_scheduler, self.optimizer, LRScheduler)
             if self.scheduler.optimizer is not self.optimizer:
-                raise ValueError("scheduler must return one of the optimizer it is called with, but it is of another")
+                raise ArgumentError(
+                    "scheduler", "must return one of the optimizer it is called with, but it is of another"
+                )
         if self._make_average is not None:
             self.average = _made("average", self._make_average, self.model, AveragedModel)
 
@@ -365,14 +369,14 @@ class SVI:
         if self._state is not None:
             return self._state
         if self.optimizer is None:
-            raise ValueError("svi must have taken a step to have a state, but there was none yet")
+            raise ArgumentError("svi", "must have taken a step to have a state, but there was none yet")
         if self._batches:
             waiting = f"{self._batches} of {self.accumulate} are accumulated"
-            raise ValueError(f"svi must have taken a step with all gradients, but {waiting}")
+            raise ArgumentError("svi", f"must have taken a step with all gradients, but {waiting}")
         self._refuse_shards()
         state = self._as_it_is()
         if "" in state["names"]:
-            raise ValueError("parameters must stay in the programs to be saved, but one that is learned is gone")
+            raise ArgumentError("parameters", "must stay in the programs to be saved, but one that is learned is gone")
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -392,8 +396,9 @@ class SVI:
         self._refuse_averages()
         missing = _PARTS - state.keys() if isinstance(state, dict) else _PARTS
         if missing:
-            raise ValueError(
-                f"state must be what state_dict() returned, but it is a {type(state).__name__} without {min(missing)!r}"
+            raise ArgumentError(
+                "state",
+                f"must be what state_dict() returned, but it is a {type(state).__name__} without {min(missing)!r}",
             )
         self._refuse_shards()
         roots, names = self._programs.roots(), self._programs.names().values()
@@ -448,7 +453,7 @@ class SVI:
     def _refuse_shards(self) -> None:
         parameters = [p for module in self._programs.roots().values() for p in module.parameters()]
         if any(ranks.is_sharded(parameter) for parameter in (*parameters, *self._gradient.parameters)):
-            raise ValueError("parameters must not be sharded: torch.distributed.checkpoint saves and loads those")
+            raise ArgumentError("parameters", "must not be sharded: torch.distributed.checkpoint saves and loads those")
 
 
 _EXAMPLES = {
@@ -461,27 +466,31 @@ _EXAMPLES = {
 def _check_callables(model: object, guide: object, optim: object, scheduler: object, average: object) -> None:
     for name, program in (("model", model), ("guide", guide)):
         if isinstance(program, Diffusion | OneStep):
-            raise ValueError(f"{name} must be a program, but it is a {type(program).__name__}: give its .{name}")
+            raise ArgumentError(name, f"must be a program, but it is a {type(program).__name__}: give its .{name}")
         if not callable(program):
-            raise ValueError(f"{name} must be a callable, but it is {checks.described(program)}")
+            raise ArgumentError(name, f"must be a callable, but it is {arguments.described(program)}")
     for name, make in (("optim", optim), ("scheduler", scheduler), ("average", average)):
         missing = make is None and name != "optim"
         if not missing and (not callable(make) or isinstance(make, nn.Module)):
-            raise ValueError(f"{name} must be a callable, {_EXAMPLES[name]} say, but it is {checks.described(make)}")
+            raise ArgumentError(
+                name, f"must be a callable, {_EXAMPLES[name]} say, but it is {arguments.described(make)}"
+            )
 
 
 def _made(name: str, make: Callable, given: object, kind: type) -> Any:
     made = make(given)
     if not isinstance(made, kind):
         hint = f"as {_EXAMPLES[name]} does" + ", and no pyro.optim" * (name == "optim")
-        raise ValueError(
-            f"{name} must return a {kind.__module__}.{kind.__name__}, {hint}, but it returned {checks.described(made)}"
+        raise ArgumentError(
+            name,
+            f"must return a {kind.__module__}.{kind.__name__}, {hint}, but it returned {arguments.described(made)}",
         )
     if isinstance(made, torch.optim.LBFGS):
-        raise ValueError(
-            "optim must return an optimizer that takes one gradient per step, such as torch.optim.Adam, but it "
+        raise ArgumentError(
+            "optim",
+            "must return an optimizer that takes one gradient per step, such as torch.optim.Adam, but it "
             "returned LBFGS, which evaluates the loss several times: call its step(closure) with "
-            "loss.differentiable_loss(model, guide, x) yourself"
+            "loss.differentiable_loss(model, guide, x) yourself",
         )
     return made
 
@@ -518,16 +527,16 @@ def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name in _KEEPERS:
         here, there = (state.get(name, [None])[0] for state in (ours, theirs))
         if here != there:
-            raise ValueError(f"state must be one with the {name} {here}, but it is with {there}")
+            raise ArgumentError("state", f"must be one with the {name} {here}, but it is with {there}")
     if "average" in ours:
         _refuse_other_tensors("average", ours["average"][1], theirs["average"][1])
     here, there = len(ours["groups"]), len(theirs["groups"])
     if here != there:
-        raise ValueError(f"state must be one of the optimizer's {here} groups of parameters, but it has {there}")
+        raise ArgumentError("state", f"must be one of the optimizer's {here} groups of parameters, but it has {there}")
     for groups in zip(ours["groups"], theirs["groups"], strict=True):
         _refuse_other_names("parameters in a group of the optimizer", *groups)
     if len(ours["shares"]) != len(theirs["shares"]):
-        raise ValueError("state must be one of as many drawings, but it is not")
+        raise ArgumentError("state", "must be one of as many drawings, but it is not")
 
 
 def _refuse_other_modules(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -535,7 +544,7 @@ def _refuse_other_modules(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name, here in ours["schedules"].items():
         there = theirs["schedules"].get(name, here)
         if here.shape != there.shape or not torch.allclose(here.cpu(), there.cpu(), rtol=1e-9, atol=0):
-            raise ValueError(f"state must be one of the same noise schedule, but {name} is another there")
+            raise ArgumentError("state", f"must be one of the same noise schedule, but {name} is another there")
     for name, tensors in ours["modules"].items():
         _refuse_other_tensors(name, tensors, theirs["modules"].get(name, {}))
 
@@ -543,14 +552,14 @@ def _refuse_other_modules(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def _refuse_other_tensors(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     def described(tensors: dict[str, Any], key: str) -> str:
         part = tensors.get(key, "not there")
-        return checks.described(part) if isinstance(part, Tensor) else part if key not in tensors else "no tensor"
+        return arguments.described(part) if isinstance(part, Tensor) else part if key not in tensors else "no tensor"
 
     for key in [*ours, *theirs]:
         here, there = described(ours, key), described(theirs, key)
         if here != there:
-            raise ValueError(
-                f"state must be one of the same architecture, but {name}.{key} is {there} in it, and {here} in the "
-                "program"
+            raise ArgumentError(
+                "state",
+                f"must be one of the same architecture, but {name}.{key} is {there} in it, and {here} in the program",
             )
 
 
@@ -559,8 +568,9 @@ def _refuse_other_names(what: str, ours: list[str], theirs: list[str]) -> None:
         return
     pairs = ((theirs, ours, "there"), (ours, theirs, "here"))
     alone = [f"{name} is {where} alone" for a, b, where in pairs for name in [name for name in a if name not in b][:1]]
-    raise ValueError(
-        f"state must be one of the same {what} in the same order, but {' and '.join(alone) or 'the order is another'}"
+    raise ArgumentError(
+        "state",
+        f"must be one of the same {what} in the same order, but {' and '.join(alone) or 'the order is another'}",
     )
 
 
@@ -591,7 +601,7 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
         >>> int(average.n_averaged)
         0
     """
-    decay = checks.probability("decay", decay)
+    decay = arguments.probability("decay", decay)
 
     def update(means: list[Tensor], weights: list[Tensor], number: Tensor) -> None:
         if number.device.type == "cpu":

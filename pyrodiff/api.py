@@ -1,0 +1,193 @@
+"""What the package offers: its public names, each from the module that it lives in."""
+
+from . import checkpoints, datasets, networks, plots, scores
+from .base.arguments import ArgumentError
+from .conditioning import (
+    Conditioned,
+    DenoiserTwist,
+    GaussianTwist,
+    Inpainting,
+    IsotropicTwist,
+    KnownTwist,
+    Linear,
+    Posterior,
+    Twist,
+    posterior,
+)
+from .distribution import DiffusionDistribution, FlowEstimate, OneStepEstimate
+from .likelihood.accounting import VarianceAccount, variance_account
+from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
+from .likelihood.estimate import Likelihood
+from .likelihood.flows import FlowLikelihood, ode_log_prob
+from .likelihood.pairs import PairBound, pair_bound, pair_importance_bound
+from .likelihood.shortening import analytic_variance, best_subchain
+from .likelihood.verification import Claim, Verification, verify
+from .model.clipping import Clipped, Thresholded
+from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
+from .model.denoisers import (
+    DataPrediction,
+    Denoiser,
+    LevelPrediction,
+    LogitPrediction,
+    NoisePrediction,
+    ScorePrediction,
+    VelocityPrediction,
+)
+from .model.reverse import BinomialReverse, D3PMReverse, GaussianReverse
+from .model.variances import (
+    AnalyticVariance,
+    DiagonalVariance,
+    FixedLargeVariance,
+    FixedVariance,
+    ForwardVariance,
+    LearnedVariance,
+    PosteriorVariance,
+    RangeVariance,
+    Variance,
+)
+from .pair.diffusion import Diffusion, OneStep, adopt_stored
+from .pair.elbo import DiffusionELBO
+from .pair.times import (
+    BoundWeighting,
+    Drawing,
+    HybridWeighting,
+    ImportanceDrawing,
+    LossSecondMoment,
+    LowDiscrepancyDrawing,
+    NoiseWeighting,
+    ScoreWeighting,
+    SimpleWeighting,
+    UniformDrawing,
+)
+from .process.forward import BinomialForward, Forward, GaussianForward
+from .process.learned import LearnedBetaSchedule, LearnedLogSNRSchedule
+from .process.noise_levels import initial_noise, langevin_step_size, noise_ratio
+from .process.quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
+from .process.schedules import (
+    BetaSchedule,
+    CosineSchedule,
+    GeometricSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    ReciprocalSchedule,
+    Schedule,
+    SubSchedule,
+)
+from .sampling.ancestral import AncestralSampler
+from .sampling.flow import FlowSampler
+from .sampling.langevin import AnnealedLangevinSampler, LangevinSampler
+from .sampling.sampler import Sampler
+from .sampling.solvers import DDIMSampler, DPMSolverSampler, HeunSampler, PredictorCorrectorSampler
+from .training.svi import SVI, exponential_average
+
+__all__ = [
+    "AnalyticVariance",
+    "AncestralSampler",
+    "AnnealedLangevinSampler",
+    "ArgumentError",
+    "BetaSchedule",
+    "BinomialForward",
+    "BinomialReverse",
+    "Bound",
+    "BoundWeighting",
+    "Claim",
+    "Clipped",
+    "Conditioned",
+    "CosineSchedule",
+    "D3PMReverse",
+    "DDIMSampler",
+    "DPMSolverSampler",
+    "DataPrediction",
+    "Decoder",
+    "Denoiser",
+    "DenoiserTwist",
+    "DiagonalVariance",
+    "Diffusion",
+    "DiffusionDistribution",
+    "DiffusionELBO",
+    "DiscretizedDecoder",
+    "DiscretizedNormal",
+    "Drawing",
+    "FixedLargeVariance",
+    "FixedVariance",
+    "FlowEstimate",
+    "FlowLikelihood",
+    "FlowSampler",
+    "Forward",
+    "ForwardVariance",
+    "GaussianDecoder",
+    "GaussianForward",
+    "GaussianReverse",
+    "GaussianTwist",
+    "GeometricSchedule",
+    "HeunSampler",
+    "HybridWeighting",
+    "ImportanceBound",
+    "ImportanceDrawing",
+    "Inpainting",
+    "IsotropicTwist",
+    "KnownTwist",
+    "LangevinSampler",
+    "LearnedBetaSchedule",
+    "LearnedLogSNRSchedule",
+    "LearnedVariance",
+    "LevelCategorical",
+    "LevelPrediction",
+    "Levels",
+    "Likelihood",
+    "Linear",
+    "LinearSchedule",
+    "LogSNRSchedule",
+    "LogitPrediction",
+    "LossSecondMoment",
+    "LowDiscrepancyDrawing",
+    "NoisePrediction",
+    "NoiseWeighting",
+    "OneStep",
+    "OneStepEstimate",
+    "PairBound",
+    "Posterior",
+    "PosteriorVariance",
+    "PredictorCorrectorSampler",
+    "RangeVariance",
+    "ReciprocalSchedule",
+    "SVI",
+    "Sampler",
+    "Schedule",
+    "ScorePrediction",
+    "ScoreWeighting",
+    "SimpleWeighting",
+    "SoftmaxDecoder",
+    "SubSchedule",
+    "Thresholded",
+    "TransitionDecoder",
+    "Twist",
+    "UniformDrawing",
+    "Variance",
+    "VarianceAccount",
+    "VelocityPrediction",
+    "Verification",
+    "adopt_stored",
+    "analytic_variance",
+    "best_subchain",
+    "bin_width",
+    "bound",
+    "checkpoints",
+    "datasets",
+    "dequantize",
+    "exponential_average",
+    "importance_bound",
+    "initial_noise",
+    "langevin_step_size",
+    "networks",
+    "noise_ratio",
+    "ode_log_prob",
+    "pair_bound",
+    "pair_importance_bound",
+    "plots",
+    "posterior",
+    "quantize",
+    "scores",
+    "variance_account",
+    "verify",
+]

@@ -1,0 +1,107 @@
+"""The error that names an argument, and what plain ones may be: numbers, strings, one of a few values.
+
+Nothing here imports torch, so that the command can say what is wrong with an option at once.
+"""
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+__all__ = ["ArgumentError"]
+
+
+class ArgumentError(ValueError):
+    """An argument cannot be what it is.
+
+    Arguments:
+        argument: Its name, as the function that was called has it.
+        said: What it must be and what it is: "must be an int of at least 1, but it is 0".
+
+    Attributes:
+        argument, said: As given. The message is both.
+
+    Example:
+        >>> import pyrodiff
+        >>> try:
+        ...     pyrodiff.LinearSchedule(0)
+        ... except pyrodiff.ArgumentError as error:
+        ...     print(error.argument, "|", error)
+        num_steps | num_steps must be an int of at least 1, but it is 0
+    """
+
+    __module__ = "pyrodiff"
+
+    def __init__(self, argument: str, said: str) -> None:
+        super().__init__(argument, said)
+        self.argument, self.said = argument, said
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.said}"
+
+
+def amended(error: ValueError, words: str) -> ValueError:
+    """The same error with words after its message."""
+    if isinstance(error, ArgumentError):
+        return ArgumentError(error.argument, f"{error.said} {words}")
+    return ValueError(f"{error} {words}")
+
+
+def is_int(value: object) -> bool:
+    """Whether this is a whole number, Python's or NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a real number, Python's or NumPy's, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def positive_int(name: str, value: object, *, even: bool = False) -> int:
+    """An int of at least 1, even if so asked."""
+    if not is_int(value) or value < 1 or (even and value % 2):
+        raise ArgumentError(name, f"must be an int of at least 1{', even' * even}, but it is {described(value)}")
+    return int(value)
+
+
+def levels(value: object, name: str = "levels") -> int:
+    """A number of levels, an int of at least 2."""
+    if not is_int(value) or value < 2:
+        raise ArgumentError(name, f"must be an int of at least 2, but it is {described(value)}")
+    return int(value)
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """A number strictly between two others."""
+    if not (is_number(value) and low < value < high):
+        raise ArgumentError(name, f"must be a number in ({low}, {high}), but it is {described(value)}")
+    return float(value)
+
+
+def probability(name: str, value: object) -> float:
+    """A number in [0, 1)."""
+    if not (is_number(value) and 0 <= value < 1):
+        raise ArgumentError(name, f"must be a number in [0, 1), but it is {described(value)}")
+    return float(value)
+
+
+def one_of(name: str, value: object, values: Sequence) -> None:
+    """One of a few values."""
+    if not any(value is one or (isinstance(value, str) and value == one) for one in values):
+        raise ArgumentError(name, f"must be one of {', '.join(map(repr, values))}, but it is {described(value)}")
+
+
+def text(name: str, value: object, *, empty: bool = False) -> None:
+    """A string, not empty unless it may be."""
+    if not isinstance(value, str) or not (value or empty):
+        raise ArgumentError(name, f"must be a string{', not empty' * (not empty)}, but it is {described(value)}")
+
+
+def described(value: object) -> str:
+    """What an argument is, in one line."""
+    if isinstance(value, type):
+        return repr(value)
+    if hasattr(value, "requires_grad") and hasattr(value, "dtype"):  # a tensor, of whatever class
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    if hasattr(value, "state_dict") or (hasattr(value, "__array__") and not is_number(value)):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 300 and "\n" not in text else f"a {type(value).__name__}"

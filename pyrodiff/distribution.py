@@ -402,6 +402,8 @@ class DiffusionDistribution(TorchDistribution):
         in_guide = False
         for frame, homes in _callers():
             module, function = homes[0], frame.f_code.co_name
+            if function == "compute_log_prob" and "site" in frame.f_locals:
+                shape = _scored_shape(frame.f_locals["site"], shape)
             if (module, function) == ("pyro.infer.enum", "get_importance_trace") and "model_trace" in frame.f_locals:
                 traces = [frame.f_locals[name] for name in ("guide_trace", "model_trace")]
                 self._refuse_unheard(traces)
@@ -465,6 +467,12 @@ def _callers() -> Iterator[tuple[FrameType, list[str]]]:
             homes += [kind.__module__ for kind in type(frame.f_locals["self"]).__mro__]
         yield frame, homes
         frame = frame.f_back
+
+
+def _scored_shape(site: dict, shape: torch.Size) -> torch.Size:
+    """The shape of what a site is scored by, this law in it: a mask or a scale, or laws around, may broadcast more."""
+    around = [site[handler].shape for handler in ("mask", "scale") if isinstance(site[handler], Tensor)]
+    return torch.broadcast_shapes(shape, site["fn"].batch_shape, *around)
 
 
 def _enumerates(guide_trace: poutine.Trace, model_trace: poutine.Trace, shape: torch.Size) -> bool:

@@ -782,6 +782,31 @@ def test_a_class_enumerated_in_the_model_is_refused_and_one_beside_is_not():
     elbo.loss(beside, fixed_guide)
 
 
+@pytest.mark.parametrize("around", ["mask", "scale", "law"])
+def test_a_class_that_only_what_stands_around_depends_on_is_refused_too(around):
+    """A mask, a scale or a transformed law by the class puts the estimate into the logarithm as well."""
+    diffusion, elbo = exact(3), TraceEnum_ELBO(max_plate_nesting=1)
+    law = DiffusionDistribution(diffusion)
+
+    def model(enumerated):
+        with pyro.plate("data", 3):
+            c = pyro.sample("c", dist.Categorical(PI), infer={"enumerate": "parallel"} if enumerated else {})
+            if around == "law":
+                moved = dist.transforms.AffineTransform(CENTERS[c], torch.ones(2).double(), event_dim=1)
+                pyro.sample("z", dist.TransformedDistribution(law, [moved]), obs=Z)
+            else:
+                with poutine.mask(mask=c == 0) if around == "mask" else poutine.scale(scale=1.0 + c):
+                    pyro.sample("z", law, obs=Z)
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("c", dist.Categorical(PI), infer={"enumerate": "parallel"})
+
+    with pytest.raises(ValueError, match=r"(?s)a class that is enumerated in the model, inside a logarithm.*FlowEstim"):
+        elbo.loss(lambda: model(True), lambda: None)
+    elbo.loss(lambda: model(False), guide)
+
+
 def test_inferring_a_class_that_was_summed_is_refused():
     @config_enumerate
     def model():

@@ -152,6 +152,7 @@ def test_the_whole_is_the_loss_of_the_pair():
     """Sites of the data and shared ones together are what DiffusionELBO.loss says, with the same draws."""
     found = pair_bound(shared_model, shared_guide, X, generator=3)
     total = float(found.nats.sum() + sum(found.global_terms.values()))
+    assert found.total == pytest.approx(total)
     losses = [DiffusionELBO().loss(shared_model, shared_guide, X) for _ in range(400)]
     totals = [
         float(b.nats.sum() + sum(b.global_terms.values()))

@@ -656,6 +656,7 @@ def test_the_divergence_of_the_weights_is_theirs_alone(guide, tmp_path):
         found = estimate(diffusion, X_0, guide=q, generator=0)
         assert found.global_kl.shape == ()
         torch.testing.assert_close(found.global_kl, KL)
+        assert found.total == pytest.approx(float(found.nats.sum() + KL), rel=1e-5)
         table = [line for line in str(found).splitlines() if line.startswith("KL of random weights")]
         assert len(table) == 1
         assert f"{float(KL):.4f}" in table[0]
@@ -676,6 +677,7 @@ def test_the_divergence_of_the_weights_is_theirs_alone(guide, tmp_path):
     assert torch.equal(kept.global_kl, found.global_kl)
     without = bound(KINDS["plain"](), X_0)
     assert without.global_kl is None
+    assert without.total == pytest.approx(float(without.nats.sum()), rel=1e-5)
     assert "random weights" not in str(without)
 
 

@@ -77,6 +77,14 @@ class Bound(Likelihood):
         return self.prior + self.denoising.sum(0) + self.reconstruction
 
     @property
+    def total(self) -> float:
+        """The cost of all data together, in nats: the sum over the data, and the KL of random weights once.
+
+        In mean over draws of the weights it is a bound on -log p(x_1, ..., x_B), of which they are integrated out.
+        """
+        return _total(self.nats, self.global_kl)
+
+    @property
     def num_steps(self) -> int:
         """The number of steps T."""
         return len(self.denoising) + 1
@@ -117,6 +125,10 @@ class Bound(Likelihood):
             "bound": self.nats,
             **_global_row(self.global_kl),
         }
+
+
+def _total(nats: Tensor, global_kl: Tensor | None) -> float:
+    return float(nats.double().sum()) + (0.0 if global_kl is None else float(global_kl))
 
 
 def _global_row(global_kl: Tensor | None) -> dict[str, Tensor]:
@@ -396,6 +408,14 @@ class ImportanceBound(Likelihood):
     @property
     def nats(self) -> Tensor:
         return self.at(self.num_particles)
+
+    @property
+    def total(self) -> float:
+        """The cost of all data together, in nats: the sum over the data, and the KL of random weights once.
+
+        In mean over draws of the weights it is a bound on -log p(x_1, ..., x_B), of which they are integrated out.
+        """
+        return _total(self.nats, self.global_kl)
 
     def _raised(self, nats: float) -> dict[str, Tensor]:
         return {"log_weights": self.log_weights - nats}

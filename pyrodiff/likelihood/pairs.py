@@ -101,6 +101,14 @@ class PairBound(Likelihood):
         }
 
     @property
+    def total(self) -> float:
+        """The cost of all data together, in nats: the sum over the data, and once what they share.
+
+        In mean over draws it is a bound on -log p(x_1, ..., x_B), of which all latent sites are integrated out.
+        """
+        return float(self.nats.double().sum()) + sum(self.global_costs)
+
+    @property
     def title(self) -> str:
         return f"bound on -log p of a pair, {len(self.names)} site{'s' * (len(self.names) != 1)}"
 

@@ -125,7 +125,7 @@ def terms(bound: Bound, axes: Axes | None = None) -> Axes:
     """
     checks.instance("bound", bound, Bound)
     axes = Figure(figsize=(5, 3.2), layout="constrained").subplots() if axes is None else axes
-    means = bound.denoising.mean(1).cpu().numpy()
+    means = bound.denoising_mean.cpu().numpy()
     label = f"$L_0$ = {float(bound.reconstruction.mean()):.3f}, $L_T$ = {float(bound.prior.mean()):.3f}"
     axes.plot(np.arange(2, len(means) + 2), means, color=_MODEL, label=label)
     axes.set(xlabel="t", ylabel="$L_{t-1}$ in nats")

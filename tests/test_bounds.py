@@ -1,5 +1,6 @@
 """The bound, all T terms of it: right term by term, and never better than the data's entropy allows."""
 
+import dataclasses
 import io
 import math
 import sys
@@ -683,3 +684,80 @@ def test_a_sum_of_bounds_is_that_of_all_data():
     parts = [bound(diffusion, x[None], generator=0) for x in X_0]
     assert sum(parts).nats.tolist() == [float(part.nats) for part in parts]
     assert "mean of 3 data" in repr(sum(parts))
+
+
+def of_few_times(x_0, **options):
+    """A bound of one of 40 steps, and the same with all its terms kept."""
+    diffusion = gaussian_diffusion(pyrodiff.LinearSchedule(41, beta_start=0.02, beta_end=0.3), M + 0.5, V)
+    found = bound(diffusion, x_0.double(), generator=0, **options)
+    assert found.times is not None
+    whole = found.changed(denoising=found.denoising, times=None, steps=None)
+    assert whole.times is None
+    return found, whole
+
+
+@pytest.mark.parametrize(("num_times", "num_particles"), [(1, 1), (3, 1), (2, 5)])
+def test_what_was_drawn_is_kept_and_says_what_all_terms_say(num_times, num_particles, tmp_path):
+    found, whole = of_few_times(torch.randn(50, 2), num_times=num_times, num_particles=num_particles)
+    assert found.times.shape == (num_times * num_particles, 50)
+    assert whole.denoising.shape == (40, 50)
+    assert ((whole.denoising != 0).sum(0) <= num_times * num_particles).all()
+    for one, other in (
+        (found.nats, whole.nats),
+        (found.denoising_sum, whole.denoising.sum(0)),
+        (found.denoising_mean, whole.denoising.mean(1)),
+        (whole.denoising_mean, whole.denoising.mean(1)),
+        (found.rescaled(2.0).nats, whole.nats + 2),
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert str(found) == str(whole)
+    assert found.num_steps == whole.num_steps == 41
+    found.save(tmp_path / "found.npz")
+    whole.save(tmp_path / "whole.npz")
+    again = Bound.load(tmp_path / "found.npz")
+    assert torch.equal(again.denoising, whole.denoising)
+    assert torch.equal(again.times, found.times)
+    assert torch.equal(Bound.load(tmp_path / "whole.npz").denoising, whole.denoising)
+
+
+def test_bounds_of_few_times_and_of_all_add_up():
+    found, whole = of_few_times(torch.randn(20, 2), num_times=2)
+    assert (found + found).times.shape == (2, 40)
+    for parts in ((found, whole), (whole, found), (found, of_few_times(torch.randn(7, 2), num_times=3)[0])):
+        total = parts[0] + parts[1]
+        assert torch.equal(total.denoising, torch.cat([part.denoising for part in parts], 1))
+        assert total.num_steps == 41
+    replaced = dataclasses.replace(found, prior=found.prior + 1)
+    torch.testing.assert_close(replaced.nats, found.nats + 1)
+
+
+def test_the_terms_of_a_batch_stand_at_their_times_whatever_the_batches():
+    x_0 = torch.randn(50, 2)
+    found, whole = of_few_times(x_0, num_times=3)
+    diffusion = gaussian_diffusion(pyrodiff.LinearSchedule(41, beta_start=0.02, beta_end=0.3), M + 0.5, V)
+    in_batches = bound(diffusion, DataLoader(x_0.double(), 7), generator=0, num_times=3)
+    assert torch.equal(in_batches.times, found.times)
+    torch.testing.assert_close(in_batches.denoising, whole.denoising)
+
+
+def test_times_that_cannot_be_are_refused():
+    terms = torch.ones(2, 3)
+    for times, steps in (
+        (torch.tensor([[2, 2, 2], [3, 3, 9]]), 8),
+        (torch.ones(2, 3).int(), 8),
+        (terms.int() + 1, None),
+    ):
+        with pytest.raises(pyrodiff.ArgumentError, match="times must lie in 2"):
+            Bound(terms[0], terms, terms[0], torch.Size((2,)), times=times, steps=steps)
+
+
+def test_memory_is_bounded_by_what_is_drawn():
+    """Of 20,000 data with 2 of 999 terms, all terms would be 80 MB; what is allocated at once stays below a tenth."""
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(1000))
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(networks.MLP((1,), hidden=2), forward))
+    diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(1,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        found = bound(diffusion, torch.randn(20_000, 1), num_times=2, generator=0)
+        str(found)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 20_000 * 4 < largest < 8e6

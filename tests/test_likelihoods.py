@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pyro.distributions as dist
@@ -473,8 +474,59 @@ FOREIGN = {
     "a list for fields": npz(rest=np.array("[1, 2]"), **TERMS),
     "a number for fields": npz(rest=np.array("1"), **TERMS),
     "no JSON": npz(rest=np.array("{"), **TERMS),
+    "text for the levels": npz(rest=rest(levels="17"), **TERMS),
+    "a list for an entropy": npz(rest=rest(prior_entropy=[1.0]), **TERMS),
+    "a bool for the levels": npz(rest=rest(levels=True), **TERMS),
+    "a negative event_shape": npz(rest=rest(event_shape=[-2]), **TERMS),
+    "a number for a tensor": npz(rest=rest(global_kl=3), **TERMS),
+    "a tensor for a number": npz(rest=rest(levels=...), **TERMS, levels=np.array(3)),
+    "complex numbers": npz(rest=rest(), **{**TERMS, "prior": np.zeros(3, complex)}),
+    "no data": npz(rest=rest(), prior=np.zeros(0), denoising=np.zeros((2, 0)), reconstruction=np.zeros(0)),
+    "a scalar for the data": npz(rest=rest(), **{name: np.zeros(()) for name in TERMS}),
+    "times that are none": npz(rest=rest(steps=3), **TERMS, times=np.full((2, 3), 9)),
+    "deep JSON": npz(rest=np.array("[" * 100_000), **TERMS),
     "another class": npz(rest=rest(**{"class": "Likelihood"}), **TERMS),
 }
+
+
+def packed(claim, size):
+    """A zip whose one array says that it has so many numbers, and has the size deflated zeros have."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (claim,)})
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("prior.npy", "w") as member:
+            member.write(header.getvalue())
+            for _ in range(size // 2**20):
+                member.write(bytes(2**20))
+        archive.writestr("rest.npy", npy(rest()))
+    return buffer.getvalue()
+
+
+def test_a_file_that_would_be_much_larger_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    """A hundred megabytes of zeros in a tenth of one; and a header that claims what the file has not."""
+    path = tmp_path / "it.npz"
+    monkeypatch.setattr(np, "load", lambda *args, **kwargs: pytest.fail("it is unpacked"))
+    path.write_bytes(packed(100 * 2**17, 100 * 2**20))
+    with pytest.raises(ValueError, match=r"it\.npz is not: it says that it holds 1048\d+ bytes, in 10\d+$"):
+        Bound.load(path)
+    path.write_bytes(packed(10**12, 2**20))
+    with pytest.raises(ValueError, match=r"it\.npz is not: prior\.npy says that it has shape \(1000000000000,\)"):
+        Bound.load(path)
+
+
+def test_bounds_that_were_saved_with_all_their_terms_are_loaded(tmp_path):
+    """As they were before ``times``: mostly zeros, that pack well."""
+    denoising = np.zeros((999, 20_000), np.float32)
+    denoising[np.arange(20_000) % 999, np.arange(20_000)] = 1 + np.random.default_rng(0).random(20_000)
+    data = io.BytesIO()
+    prior = np.random.default_rng(1).random(20_000, np.float32)
+    np.savez_compressed(data, rest=rest(global_kl=None), prior=prior, denoising=denoising, reconstruction=prior)
+    (tmp_path / "it.npz").write_bytes(data.getvalue())
+    assert denoising.nbytes / len(data.getvalue()) > 50
+    it = Bound.load(tmp_path / "it.npz")
+    assert it.num_steps == 1000
+    np.testing.assert_allclose(it.nats.numpy(), 2 * prior + denoising.sum(0), rtol=1e-5)
 
 
 def test_the_foreign_files_are_foreign_by_one_thing_alone(tmp_path):

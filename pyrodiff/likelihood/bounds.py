@@ -23,10 +23,10 @@ References:
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from ..base import arguments, checks, ranks
 from ..base.arguments import ArgumentError
-from ..base.precision import costs_dtype, home, precisely
+from ..base.precision import costs_dtype, float64, home, precisely
 from ..base.randomness import seed_draws, seed_of
 from ..model.reverse import GaussianReverse
 from ..model.variances import LearnedVariance
@@ -48,20 +48,45 @@ from .estimate import Likelihood
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
 
 
+class _Denoising:
+    """The field ``denoising`` of a :class:`Bound`, which keeps what was drawn, and is read as the terms of all t."""
+
+    def __get__(self, bound: "Bound | None", owner: type) -> Any:
+        if bound is None:
+            return self
+        drawn = bound.held("denoising")
+        if bound.times is None:
+            return drawn
+        terms = drawn.new_zeros((bound.num_steps - 1, drawn.shape[1]))
+        return terms.scatter_add_(0, bound.times.long() - 2, drawn)
+
+    def __set__(self, bound: "Bound", drawn: Tensor) -> None:
+        vars(bound)["denoising"] = drawn
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Bound(Likelihood):
     """The terms of the bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
+
+    Of a bound of few of the times only what was drawn is kept. ``denoising`` is made of it whenever it is asked for,
+    (T - 1) B numbers, which its sums ``denoising_sum`` and ``denoising_mean`` and all that is printed do without.
 
     Arguments:
         prior: L_T, with shape (B,).
         denoising: L_{t-1} for t = 2..T, with shape (T - 1, B). Where only some t were drawn, a term is scaled by the
             inverse probability of its t, and 0 if that was not drawn: means over the data are unbiased all the same.
+            If ``times`` are given, the terms of these times alone, with shape (K, B).
         reconstruction: L_0, with shape (B,).
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
         prior_entropy: The entropy of p(x_T) in nats; None where it is not known.
         global_kl: The KL of random weights, with shape (), which all data share: no part of ``nats``. None where there
             are no random weights.
+        times: The t of each term that was drawn, integers in 2..T with shape (K, B); None where all terms are kept.
+        steps: The number of steps T, if ``times`` are given.
+
+    Raises:
+        ValueError: If ``times`` are not in 2..T.
     """
 
     prior: Tensor
@@ -71,10 +96,36 @@ class Bound(Likelihood):
     levels: int | None = None
     prior_entropy: float | None = None
     global_kl: Tensor | None = None
+    times: Tensor | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.times is not None and (
+            not self.steps or not checks.holds((self.times >= 2) & (self.times <= self.steps))
+        ):
+            raise ArgumentError("times", f"must lie in 2..steps, where steps is {self.steps}, but they do not")
+        if self.times is not None and self.held("denoising").shape != self.times.shape:
+            object.__setattr__(self, "times", None)  # all terms are given, as by dataclasses.replace
+            object.__setattr__(self, "steps", None)
 
     @property
     def nats(self) -> Tensor:
-        return self.prior + self.denoising.sum(0) + self.reconstruction
+        return self.prior + self.denoising_sum + self.reconstruction
+
+    @property
+    def denoising_sum(self) -> Tensor:
+        """The sum of L_{t-1} over t, for each datum, with shape (B,)."""
+        return self.held("denoising").sum(0)
+
+    @property
+    def denoising_mean(self) -> Tensor:
+        """The mean of each L_{t-1} over the data, for t = 2..T, with shape (T - 1,)."""
+        drawn = self.held("denoising")
+        if self.times is None:
+            return drawn.mean(1)
+        sums = torch.zeros(self.num_steps - 1, dtype=torch.float64, device=home(drawn.device))
+        sums.index_add_(0, self.times.to(sums.device).flatten().long() - 2, float64(drawn).flatten())
+        return (sums / drawn.shape[1]).to(drawn.dtype).to(drawn.device)
 
     @property
     def total(self) -> float:
@@ -87,7 +138,7 @@ class Bound(Likelihood):
     @property
     def num_steps(self) -> int:
         """The number of steps T."""
-        return len(self.denoising) + 1
+        return self.steps or len(self.held("denoising")) + 1
 
     @property
     def K(self) -> Tensor:
@@ -120,11 +171,28 @@ class Bound(Likelihood):
     def rows(self) -> dict[str, Tensor]:
         return {
             "L_T      prior": self.prior,
-            "ΣL_t-1   denoising": self.denoising.sum(0),
+            "ΣL_t-1   denoising": self.denoising_sum,
             "L_0      reconstruction": self.reconstruction,
             "bound": self.nats,
             **_global_row(self.global_kl),
         }
+
+    @classmethod
+    def joined(cls, parts: list["Bound"]) -> "Bound":
+        """The bound of the data of all of the bounds, by one model.
+
+        Arguments:
+            parts: The bounds, at least one.
+
+        Raises:
+            ValueError: If they cannot be of one model: of other numbers of steps or levels, or other shapes.
+        """
+        if len({None if part.times is None else (part.steps, len(part.times)) for part in parts}) > 1:
+            parts = [part.changed(denoising=part.denoising, times=None, steps=None) for part in parts]
+        return super().joined(parts)
+
+
+Bound.denoising = _Denoising()  # type: ignore[assignment]  # after the dataclass is made: no default of the field
 
 
 def _total(nats: Tensor, global_kl: Tensor | None) -> float:
@@ -205,7 +273,7 @@ def bound(
             draws = _Draws(diffusion.model, batch, start, seed, num_particles, first)
             bounds.append(_bound(diffusion, draws, num_times, rank, count, bar))
             start += len(batch)
-    found = replace(Bound.joined(bounds), global_kl=global_kl)
+    found = Bound.joined(bounds).changed(global_kl=global_kl)
     if start * num_particles * num_times >= T - 1:  # else a t that was drawn stands for many that were not
         _warn_of_one_step(diffusion, found, squares / start)
     return found
@@ -217,7 +285,7 @@ def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor) -> Non
     Of a Gaussian step :math:`L_{t-1} = c_t + w_0^2 E\|x_0 - \hat x_0\|^2 / 2 \sigma_t^2`, with the weight w_0 of x_0 in
     the posterior's mean, and c_t what a wrong variance costs: so the term says how far the estimate is off.
     """
-    reverse, mean = diffusion.reverse, found.denoising.mean(1)
+    reverse, mean = diffusion.reverse, found.denoising_mean
     if not runs(reverse, GaussianReverse) or len(mean) == 0 or mean.is_meta:
         return
     if isinstance(reverse.variance, LearnedVariance):  # which grows with the error, so that no such step costs much
@@ -245,28 +313,64 @@ def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor) -> Non
 def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, count: int, bar: tqdm) -> Bound:
     """The bound of a batch; of the ranks that share the work, each does one block in turn."""
     batch, T = draws.batch, diffusion.num_steps
-    steps = batch.x_0.new_zeros(T * len(batch), dtype=costs_dtype(batch.x_0))
+    terms = _Terms(draws, num_times, T)
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
         blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
         drawn = (block() for block in islice(blocks, rank, None, count))
         whole = draws.look.rows // draws.rows * draws.rows  # as many blocks as fit, so that none is cut
-        for i, t, size, *states in _joined(drawn, whole or draws.look.rows):
+        for i, t, size, draw, *states in _joined(drawn, whole or draws.look.rows):
             data = batch.rows(i)
             costs = step_costs(
                 diffusion.model, data.x_0, t, states[0], data.context, *states[1:], first=first, later=not first
             )
-            steps.index_add_(0, (t - 1) * len(batch) + i, (costs * size).to(steps.dtype))
+            terms.add(i, t, draw, costs * size, first)
             bar.update(len(i) * count)
-    (steps,) = ranks.together([steps]) if count > 1 else (steps,)
-    steps = steps.reshape(T, -1) / draws.num_particles
     return Bound(
         prior=draws.prior_costs(),
-        denoising=steps[1:],
-        reconstruction=steps[0],
         event_shape=diffusion.event_shape,
         levels=diffusion.levels,
         prior_entropy=_prior_entropy(diffusion),
+        **terms.found(count),
     )
+
+
+class _Terms:
+    """The terms of the data of a batch: those of all t, or, where fewer are drawn than half of these, each draw's.
+
+    Arguments:
+        draws: The draws of the batch.
+        num_times: How many t are drawn for each datum and particle.
+        T: The number of steps.
+    """
+
+    def __init__(self, draws: "_Draws", num_times: int, T: int) -> None:
+        x_0, count = draws.x_0, num_times * draws.num_particles
+        self.num_particles, self.size, self.T, dtype = draws.num_particles, len(x_0), T, costs_dtype(x_0)
+        self.by_draw = 2 * count < T - 1
+        self.last = x_0.new_zeros(len(x_0), dtype=dtype)  # L_0
+        self.later = x_0.new_zeros((count if self.by_draw else T - 1) * len(x_0), dtype=dtype)
+        self.times = torch.zeros_like(self.later, dtype=torch.int32) if self.by_draw else None
+
+    def add(self, i: Tensor, t: Tensor, draw: Tensor, costs: Tensor, first: bool) -> None:
+        """Take costs of data i at times t, t = 1 or later ones, into account, each of a numbered draw of its datum."""
+        costs = costs.to(self.last.dtype)
+        if first:
+            self.last.index_add_(0, i, costs)
+            return
+        place = (draw if self.by_draw else t - 2) * self.size + i
+        self.later.index_add_(0, place, costs)
+        if self.times is not None:
+            self.times.index_add_(0, place, t.int())
+
+    def found(self, count: int) -> dict[str, Any]:
+        """The arguments of a :class:`Bound`, of what so many ranks have together."""
+        parts = [self.last, self.later, *([] if self.times is None else [self.times])]
+        last, later, *times = ranks.together(parts) if count > 1 else parts
+        found = {
+            "reconstruction": last.div_(self.num_particles),
+            "denoising": later.div_(self.num_particles).reshape(-1, self.size),
+        }
+        return {**found, "times": times[0].reshape(-1, self.size), "steps": self.T} if times else found
 
 
 def _ends(T: int, num_times: int) -> Tensor:
@@ -326,18 +430,26 @@ class _Draws:
         """The draws of each block, for parts of the times, each from its own first t to before the next one's."""
         firsts, sizes = ends[:-1], ends.diff()
         width = max(1, min(len(firsts), self.rows))
-        for low, first, size in zip(range(0, len(firsts), width), firsts.split(width), sizes.split(width)):  # noqa: B905
-            is_random = bool(size.max() > 1)
+        parts = torch.arange(len(firsts), device=self.x_0.device).split(width)
+        if len(firsts) == 0:  # there is but t = 1
+            return
+        for part, first, size in zip(parts, firsts.split(width), sizes.split(width), strict=True):
+            is_random, of_block = bool(size.max() > 1), int(first[0])
             first, size = first.to(self.x_0.device), size.to(self.x_0.device)
             for group in self.groups(max(1, self.rows // len(first))):
                 for particle in range(self.num_particles):
-                    seed = seed_of(self.seed, particle, int(firsts[low]), group.number)
-                    yield partial(self._drawn, first, size, is_random, group, seed)
+                    seed = seed_of(self.seed, particle, of_block, group.number)
+                    draw = particle * len(firsts) + part
+                    yield partial(self._drawn, first, size, draw, is_random, group, seed)
 
-    def _drawn(self, first: Tensor, size: Tensor, is_random: bool, group: _Group, seed: int) -> tuple[Tensor, ...]:
-        """Of each row of a block: the index of the datum, t, the size of the part that t is of, x_t and maybe x_s."""
+    def _drawn(
+        self, first: Tensor, size: Tensor, draw: Tensor, is_random: bool, group: _Group, seed: int
+    ) -> tuple[Tensor, ...]:
+        """Of each row of a block: the index of the datum, t, the size of the part that t is of, which draw of the datum
+        it is, x_t and maybe x_s."""
         device, q, parts, data = self.x_0.device, self.model.forward_process, len(first), len(group.index)
-        i, t, size = group.index.repeat_interleave(parts), first.repeat(data), size.repeat(data)
+        i = group.index.repeat_interleave(parts)
+        t, size, draw = first.repeat(data), size.repeat(data), draw.repeat(data)
         seed_draws(seed, device)
         with precisely():
             if is_random:
@@ -348,7 +460,7 @@ class _Draws:
             if not self.look.is_analytic:
                 states.append(q.posterior(states[0], x_0, t.clamp(min=2)).sample())
         inside = slice(group.inside.start * parts, group.inside.stop * parts)
-        return tuple(value[inside] for value in (i, t, size, *states))
+        return tuple(value[inside] for value in (i, t, size, draw, *states))
 
     def prior_costs(self) -> Tensor:
         """L_T, the mean over particles, with shape (B,)."""

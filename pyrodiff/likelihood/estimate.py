@@ -16,10 +16,11 @@ import io
 import json
 import math
 import os
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -151,11 +152,27 @@ class Likelihood(ABC):
         arguments.number("log_scale", log_scale, -math.inf, math.inf)
         if self.levels is not None:
             raise ArgumentError("levels", f"must be None, as of a density, but p is a probability of {self.levels}")
-        return dataclasses.replace(self, **self._raised(log_scale))
+        return self.changed(**self._raised(log_scale))
 
     @abstractmethod
     def _raised(self, nats: float) -> dict[str, Tensor]:
         """What changes if the cost of each datum is greater by so much."""
+
+    def held(self, name: str) -> Any:
+        """What a field holds, which a class may show in another form.
+
+        Arguments:
+            name: The name of the field.
+        """
+        return vars(self)[name]
+
+    def changed(self: Self, **fields: Any) -> Self:
+        """The same estimate with other values of some fields.
+
+        Arguments:
+            **fields: The values, by the names of the arguments of the class.
+        """
+        return type(self)(**{**{field.name: self.held(field.name) for field in dataclasses.fields(self)}, **fields})
 
     mean = _Summary(lambda values: float(values.mean()))
     """The mean cost in nats, a number. Called with values of shape (B,), their mean."""
@@ -205,9 +222,11 @@ class Likelihood(ABC):
         Raises:
             ValueError: If they cannot be of one model: of other numbers of steps, draws or levels, or other shapes.
         """
+        if len(parts) == 1:
+            return parts[0]
         values = {}
         for field in dataclasses.fields(cls):
-            name, found = field.name, [getattr(part, field.name) for part in parts]
+            name, found = field.name, [part.held(field.name) for part in parts]
             if isinstance(found[0], Tensor) and found[0].dim() > 0:
                 shapes = [tuple(value.shape[:-1]) for value in found]  # the data are the last dimension
                 found, values[name] = shapes, torch.cat(found, -1) if len(set(shapes)) == 1 else None
@@ -234,7 +253,7 @@ class Likelihood(ABC):
             raise FileNotFoundError(f"path must lie in a folder that is there, but {path.parent} is not one")
         arrays, rest = {}, {"class": type(self).__name__}
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = self.held(field.name)
             if isinstance(value, Tensor):
                 arrays[field.name] = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
             else:
@@ -256,17 +275,69 @@ class Likelihood(ABC):
         """
         stream = io.BytesIO(Path(path).read_bytes())
         try:
-            with np.load(stream, allow_pickle=False) as file:
-                content = {name: file[name] for name in file.files}
+            content = _unpacked(stream)
             rest = json.loads(str(content.pop("rest")))
             kind = rest.pop("class")
-            rest["event_shape"] = torch.Size(rest["event_shape"])
             if kind == cls.__name__:
-                it = cls(**{name: torch.from_numpy(array) for name, array in content.items()}, **rest)
-                str(it)  # its numbers fit together
-                return it
+                tensors = {name: torch.from_numpy(array) for name, array in content.items()}
+                return cls._of_file({**tensors, **rest, "event_shape": torch.Size(rest["event_shape"])})
         except Exception as error:  # a damaged file may raise anything
+            reason = f": {error}" if isinstance(error, _Unfit) else ""
             raise ArgumentError(
-                "path", f"must be a whole file that {cls.__name__}.save wrote, but {path} is not"
+                "path", f"must be a whole file that {cls.__name__}.save wrote, but {path} is not{reason}"
             ) from error
         raise ArgumentError("path", f"must be a file that {cls.__name__}.save wrote, but {path} holds a {kind}")
+
+    @classmethod
+    def _of_file(cls: type[Self], fields: dict[str, Any]) -> Self:
+        """The estimate with these values of its fields, which may be anything."""
+        hints = get_type_hints(cls)
+        for name, value in fields.items():
+            if name in hints and not _is_a(value, hints[name]):
+                raise _Unfit(f"{name} is of another type, {type(value).__name__}")
+        it = cls(**fields)
+        if it.nats.dim() != 1 or len(it.nats) == 0 or min(it.event_shape, default=1) < 1:
+            raise _Unfit("its shapes do not fit together")
+        str(it)  # its numbers fit together
+        return it
+
+
+class _Unfit(ValueError):
+    """What is wrong with a file, in words."""
+
+
+_FREE, _RATIO = 2**26, 512  # bytes that a file may always hold, and how many for each of its own beyond
+
+
+def _unpacked(stream: io.BytesIO) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, whose sizes are compared with the file's before anything is unpacked."""
+    size = stream.getbuffer().nbytes
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+        claimed = sum(entry.file_size for entry in entries)  # of which zipfile unpacks no more
+        if claimed > max(_FREE, _RATIO * size):
+            raise _Unfit(f"it says that it holds {claimed} bytes, in {size}")
+        for entry in entries:
+            with archive.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                if version != (1, 0):
+                    raise _Unfit(f"{entry.filename} is of another version of NumPy's format, {version}")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            needed = math.prod(shape) * dtype.itemsize
+            if dtype.kind not in ("U" if entry.filename == "rest.npy" else "fiu") or needed > entry.file_size:
+                raise _Unfit(f"{entry.filename} says that it has shape {shape} and dtype {dtype}")
+    stream.seek(0)
+    with np.load(stream, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value is of a type that a field has."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_is_a(part, parts[0]) for part in value)
+    if parts:
+        return any(_is_a(value, part) for part in parts)
+    if hint is float:
+        return arguments.is_number(value)
+    return arguments.is_int(value) if hint is int else isinstance(value, hint)

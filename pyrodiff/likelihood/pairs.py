@@ -20,7 +20,6 @@ References:
     Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
 """
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -140,7 +139,7 @@ class PairBound(Likelihood):
         if len(found) == 1:
             every = zip(*(part.global_costs for part in parts), strict=True)
             means = tuple(sum(size * cost for size, cost in zip(sizes, costs, strict=True)) for costs in every)
-            parts = [dataclasses.replace(part, global_costs=means) for part in parts]
+            parts = [part.changed(global_costs=means) for part in parts]
         return super().joined(parts)
 
 

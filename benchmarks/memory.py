@@ -42,12 +42,11 @@ def held(path: Path) -> None:
     """Print the size of the data, the memory that an import needs, and its peak with the data, in bytes."""
     import torch
 
-    from pyrodiff.command.recipes import prepare
-    from pyrodiff.command.settings import Settings
+    from pyrodiff.command.plans import prepare
 
     torch.randn(1000).sum()
     before = peak()
-    _, data = prepare(Settings(data=str(path)), torch.device("cpu"))
+    _, data = prepare({"data": str(path)}, torch.device("cpu"))
     data.draw(128)
     wholes = {part.whole.untyped_storage().data_ptr(): part.whole.untyped_storage() for part in data.parts.values()}
     print(sum(storage.nbytes() for storage in wholes.values()), before, peak())

@@ -1,7 +1,6 @@
 """Diffusion models as pairs of Pyro programs, with a bound on the likelihood that is exact term by term."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+    if not name.startswith("_") and _is_module(name):
         return import_module(f"{__name__}.{name}")
     if not name.startswith("_") or name == "__all__":
         api = import_module(f"{__name__}.api")
@@ -23,6 +22,12 @@ def __getattr__(name: str) -> Any:
     if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals()[name]
+
+
+def _is_module(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(f"{__name__}.{name}") is not None
 
 
 def __dir__() -> list[str]:

@@ -73,6 +73,7 @@ from .process.schedules import (
     Schedule,
     SubSchedule,
 )
+from .running.threads import fastest_threads
 from .sampling.ancestral import AncestralSampler
 from .sampling.flow import FlowSampler
 from .sampling.langevin import AnnealedLangevinSampler, LangevinSampler
@@ -176,6 +177,7 @@ __all__ = [
     "datasets",
     "dequantize",
     "exponential_average",
+    "fastest_threads",
     "importance_bound",
     "initial_noise",
     "langevin_step_size",

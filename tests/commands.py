@@ -16,7 +16,7 @@ from pyrodiff.command import cli
 from pyrodiff.command.runs import Metrics
 
 TINY = {
-    **{"steps": 6, "hidden": 8, "blocks": 1, "batch_size": 4, "num_steps": 5, "samples": 3, "lr": 0.01},
+    **{"train_steps": 6, "hidden": 8, "blocks": 1, "batch_size": 4, "T": 5, "samples": 3, "lr": 0.01},
     **{"evaluate_every": 2, "evaluate_on": 4, "log_every": 2, "checkpoint_every": 2, "average": 0.9},
 }
 SAVEFIG, NO_FIGURE = Figure.savefig, Figure()

@@ -1,6 +1,5 @@
 """The command line: what it says, what it refuses, what comes out, and that it is what the library gives."""
 
-import dataclasses
 import html.parser
 import io
 import json
@@ -9,9 +8,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -19,11 +21,16 @@ import torch
 from commands import TINY, call, files, points, saved, train, with_pictures, without_pictures, words
 
 import pyrodiff
+from pyrodiff import checkpoints
 from pyrodiff.base.randomness import kept_sources
-from pyrodiff.command import cli, recipes, runs
-from pyrodiff.command.runs import SAMPLERS, Metrics, Run, shortened
-from pyrodiff.command.settings import Settings, kind, option
+from pyrodiff.command import cli, models, options, runs
+from pyrodiff.command import train as training
+from pyrodiff.command.models import SAMPLERS
+from pyrodiff.command.options import Plan, flag
+from pyrodiff.command.plans import prepare
+from pyrodiff.command.runs import Metrics, Run
 
+FIELDS = [one for fields in options.groups().values() for one in fields.values()]
 LEVELS = np.random.default_rng(1).integers(0, 6, (40, 4, 4)).astype(np.uint8)
 
 
@@ -70,13 +77,13 @@ def test_help():
         assert "RUN" in help_of(name)
 
 
-@pytest.mark.parametrize("one", dataclasses.fields(Settings), ids=lambda one: one.name)
+@pytest.mark.parametrize("one", FIELDS, ids=lambda one: one.name)
 def test_every_option_is_in_the_help_with_its_meaning_and_default(one):
     said = help_of("train")
-    assert re.search(rf"{option(one.name)}\b" if one.name != "data" else "DATA", said)
+    assert re.search(rf"{flag(one.name)}\b" if one.name != "data" else "DATA", said)
     assert " ".join(one.metadata["help"].split()) in said.replace("- ", "-")
-    assert one.metadata["group"] in said
-    if one.default is not None:
+    assert next(group for group, fields in options.groups().items() if one.name in fields) in said
+    if one.default is not None and not one.metadata["varies"] and one.name != "data":
         assert f"(default: {str(one.default).lower()})" in said
 
 
@@ -93,8 +100,8 @@ def test_a_mistake_on_the_line():
 @pytest.mark.parametrize(
     ("line", "meant", "where"),
     [
-        (["train", "swiss-roll", "--stpes", "10"], "--steps", "pyrodiff train --help"),
-        (["train", "swiss-roll", "--stpes=10"], "--steps", "pyrodiff train --help"),
+        (["train", "swiss-roll", "--stpes", "10"], "--train-steps", "pyrodiff train --help"),
+        (["train", "swiss-roll", "--stpes=10"], "--train-steps", "pyrodiff train --help"),
         (["train", "--batchsize=3", "swiss-roll"], "--batch-size", "pyrodiff train --help"),
         (["bound", "there", "--partciles=3"], "--particles", "pyrodiff bound --help"),
         (["sample", "there", "--sampler=ancestrall"], "ancestral", "pyrodiff sample --help"),
@@ -146,8 +153,10 @@ def test_a_full_disk_behind_the_output(line, monkeypatch, capsys):
 
 
 def test_more_threads_than_there_can_be(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", None)
+    set_threads, asked = torch.set_num_threads, []
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: (asked.append(number), set_threads(number)))
     assert train(home / "x.npy", tmp_path / "run", threads=10**6).is_refused("--threads", "at most", str(10**6))
+    assert 10**6 not in asked
     assert not (tmp_path / "run").exists()
 
 
@@ -155,7 +164,7 @@ def test_what_does_something_to_a_terminal_is_escaped(home, tmp_path):
     folder = tmp_path / "a\x1b[2J\nb\x07"
     folder.mkdir()
     shutil.copy(home / "x.npy", folder / "x.npy")
-    done = [train(folder / "x.npy", folder / "run", steps=2)]
+    done = [train(folder / "x.npy", folder / "run", train_steps=2)]
     done += [call(name, folder / "run") for name in ("bound", "sample", "plot", "info")]
     done += [call("bound", folder / "run", "--data", folder), call("info", folder / "\x9b")]
     for one in done:
@@ -165,12 +174,69 @@ def test_what_does_something_to_a_terminal_is_escaped(home, tmp_path):
 
 
 def test_as_a_module_and_as_a_command(tmp_path):
-    line = [sys.executable, "-m", "pyrodiff", "train", "swiss-roll", "--out", str(tmp_path / "run"), "--steps=0"]
+    line = [sys.executable, "-m", "pyrodiff", "train", "swiss-roll", "--out", str(tmp_path / "run"), "--train-steps=0"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "--steps" in done.stderr
+    assert "--train-steps" in done.stderr
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    assert '[project.scripts]\npyrodiff = "pyrodiff.command.cli:main"\n' in project
+    assert '[project.scripts]\npyrodiff = "pyrodiff.__main__:main"\n' in project
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["train", "digits", "--stpes=3"],
+        ["trian"],
+        ["train", "x", "--T=0"],
+    ],
+)
+def test_a_mistake_is_answered_before_torch_is_imported(line):
+    code = "import sys; from pyrodiff.command.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.05, 0.4])
+def test_a_signal_while_everything_is_imported(tmp_path, number, delay):
+    line = [sys.executable, "-m", "pyrodiff", "train", "digits", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{process.pid}/status")  # Python itself takes a moment until it listens
+    while number == signal.SIGINT and not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & 2:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in ((130,) if number == signal.SIGINT else (-number, 143))
+    assert (out, "Traceback" in err) == ("", False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backend_of_matplotlib_that_is_not_there(home):
+    line = [sys.executable, "-m", "pyrodiff", "info", str(home / "run")]
+    environment = {**os.environ, "MPLBACKEND": "module://nowhere"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_earlier_spellings_of_options_stay_accepted(home, tmp_path):
+    """On the line, in a file, and in what an earlier version recorded."""
+    folder = shutil.copytree(home / "run", tmp_path / "run")
+    record = folder / "settings.toml"
+    text = record.read_text()
+    record.write_text(text.replace("train_steps = 6", "steps = 6").replace("T = 5", "num_steps = 5"))
+    for path in (folder / "checkpoints").iterdir():
+        state = checkpoints.load(path)
+        kept = {{"train_steps": "steps", "T": "num_steps"}.get(k, k): v for k, v in state["more"]["settings"].items()}
+        torch.save({**state, "more": {**state["more"], "settings": kept}}, path)
+    assert call("bound", folder, "--num-steps=3").code == 0
+    assert call("sample", folder, "--num-steps=3", "--number=2").code == 0
+    assert call("train", "--out", folder, "--resume", "--steps=8").code == 0
+    found = options.read(record, "record")
+    assert (found["train_steps"], found["T"]) == (8, 5)
 
 
 # Settings
@@ -180,60 +246,65 @@ EXAMPLES = {int: 7, float: 0.25, bool: True, str: "x"}
 
 def example(one):
     """A value that an option can have, and not its default."""
-    choices = getattr(one.metadata["check"], "choices", None)
-    if choices:
-        return next(value for value in choices if value != one.default)
-    return EXAMPLES.get(kind(one.name), (8, 16))
+    kind = options.described(one.name)[1]
+    if get_origin(kind) is Literal:
+        return next(value for value in get_args(kind) if value != one.default)
+    return EXAMPLES.get(kind, (8, 16))
 
 
-@pytest.mark.parametrize("one", dataclasses.fields(Settings), ids=lambda one: one.name)
+@pytest.mark.parametrize("one", FIELDS, ids=lambda one: one.name)
 def test_an_option_is_the_same_on_the_line_in_a_file_and_in_the_record(one, tmp_path, monkeypatch):
     given, value = [], example(one)
-    monkeypatch.setattr(cli, "_join", given.append)
-    monkeypatch.setattr(cli, "_begun", lambda *args: (_ for _ in ()).throw(ValueError("enough")))
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+    def begin(folder, values, *more):
+        given.append(values)
+        raise OSError("enough")
+
+    monkeypatch.setattr(training, "_begin", begin)
+    monkeypatch.setattr(training, "_join", lambda device: None)
     plain = {"data": "digits"} if one.name != "data" else {}
-    settings = Settings(**{**plain, one.name: value})
+    settings = {**plain, one.name: value}
     line = words(**{one.name: value}) if one.name != "data" else [value]
     config = tmp_path / "options.toml"
-    config.write_text(settings.toml())
-    text = config.read_text()
+    text = "".join(line for line in Plan.of(settings).toml().splitlines(True) if line.split(" =")[0] in settings)
+    config.write_text(text)
     hyphens = tmp_path / "hyphens.toml"
     hyphens.write_text(text.replace(f"{one.name} =", f"{one.name.replace('_', '-')} ="))
-    for options in ([*plain.values(), *line], ["--config", config], ["--config", hyphens]):
-        assert call("train", "--out", tmp_path / "run", *options).is_refused("enough")
+    for said in ([*plain.values(), *line], ["--config", config], ["--config", hyphens]):
+        assert call("train", "--out", tmp_path / "run", *said).is_refused("enough")
     assert given == [settings] * 3
-    assert Settings(**Settings.read(config)) == settings
-    assert type(getattr(given[0], one.name)) is type(getattr(given[1], one.name)) is type(value)
+    assert type(given[0][one.name]) is type(given[1][one.name]) is type(value)
 
 
 def test_the_line_goes_before_the_file(tmp_path, home):
     config = tmp_path / "a.toml"
-    config.write_text(f"data = {json.dumps(str(home / 'x.npy'))}\nlr = 0.5\nhidden = 10\nsteps = 2\nchannels = [8]\n")
-    options = {name: value for name, value in TINY.items() if name not in ("hidden", "steps", "lr")}
-    assert call("train", "--config", config, "--out", tmp_path / "no", *words(**options)).is_refused("--channels")
+    config.write_text(
+        f"data = {json.dumps(str(home / 'x.npy'))}\nlr = 0.5\nhidden = 10\ntrain-steps = 2\nchannels = [8]\n"
+    )
+    more = words(**{name: value for name, value in TINY.items() if name not in ("hidden", "train_steps", "lr")})
+    assert call("train", "--config", config, "--out", tmp_path / "no", *more).is_refused("--channels")
     config.write_text(config.read_text().replace("channels = [8]\n", ""))
-    done = call("train", "--config", config, "--out", tmp_path / "run", *words(**options), "--lr=0.25")
+    done = call("train", "--config", config, "--out", tmp_path / "run", *more, "--lr=0.25")
     assert done.code == 0
-    record = Settings.read(tmp_path / "run" / "settings.toml")
-    assert (record["lr"], record["hidden"], record["steps"]) == (0.25, 10, 2)
+    record = options.read(tmp_path / "run" / "settings.toml", "record")
+    assert (record["lr"], record["hidden"], record["train_steps"]) == (0.25, 10, 2)
     again = call("train", "--config", tmp_path / "run" / "settings.toml", "--out", tmp_path / "again")
     assert again.code == 0
-    assert Settings.read(tmp_path / "again" / "settings.toml") == record
+    assert options.read(tmp_path / "again" / "settings.toml", "record") == record
     for name in ("bound.npz", "samples.npz"):
         with np.load(tmp_path / "run" / name) as ours, np.load(tmp_path / "again" / name) as theirs:
             assert all(np.array_equal(ours[one], theirs[one]) for one in ours.files)
 
 
 def test_all_options_are_recorded(home):
-    record = Settings.read(home / "run" / "settings.toml")
-    free = {"array", "levels", "log_snr_first", "log_snr_last", "channels", "attention", "threads", "final_times"}
-    assert record.keys() >= {one.name for one in dataclasses.fields(Settings)} - free
+    record = options.read(home / "run" / "settings.toml", "record")
+    free = {"array", "levels", "log_snr_first", "log_snr_last", "channels", "attention", "final_times"}
+    assert record.keys() >= set(options.names()) - free
     assert record["data"] == str(home / "x.npy")
     for name, value in TINY.items():
         assert record[name] == value
-    settings, _ = recipes.prepare(Settings(**record), torch.device("cpu"))
-    assert settings == Settings(**record)
+    plan, _ = prepare(record, torch.device("cpu"))
+    assert plan == Plan.of(record)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +325,8 @@ def test_all_options_are_recorded(home):
         ("channels = []", ["--channels"]),
         ("channels = [8, 'x']", ["--channels", "'x'"]),
         ("steps = 3\nsteps = 4", ["--config"]),
+        ("steps = 3\ntrain-steps = 4", ["--config", "two spellings"]),
+        ("num_steps = 0", ["--T", "0"]),
         ("batch-size = 3\nbatch_size = 4", ["batch"]),
         ("seed = 2026-01-01", ["--seed"]),
         ("\xff", []),
@@ -264,7 +337,7 @@ def test_all_options_are_recorded(home):
     ],
 )
 def test_a_file_of_options_with_a_mistake(tmp_path, monkeypatch, text, expected):
-    monkeypatch.setattr(recipes, "build", None)  # nothing is built
+    monkeypatch.setattr(models, "build", None)  # nothing is built
     config = tmp_path / "options.toml"
     config.write_bytes(text.encode("latin-1"))
     assert call("train", "digits", "--out", tmp_path / "run", "--config", config).is_refused(*expected)
@@ -280,8 +353,7 @@ def test_a_file_of_options_that_is_none(tmp_path, name):
 COUNTS = ["0", "-1", "2.5", "x", ""]
 WRONG = {
     **{
-        name: COUNTS
-        for name in ("num_steps", "blocks", "steps", "batch_size", "accumulate", "threads", "evaluate_every")
+        name: COUNTS for name in ("T", "blocks", "train_steps", "batch_size", "accumulate", "threads", "evaluate_every")
     },
     **{name: COUNTS for name in ("evaluate_on", "evaluate_times", "checkpoint_every", "keep", "log_every", "samples")},
     "final_times": COUNTS,
@@ -305,13 +377,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("one", dataclasses.fields(Settings), ids=lambda one: one.name)
+@pytest.mark.parametrize("one", FIELDS, ids=lambda one: one.name)
 def test_an_option_out_of_range_is_refused_before_anything_is_done(one, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "build", None)  # nothing is built
+    monkeypatch.setattr(models, "build", None)  # nothing is built
     for value in WRONG[one.name]:
-        line = ["digits", f"{option(one.name)}={value}"] if one.name != "data" else [value]
+        line = ["digits", f"{flag(one.name)}={value}"] if one.name != "data" else [value]
         done = call("train", *line, "--out", tmp_path / "run")
-        assert done.is_refused(option(one.name))
+        assert done.is_refused(flag(one.name))
         if value and one.name != "compile":
             assert any(part in done.err for part in re.split("[,/]", value) if part)
         assert not (tmp_path / "run").exists()
@@ -488,7 +560,7 @@ def test_what_cannot_be_asked_of_a_run(home, monkeypatch, line, expected):
 
     monkeypatch.setattr(pyrodiff.AncestralSampler, "__call__", work)
     if "--times=5" not in line:
-        monkeypatch.setattr(cli, "bound", work)
+        monkeypatch.setattr(training, "bound", work)
     before = files(home)
     assert call(line[0], home / "run", *(word.format(run=home / "run") for word in line[1:])).is_refused(*expected)
     assert files(home) == before
@@ -499,7 +571,7 @@ def test_what_cannot_be_asked_of_a_run(home, monkeypatch, line, expected):
 
 def opened(folder):
     run = Run.opened(folder)
-    return run, recipes.prepare(run.settings, torch.device("cpu"))[1]
+    return run, prepare(run.plan.values(), torch.device("cpu"))[1]
 
 
 def test_what_a_run_leaves(home):
@@ -520,11 +592,11 @@ def test_what_a_run_leaves(home):
 @pytest.mark.parametrize("name", ["run", "levels"])
 def test_the_last_bound_is_that_of_the_library(home, name):
     run, data = opened(home / name)
-    found = run.form.in_units(pyrodiff.bound(run.diffusion, data.split("test"), generator=run.settings.seed))
+    found = run.form.in_units(pyrodiff.bound(run.diffusion, data.split("test"), generator=run.plan.training.seed))
     kept = pyrodiff.Bound.load(home / name / "bound.npz")
     torch.testing.assert_close(kept.nats, found.nats, rtol=1e-6, atol=1e-6)
     if name == "run":
-        assert f"{float(found.nats.mean()):.3f}" in (home / "said").read_text()
+        assert f"{float(found.nats.mean()):.2f}" in (home / "said").read_text()
         assert str(found) in (home / "said").read_text()
 
 
@@ -548,7 +620,7 @@ def test_the_bound_of_some_times_of_fewer_steps_and_of_particles(home, tmp_path)
     assert call(*line, "--num-steps=3").code == 0
     kept = pyrodiff.Bound.load(tmp_path / "b.npz")
     assert kept.denoising.shape == (2, len(kept.nats))
-    found = pyrodiff.bound(shortened(run.diffusion, 3), data.split("test"), generator=0)
+    found = pyrodiff.bound(models.shortened(run.diffusion, 3, "--chain-steps"), data.split("test"), generator=0)
     torch.testing.assert_close(kept.nats, run.form.in_units(found).nats, rtol=0, atol=1e-6)
     done = call(*line, "--particles=3")
     assert done.code == 0
@@ -564,7 +636,7 @@ def drawn(path):
 
 def test_sample(home, tmp_path):
     found = {}
-    for name, options in {
+    for name, more in {
         "all": ["--number=7"],
         "again": ["--number=7"],
         "parts": ["--number=7", "--batch-size=3"],
@@ -572,7 +644,7 @@ def test_sample(home, tmp_path):
         "seed": ["--number=7", "--batch-size=3", "--seed=1"],
         "short": ["--number=7", "--num-steps=2"],
     }.items():
-        assert call("sample", home / "run", *options, "--save", tmp_path / f"{name}.npz").code == 0
+        assert call("sample", home / "run", *more, "--save", tmp_path / f"{name}.npz").code == 0
         found[name] = drawn(tmp_path / f"{name}.npz")
         assert found[name].shape == (7, 2)
     assert np.array_equal(found["all"], found["again"])
@@ -585,7 +657,9 @@ def test_sample(home, tmp_path):
     generator = torch.Generator().manual_seed(0)
     expected = run.form.decoded(pyrodiff.AncestralSampler(run.diffusion)(7, generator=generator))
     np.testing.assert_allclose(found["all"], expected.numpy(), rtol=1e-6)
-    short = pyrodiff.AncestralSampler(shortened(run.diffusion, 2))(7, generator=torch.Generator().manual_seed(0))
+    short = pyrodiff.AncestralSampler(models.shortened(run.diffusion, 2, ""))(
+        7, generator=torch.Generator().manual_seed(0)
+    )
     np.testing.assert_allclose(found["short"], run.form.decoded(short).numpy(), rtol=1e-6)
 
 
@@ -721,9 +795,9 @@ def test_the_report(home):
     assert len(page.needs) >= 3
     assert not re.search(r"https?://|url\(|@import", text)
     kept = pyrodiff.Bound.load(home / "run" / "bound.npz")
-    settings = Settings.read(home / "run" / "settings.toml")
+    settings = options.read(home / "run" / "settings.toml", "record")
     mean, error = float(kept.nats.mean()), float(kept.nats.std() / math.sqrt(len(kept.nats)))
-    for part in (f"{mean:.3f} ± {error:.3f} nats", str(kept), "1234567", torch.__version__, pyrodiff.__version__):
+    for part in (f"{mean:.2f} ± {error:.2f} nats", str(kept), "1234567", torch.__version__, pyrodiff.__version__):
         assert part in page.said
     assert (home / "run" / "commands.txt").read_text().strip() in page.said
     assert str(home / "x.npy") in page.said
@@ -735,10 +809,10 @@ def test_the_report(home):
 
 def test_the_report_has_all_commands(home, tmp_path):
     folder = shutil.copytree(home / "run", tmp_path / "run")
-    assert call("train", "--out", folder, "--resume", "--steps=8").code == 0
+    assert call("train", "--out", folder, "--resume", "--train-steps=8").code == 0
     lines = (folder / "commands.txt").read_text().splitlines()
     assert len(lines) == 2
-    assert lines[1] == shlex.join(["pyrodiff", "train", "--out", str(folder), "--resume", "--steps=8"])
+    assert lines[1] == shlex.join(["pyrodiff", "train", "--out", str(folder), "--resume", "--train-steps=8"])
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert "\n".join(lines) in page.said
 
@@ -775,7 +849,7 @@ def test_a_pipe_that_is_closed(home):
 
 def test_nothing_global_is_changed(home, tmp_path):
     threads, default, mode = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-    train(home / "x.npy", tmp_path / "run", steps=1)
+    train(home / "x.npy", tmp_path / "run", train_steps=1)
     assert (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()) == (threads, default, mode)
     assert Metrics.read(tmp_path / "run")
     assert runs.last_checkpoint(tmp_path / "run") is not None
@@ -797,7 +871,7 @@ def test_data_may_move(home, tmp_path):
     x.rename(tmp_path / "y.npy")
     assert call("bound", tmp_path / "run").is_refused("data", "there is no")
     assert call("bound", tmp_path / "run", "--data", tmp_path / "y.npy").code == 0
-    assert call("train", tmp_path / "y.npy", "--out", tmp_path / "run", "--resume", "--steps=8").code == 0
+    assert call("train", tmp_path / "y.npy", "--out", tmp_path / "run", "--resume", "--train-steps=8").code == 0
     assert call("bound", tmp_path / "run").code == 0
 
 

@@ -13,9 +13,10 @@ from commands import TINY, points, saved, train, without_pictures
 
 from pyrodiff import datasets, readers
 from pyrodiff.base.randomness import kept_sources
-from pyrodiff.command import loading, recipes
+from pyrodiff.command import data as loading
+from pyrodiff.command import grids, models
+from pyrodiff.command.plans import prepare
 from pyrodiff.command.runs import Run
-from pyrodiff.command.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:the data have mean")
 
@@ -41,7 +42,7 @@ def made(tmp_path):
 
 
 def prepared(data, **options):
-    return recipes.prepare(Settings(data=str(data), **{**TINY, **options}), CPU)
+    return prepare({"data": str(data), **TINY, **options}, CPU)
 
 
 # Floats that stand evenly
@@ -110,7 +111,7 @@ def test_real_numbers_are_a_density(law, kept):
     for seed, shape in enumerate([(20, 1), (40, 2), (60, 4, 4), (30, 3, 4, 4), (300, 3)]):
         x = kept(torch.from_numpy(law(np.random.default_rng(seed), shape)))
         if x.abs().max() < 6e4 or kept not in (KEPT["float16"], KEPT["float16, then float32"]):
-            loading._refuse_grid({"train": loading.Part(x)}, bool((x == x.round()).all()))
+            grids.refuse_grid(x[: 2**17], lambda x=x: iter([x.double()]), bool((x == x.round()).all()))
 
 
 def test_numbers_between_the_steps_make_a_density(made):
@@ -130,8 +131,8 @@ def test_all_numbers_have_to_stand_evenly_and_not_those_alone_that_are_tried(mad
 @pytest.mark.parametrize(("scale", "start"), [(1, 0), (1 / 255, 0), (2 / 255, -1)])
 def test_floats_are_the_levels_that_they_stand_for(made, scale, start, dtype):
     path = made((BYTES * scale + start).astype(dtype))
-    settings, data = prepared(path, levels=256)
-    assert (settings.read_as, data.form.levels) == ("levels", 256)
+    plan, data = prepared(path, levels=256)
+    assert (plan.reading.read_as, data.form.levels) == ("levels", 256)
     _, plain = prepared(made(BYTES.astype(np.uint8)))
     for name in ("train", "validation", "test"):
         assert torch.equal(data.split(name), plain.split(name))
@@ -177,8 +178,10 @@ def test_negative_whole_numbers_say_what_to_subtract(made, tmp_path, dtype):
 def test_bands_and_sizes_of_a_unet(made, tmp_path, shape):
     x = DRAWS.integers(0, 256, (30, *shape), dtype=np.uint8)
     x[:, ..., 0] = np.arange(30).reshape(30, *[1] * (len(shape) - 1))
-    settings, _ = prepared(made(x), network="unet")
-    assert len(settings.channels) == 1 + min(1, next(n for n in (1, 0) if not any(size % 2**n for size in shape[-2:])))
+    plan, _ = prepared(made(x), network="unet")
+    assert len(plan.model.channels) == 1 + min(
+        1, next(n for n in (1, 0) if not any(size % 2**n for size in shape[-2:]))
+    )
     assert train(made(x), tmp_path / "run", network="unet").code == 0
     assert Run.opened(tmp_path / "run").form.event_shape == shape
 
@@ -269,9 +272,7 @@ def test_what_is_passed_over_is_named_in_text_that_can_be_printed(tmp_path):
 
 
 def labelled(data, **options):
-    settings, form, parts = loading.read(Settings(data=str(data), **{**TINY, **options}), labels=True)
-    settings = recipes._completed(settings, form)
-    return settings, loading.Data(form, parts, settings, CPU)
+    return prepared(data, labels=True, **options)
 
 
 def known(data):
@@ -284,7 +285,7 @@ def test_labels_beside_an_array(tmp_path):
     x, y = BYTES.astype(np.uint8), DRAWS.integers(0, 4, 60)
     np.savez(tmp_path / "x.npz", x=x, y=y, z=x[::-1])
     expected = {(bytes(one), int(label)) for one, label in zip(x, y, strict=True)}
-    settings, data = labelled(tmp_path / "x.npz")
+    plan, data = labelled(tmp_path / "x.npz")
     assert known(data) == expected
     assert data.form.classes == 4
     assert known(labelled(tmp_path / "x.npz", array="z")[1]) == {
@@ -294,9 +295,9 @@ def test_labels_beside_an_array(tmp_path):
     assert {
         (bytes(one.numpy()), int(label)) for one, label in zip(data.form.decoded(x_0), drawn, strict=True)
     } <= expected
-    assert [len(one) for one in data.labelled("test", 3)] == [3, 3]
+    assert [len(one) for one in next(iter(data.batches("test", 3)))] == [3, 3]
     assert prepared(tmp_path / "x.npz", array="x")[1].draw(5)[1:] == ()
-    diffusion = recipes.build(settings, data.form)
+    diffusion = models.build(plan, data.form)
     assert diffusion.reverse(x_0, 2, drawn).batch_shape[0] == 50
 
 

@@ -22,7 +22,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def folder(data, tmp_path):
-    done = train(data, tmp_path / "run", "--labels", steps=6)
+    done = train(data, tmp_path / "run", "--labels", train_steps=6)
     assert done.code == 0, done.err
     return tmp_path / "run"
 
@@ -54,7 +54,7 @@ def test_bound_and_plot_and_info(folder):
 
 
 def test_a_run_goes_on_with_its_labels(data, folder):
-    assert call("train", "--out", folder, "--resume", "--steps=9").code == 0
+    assert call("train", "--out", folder, "--resume", "--train-steps=9").code == 0
     run = Run.opened(folder, "last", "cpu")
     assert run.svi.num_steps == 9
     assert run.form.classes == 2

@@ -1,6 +1,5 @@
 """From options to data and a model: what is read is what is modelled, in its own units, and no option does nothing."""
 
-import dataclasses
 import gzip
 import itertools
 import math
@@ -14,10 +13,14 @@ from matplotlib.figure import Figure
 import pyrodiff
 from pyrodiff import checkpoints, datasets
 from pyrodiff.base.randomness import kept_sources
-from pyrodiff.command import recipes, runs
-from pyrodiff.command.recipes import Form
-from pyrodiff.command.runs import Run, Stop, Trainer
-from pyrodiff.command.settings import Settings, option
+from pyrodiff.command import models, options, plans, runs
+from pyrodiff.command import train as training
+from pyrodiff.command.data import Form
+from pyrodiff.command.options import Plan, flag
+from pyrodiff.command.plans import prepare
+from pyrodiff.command.runs import Run
+from pyrodiff.command.stopping import Stop
+from pyrodiff.command.train import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the data have mean")  # of few levels in a corner of 256
 
@@ -43,14 +46,14 @@ def made(tmp_path):
 
 
 def prepared(data, **options):
-    return recipes.prepare(Settings(data=str(data), **{**TINY, **options}), CPU)
+    return prepare({"data": str(data), **TINY, **options}, CPU)
 
 
 def begun(data, folder, **options):
-    settings, data = prepared(data, **options)
-    often = data.often() if settings.prediction == "level" else None
+    plan, data = prepared(data, **options)
+    often = data.often() if plan.model.prediction == "level" else None
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(folder, settings, data.form, CPU, often), data
+    return Run(folder, plan, data.form, CPU, often), data
 
 
 # Form
@@ -137,7 +140,7 @@ def test_the_bound_of_a_shifted_density_stays(tmp_path):
 def test_splits_are_parts_of_the_data_and_always_the_same(made, size, holdout):
     path = made(np.arange(size) + np.array(0.5))
     if size - 2 * round(holdout * size) < 5:
-        with pytest.raises(ValueError, match="--holdout"):
+        with pytest.raises(ValueError, match="holdout must"):
             prepared(path, holdout=holdout, read_as="numbers")
         return
     (_, data), (_, again) = (prepared(path, holdout=holdout, seed=seed, read_as="numbers") for seed in (0, 7))
@@ -181,8 +184,8 @@ def idx_folder(folder, train=30, test=8, labels=True):
 
 def test_a_folder_of_idx_files(tmp_path):
     x = torch.from_numpy(idx_folder(tmp_path / "idx"))
-    settings, data = prepared(tmp_path / "idx", holdout=0.2)
-    assert (settings.read_as, settings.levels, settings.network) == ("levels", 256, "unet")
+    plan, data = prepared(tmp_path / "idx", holdout=0.2)
+    assert (plan.reading.read_as, plan.reading.levels, plan.model.network) == ("levels", 256, "unet")
     assert same(
         [data.parts["train"][:], data.parts["validation"][:], data.parts["test"][:]], [x[:24], x[24:30], x[30:]]
     )
@@ -204,8 +207,8 @@ def test_a_folder_of_pictures(tmp_path):
     (tmp_path / "pictures" / "sub").mkdir(parents=True)
     for i, x in enumerate(PICTURES):
         image.fromarray(np.moveaxis(x, 0, -1)).save(tmp_path / "pictures" / ("sub" * (i % 2)) / f"{i:02}.png")
-    settings, data = prepared(tmp_path / "pictures")
-    assert (settings.read_as, settings.levels, settings.network) == ("levels", 256, "unet")
+    plan, data = prepared(tmp_path / "pictures")
+    assert (plan.reading.read_as, plan.reading.levels, plan.model.network) == ("levels", 256, "unet")
     ours = sorted(map(bytes, torch.cat([part[:] for part in data.parts.values()]).numpy()))
     assert ours == sorted(map(bytes, PICTURES))
 
@@ -214,8 +217,8 @@ def test_an_array_of_several(tmp_path):
     np.savez(tmp_path / "x.npz", a=FLOATS, b=BITS)
     assert prepared(tmp_path / "x.npz", array="a")[1].form.read_as == "numbers"
     assert prepared(tmp_path / "x.npz", array="b")[1].form.read_as == "bits"
-    for options in ({}, {"array": "c"}):
-        done = train(tmp_path / "x.npz", tmp_path / "run", **options)
+    for which in ({}, {"array": "c"}):
+        done = train(tmp_path / "x.npz", tmp_path / "run", **which)
         assert done.is_refused("'a' (40, 2) float64", "'b' (40, 6) bool")
     np.savez(tmp_path / "one.npz", FLOATS)
     assert prepared(tmp_path / "one.npz")[1].form.event_shape == (2,)
@@ -246,12 +249,12 @@ def test_an_array_of_several(tmp_path):
 )
 def test_what_is_read_is_what_comes_out(made, tmp_path, x, options, read_as, levels):
     folder, path = tmp_path / "run", made(x)
-    if "unet" in (prepared(path, **options)[0].network,):
+    if prepared(path, **options)[0].model.network == "unet":
         options = {**options, "channels": (8, 8) if x.shape[-2] % 2 == 0 else (8,)}
     assert train(path, folder, **options).code == 0
     run = Run.opened(folder)
     shape = x.shape[1:] or (1,)
-    assert (run.form.read_as, run.settings.levels, tuple(run.form.event_shape)) == (read_as, levels, shape)
+    assert (run.form.read_as, run.plan.reading.levels, tuple(run.form.event_shape)) == (read_as, levels, shape)
     with np.load(folder / "samples.npz") as file:
         samples = file["samples"]
     assert samples.shape == (3, *shape)
@@ -383,7 +386,7 @@ FIT = {
 @pytest.mark.filterwarnings("ignore:the step from t")  # of networks that are not trained
 @pytest.mark.parametrize(("read_as", "network", "prediction"), ALL)
 def test_every_model_has_a_finite_bound_or_is_refused(made, tmp_path, read_as, network, prediction):
-    options = {"network": network, "prediction": prediction, "num_steps": 3}
+    options = {"network": network, "prediction": prediction, "T": 3}
     options = {**options, "channels": (8, 8)} if network == "unet" else options
     options = {**options, "levels": 6} if read_as == "levels" else options
     path = made(places(read_as))
@@ -418,7 +421,7 @@ def test_every_model_has_a_finite_bound_or_is_refused(made, tmp_path, read_as, n
         (FLOATS, {"log_snr_last": 5.0, "log_snr_first": 4.0, "schedule": "log-snr"}, "log_snr"),
         (FLOATS, {"array": "x"}, ""),
         (FLOATS, {"final_times": 5}, "final_times"),
-        (FLOATS, {"final_times": 1, "num_steps": 1}, "final_times"),
+        (FLOATS, {"final_times": 1, "T": 1}, "final_times"),
         (FLOATS, {"hidden": 7}, "hidden"),
         (FLOATS, {"hidden": 0}, "hidden"),
         (LEVELS, {"weighting": "simple"}, "weighting"),
@@ -445,15 +448,15 @@ def test_options_that_do_not_go_together(made, tmp_path, x, options, name):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize(("x", "options"), [(FLOATS, {"drawing": "loss-second-moment"}), (LEVELS, {}), (BITS, {})])
-def test_few_steps(made, tmp_path, monkeypatch, num_steps, x, options):
+def test_few_steps(made, tmp_path, monkeypatch, T, x, options):
     with_pictures(monkeypatch.setattr)
     monkeypatch.setattr(Figure, "savefig", blank)  # they are made, but not drawn
     if x is LEVELS:
         options = {"levels": 6, "channels": (8, 8)}
     path = made(x)
-    assert train(path, tmp_path / "run", **options, num_steps=num_steps).code == 0
+    assert train(path, tmp_path / "run", **options, T=T).code == 0
     assert call("plot", tmp_path / "run").code == 0
     assert call("sample", tmp_path / "run", "--number=2", "--trajectory=strip").code == 0
 
@@ -464,7 +467,6 @@ def test_few_steps(made, tmp_path, monkeypatch, num_steps, x, options):
 def fingerprint(data, folder, **options):
     """All that a run does, part by part in the order that they follow from each other."""
     run, data = begun(data, folder, **options)
-    settings = run.settings
     with kept_sources():
         torch.manual_seed(0)
         found = {"data": [*(part[:] for part in data.parts.values()), data.draw(50)[0], vars(data.form)["scale"]]}
@@ -472,9 +474,9 @@ def fingerprint(data, folder, **options):
     schedule, reverse = run.diffusion.forward_process.schedule, run.diffusion.reverse
     variance = getattr(reverse, "variance", None)
     found["model"] = [start, repr(schedule), type(reverse.denoiser).__name__, type(variance).__name__]
-    trainer = Trainer(run, data, Stop(), lambda line: None)
+    trainer = Trainer(run, data, Stop())
     trainer.train()
-    trainer.metrics.close()
+    trainer.close()
     end = checkpoints.load(runs.last_checkpoint(folder))
     found["weights"] = [
         dict(run.diffusion.state_dict()),
@@ -482,7 +484,6 @@ def fingerprint(data, folder, **options):
     ]
     found["metrics"] = notes(folder)
     found["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert settings.steps
     return found
 
 
@@ -494,7 +495,7 @@ OPTIONS = {  # name -> the data, options, the other value, the first part that i
     "binarize": (LEVELS, {"network": "mlp", "read_as": "bits", "binarize": "threshold"}, "static", "data"),
     "augment": (LEVELS, {"network": "mlp"}, "flip", "data"),
     "holdout": (FLOATS, {}, 0.2, "data"),
-    "num_steps": (FLOATS, {}, 6, "model"),
+    "T": (FLOATS, {}, 6, "model"),
     "schedule": (FLOATS, {}, "linear", "model"),
     "log_snr_first": (FLOATS, {"schedule": "log-snr"}, 8.0, "model"),
     "log_snr_last": (FLOATS, {"schedule": "log-snr"}, -8.0, "model"),
@@ -506,7 +507,7 @@ OPTIONS = {  # name -> the data, options, the other value, the first part that i
     "hidden": (FLOATS, {}, 10, "model"),
     "blocks": (FLOATS, {}, 2, "model"),
     "dropout": (FLOATS, {}, 0.5, "weights"),
-    "steps": (FLOATS, {}, 7, "weights"),
+    "train_steps": (FLOATS, {}, 7, "weights"),
     "batch_size": (FLOATS, {}, 5, "weights"),
     "accumulate": (FLOATS, {}, 2, "weights"),
     "lr": (FLOATS, {}, 0.02, "weights"),
@@ -537,7 +538,7 @@ ELSEWHERE = {  # the tests that see what they do
 
 
 def test_no_option_is_forgotten():
-    assert {one.name for one in dataclasses.fields(Settings)} == OPTIONS.keys() | ELSEWHERE.keys()
+    assert set(options.names()) == OPTIONS.keys() | ELSEWHERE.keys()
 
 
 KNOWN = {}  # what was found with the first values
@@ -556,7 +557,7 @@ def test_an_option_does_what_it_says_and_nothing_before(made, tmp_path, name):
     else:
         theirs = fingerprint(path, tmp_path / "theirs", **{**options, name: value})
     differs = [one for one in PARTS if not same(ours[one], theirs[one])]
-    assert differs, f"{option(name)} does nothing"
+    assert differs, f"{flag(name)} does nothing"
     assert differs[0] == part, differs
 
 
@@ -576,13 +577,27 @@ def test_samples_and_final_times(made, tmp_path):
 
 
 def test_threads(made, tmp_path, monkeypatch):
-    asked = []
+    """The number that is given, or else the fastest one, measured without a trace in the run, and recorded."""
+    asked, path, measured = [], made(FLOATS), []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    path = made(FLOATS)
-    assert train(path, tmp_path / "a", threads=3, steps=1).code == 0
-    assert asked == [3]
-    assert train(path, tmp_path / "b", steps=1).code == 0
-    assert asked == [3]
+
+    def fastest(work):
+        measured.extend([work(), work()])
+        return 2
+
+    monkeypatch.setattr(training, "fastest_threads", fastest)
+    assert train(path, tmp_path / "given", threads=2).code == 0
+    assert (asked[0], measured) == (2, [])
+    assert train(path, tmp_path / "measured").code == 0
+    assert len(measured) == 2
+    assert asked.count(2) == 2
+    record = [options.read(tmp_path / name / "settings.toml", "record") for name in ("given", "measured")]
+    assert record[0] == record[1]
+    ours, theirs = (checkpoints.load(tmp_path / name / "checkpoints" / "best.pt") for name in ("given", "measured"))
+    del ours["more"]["state"]["seconds"], theirs["more"]["state"]["seconds"]
+    assert same(ours, theirs)
+    assert call("train", "--out", tmp_path / "measured", "--resume", "--train-steps=8").code == 0
+    assert len(measured) == 2, "a run is resumed with the number that it had"
 
 
 def test_compile(made, tmp_path, monkeypatch):
@@ -597,19 +612,18 @@ def test_compile(made, tmp_path, monkeypatch):
 # Known data
 
 
-@pytest.mark.parametrize("name", recipes.BUILT_IN)
+@pytest.mark.parametrize("name", options.BUILT_IN)
 def test_the_data_that_are_built_in(monkeypatch, name):
     if name == "checkerboard":  # a million takes a while
         make = datasets.checkerboard
         monkeypatch.setattr(datasets, "checkerboard", lambda size, seed: make(min(size, 10**4), seed))
-    settings, data = recipes.prepare(Settings(data=name), CPU)
-    assert all(getattr(settings, one) is not None for one in ("num_steps", "schedule", "prediction", "network", "lr"))
-    assert settings.read_as == {"heartbeat": "bits", "digits": "levels"}.get(name, "numbers")
+    plan, data = prepare({"data": name}, CPU)
+    assert plan.reading.read_as == {"heartbeat": "bits", "digits": "levels"}.get(name, "numbers")
     assert data.form.log_scale == 0.0
-    assert Settings(**{one: value for one, value in settings.given().items()}) == settings
-    again, _ = recipes.prepare(settings, CPU)
-    assert again == settings, "what was completed is complete"
-    assert words(**settings.given())
+    assert Plan.of(plan.values()) == plan
+    again, _ = prepare(plan.values(), CPU)
+    assert again == plan, "what was completed is complete"
+    assert words(**plan.values())
     train_data = data.parts["train"][:].flatten(1)
     for part in (data.parts["validation"][:], data.parts["test"][:]):
         if name in ("swiss-roll", "checkerboard"):
@@ -619,8 +633,8 @@ def test_the_data_that_are_built_in(monkeypatch, name):
 
 def test_the_swiss_roll_is_that_of_the_readme():
     """The kernels, the schedule, the network and the training of examples/swiss_roll.py, whose number README has."""
-    settings, data = recipes.prepare(Settings(data="swiss-roll"), torch.device("cpu"))
-    reverse = recipes.build(settings, data.form).reverse
+    plan, data = prepare({"data": "swiss-roll"}, torch.device("cpu"))
+    reverse = models.build(plan, data.form).reverse
     assert isinstance(reverse.variance, pyrodiff.ForwardVariance)
     assert isinstance(reverse.denoiser, pyrodiff.VelocityPrediction)
     schedule = pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0)
@@ -629,11 +643,10 @@ def test_the_swiss_roll_is_that_of_the_readme():
     )
     example = pyrodiff.networks.MLP(event_shape=(2,), hidden=128)
     assert [p.shape for p in reverse.denoiser.network.parameters()] == [p.shape for p in example.parameters()]
-    assert (settings.steps, settings.batch_size, settings.lr) == (3000, 256, 2e-3)
+    assert (plan.training.train_steps, plan.training.batch_size, plan.training.lr) == (3000, 256, 2e-3)
 
 
 def test_attention_follows_the_channels():
-    pictures = recipes.Form("levels", torch.Size((16, 16)), 256)
-    assert recipes._attention(pictures, (8, 16)) == (8,)
-    assert recipes._attention(pictures, (8, 16, 16)) == (8, 4)
-    assert recipes._attention(recipes.Form("levels", torch.Size((8, 8)), 17), (8, 16)) == (0,)
+    assert plans._attention(16, 2) == (8,)
+    assert plans._attention(16, 3) == (8, 4)
+    assert plans._attention(8, 2) == (0,)

@@ -24,10 +24,13 @@ from commands import call, files, notes, points, same, saved, states, train, wit
 import pyrodiff
 from pyrodiff import checkpoints
 from pyrodiff.base.randomness import kept_sources
-from pyrodiff.command import cli, runs
-from pyrodiff.command.recipes import Data
-from pyrodiff.command.runs import Metrics, Run, Trainer
-from pyrodiff.command.settings import Settings
+from pyrodiff.command import cli, options, runs
+from pyrodiff.command import train as training
+from pyrodiff.command.data import Data
+from pyrodiff.command.plans import prepare
+from pyrodiff.command.runs import Metrics, Run
+from pyrodiff.command.stopping import Stop
+from pyrodiff.command.train import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +77,14 @@ def is_as_alone(folder, alone, but=()):
 
 # Kills
 
-KILLED = {"steps": 100, "checkpoint_every": 1, "evaluate_every": 24, "log_every": 3, "evaluate_times": 4, "keep": 3}
+KILLED = {
+    "train_steps": 100,
+    "checkpoint_every": 1,
+    "evaluate_every": 24,
+    "log_every": 3,
+    "evaluate_times": 4,
+    "keep": 3,
+}
 KILLED = {**KILLED, "drawing": "loss-second-moment", "dropout": 0.2}
 
 
@@ -117,7 +127,7 @@ def lived(context, line, delay=None, write=None):
 
 def test_a_run_that_is_killed_again_and_again_is_the_one_left_alone(home, tmp_path, context):
     folder, alone, moments = tmp_path / "killed", tmp_path / "alone", random.Random(0)
-    line = ["train", str(home / "x.npy"), *words(**{"hidden": 8, "blocks": 1, "batch_size": 4, "num_steps": 5})]
+    line = ["train", str(home / "x.npy"), *words(**{"hidden": 8, "blocks": 1, "batch_size": 4, "T": 5})]
     line += words(**KILLED, samples=3, evaluate_on=4)
     assert lived(context, [*line, "--out", str(alone)]) == 0
     found, parts = [], 0
@@ -140,7 +150,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_one_left_alone(home, tmp_pa
         assert steps == sorted(steps)
         if code == 0:
             break
-    during = {step for code, step in found if code == -signal.SIGKILL and 0 < step < KILLED["steps"]}
+    during = {step for code, step in found if code == -signal.SIGKILL and 0 < step < KILLED["train_steps"]}
     assert len(during) >= 5, found
     assert sum(code == -signal.SIGKILL for code, _ in found) >= 20, found
     assert parts >= 2
@@ -189,7 +199,7 @@ def test_a_signal_saves_the_step_and_leaves(home, tmp_path, monkeypatch, number,
 
 @pytest.mark.parametrize("which", [1, 2, 3])
 def test_a_signal_in_an_evaluation(home, tmp_path, monkeypatch, which):
-    bound, counted = runs.bound, iter(range(1, 10**9))
+    bound, counted = training.bound, iter(range(1, 10**9))
 
     def asked(*args, **kwargs):
         if next(counted) == which:
@@ -197,7 +207,7 @@ def test_a_signal_in_an_evaluation(home, tmp_path, monkeypatch, which):
         return bound(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "bound", asked)
+        patch.setattr(training, "bound", asked)
         done = train(home / "x.npy", tmp_path / "run")
     assert done.code == 143
     assert f"SIGTERM at step {2 * which}" in done.err
@@ -210,8 +220,8 @@ def test_a_signal_in_an_evaluation(home, tmp_path, monkeypatch, which):
 def test_a_signal_after_the_last_step(home, tmp_path, monkeypatch, part):
     with monkeypatch.context() as patch:
         if part == "bound":
-            bound = cli.bound
-            patch.setattr(cli, "bound", lambda *a, **k: (signal.raise_signal(signal.SIGINT), bound(*a, **k))[1])
+            bound = training.bound
+            patch.setattr(training, "bound", lambda *a, **k: (signal.raise_signal(signal.SIGINT), bound(*a, **k))[1])
         else:
             sampler = Run.sampler
 
@@ -280,18 +290,18 @@ def test_all_checkpoints_may_be_lost(home, tmp_path):
 
 def test_more_steps(home, tmp_path):
     folder = copied(home, tmp_path)
-    done = resumed(folder, steps=9)
+    done = resumed(folder, train_steps=9)
     assert (done.code, "from step 6 of 9" in done.err) == (0, True)
     assert runs.last_checkpoint(folder).name == "step-00000009.pt"
-    assert Settings.read(folder / "settings.toml")["steps"] == 9
+    assert options.read(folder / "settings.toml", "record")["train_steps"] == 9
     assert [one["step"] for one in notes(folder) if "bound" in one] == [2, 4, 6, 8, 9]
     assert notes(folder)[:6] == notes(home / "alone")[:6]
 
 
 def test_fewer_steps_than_were_made_are_refused(home, tmp_path):
     folder = copied(home, tmp_path)
-    assert resumed(folder, steps=5).is_refused("--steps", "5", "6")
-    assert Settings.read(folder / "settings.toml")["steps"] == 6
+    assert resumed(folder, train_steps=5).is_refused("--train-steps", "5", "6")
+    assert options.read(folder / "settings.toml", "record")["train_steps"] == 6
 
 
 def test_with_what_a_kill_left_before_the_first_checkpoint(home, tmp_path):
@@ -315,7 +325,7 @@ def test_from_another_working_directory(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "a b")
     assert train("x y.npy", "r 1").code == 0
     monkeypatch.chdir(tmp_path)
-    assert resumed("a b/r 1", steps=8).code == 0
+    assert resumed("a b/r 1", train_steps=8).code == 0
     assert call("bound", "a b/r 1", "--number=2").code == 0
 
 
@@ -326,8 +336,8 @@ def test_names_of_all_kinds(home, tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     shutil.copy(home / "x.npy", folder / "x.npy")
-    assert train(folder / "x.npy", folder / "run", steps=2).code == 0
-    assert Settings.read(folder / "run" / "settings.toml")["data"] == str(folder / "x.npy")
+    assert train(folder / "x.npy", folder / "run", train_steps=2).code == 0
+    assert options.read(folder / "run" / "settings.toml", "record")["data"] == str(folder / "x.npy")
     assert resumed(folder / "run").code == 0
 
 
@@ -381,7 +391,7 @@ def test_a_setting_of_a_newer_version_in_a_checkpoint(home, tmp_path):
         ("hidden = 8", "hidden = 16", ["hidden"]),
         ("blocks = 1", "blocks = 2", ["blocks"]),
         ('"cosine"', '"linear"', ["schedule"]),
-        ("num_steps = 5", "num_steps = 6", ["num"]),
+        ("T = 5", "T = 6", ["--T"]),
         ('"velocity"', '"noise"', ["prediction"]),
         ('"forward"', '"posterior"', ["variance"]),
         ('weighting = "bound"', 'weighting = "simple"', ["weighting"]),
@@ -406,7 +416,7 @@ def test_a_record_that_was_edited(home, tmp_path, before, after, words):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("hidden", 16), ("schedule", "linear"), ("seed", 3), ("batch_size", 5), ("lr", 0.5), ("num_steps", 6)],
+    [("hidden", 16), ("schedule", "linear"), ("seed", 3), ("batch_size", 5), ("lr", 0.5), ("T", 6)],
 )
 def test_a_run_goes_on_as_it_began(home, tmp_path, name, value):
     assert resumed(copied(home, tmp_path), **{name: value}).is_refused(
@@ -437,13 +447,13 @@ def test_nothing_in_a_folder_leads_out_of_it(home, tmp_path, name, kind):
         (folder / name).symlink_to(tmp_path / "precious")
     else:
         os.mkfifo(folder / name)
-    done = resumed(folder, steps=8)
+    done = resumed(folder, train_steps=8)
     if kind == "pipe" and name == "metrics.jsonl":  # it is no file, and one is put there
         assert done.code == 0
     else:
         assert done.is_refused(name)
         assert runs.last_checkpoint(folder).name == "step-00000006.pt"
-        assert Settings.read(folder / "settings.toml")["steps"] == 6
+        assert options.read(folder / "settings.toml", "record")["train_steps"] == 6
     assert (tmp_path / "precious").read_text() == "precious"
 
 
@@ -457,7 +467,7 @@ def test_the_last_checkpoint_is_that_of_the_largest_step(home, tmp_path):
     checkpoint.with_name("step-00000001.pt").mkdir()
     runs.last_checkpoint(folder).rename(checkpoint.with_name("step-6.pt"))
     assert runs.last_checkpoint(folder).name == "step-6.pt"
-    done = resumed(folder, steps=10)
+    done = resumed(folder, train_steps=10)
     assert (done.code, "from step 6 of 10" in done.err) == (0, True)
     assert all(other.is_file() for other in others)
     assert {path.name for path in checkpoint.parent.iterdir()} >= {"step-00000008.pt", "step-00000010.pt"}
@@ -469,9 +479,9 @@ def test_a_checkpoint_of_another_step_than_it_says_is_refused(home, tmp_path):
     path = runs.last_checkpoint(folder)
     shutil.copy(path, path.with_name("step-00000100.pt"))
     before = bytes_of(folder)
-    assert resumed(folder, steps=200).is_refused("step-00000100.pt is of step 6", path.name)
+    assert resumed(folder, train_steps=200).is_refused("step-00000100.pt is of step 6", path.name)
     assert bytes_of(folder) == before
-    done = resumed(folder, "--resume=whole", steps=8)
+    done = resumed(folder, "--resume=whole", train_steps=8)
     assert (done.code, "from step 6 of 8" in done.err) == (0, True)
 
 
@@ -504,7 +514,7 @@ def test_a_damaged_checkpoint_takes_nobody_s_place(home, tmp_path):
     folder = copied(home, tmp_path)
     damaged = runs.last_checkpoint(folder).with_name("step-00000099.pt")
     damaged.write_text("PK")
-    assert call("train", "--out", folder, "--resume=whole", "--steps=8", "--keep=1").code == 0
+    assert call("train", "--out", folder, "--resume=whole", "--train-steps=8", "--keep=1").code == 0
     names = {path.name for path in damaged.parent.iterdir()}
     assert names == {"best.pt", "step-00000008.pt", damaged.name}
 
@@ -514,8 +524,8 @@ def test_a_damaged_best_checkpoint_is_found_at_the_start_and_made_anew(home, tmp
     cut(folder / "checkpoints" / "best.pt")
     before = bytes_of(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Run", None)  # nothing is built
-        assert resumed(folder, steps=8).is_refused("best.pt", "step-00000006.pt is whole")
+        patch.setattr(training, "Run", None)  # nothing is built
+        assert resumed(folder, train_steps=8).is_refused("best.pt", "step-00000006.pt is whole")
     assert bytes_of(folder) == before
     assert call("train", "--out", folder, "--resume=whole").code == 0
     assert Run.opened(folder).svi.num_steps == 6
@@ -532,20 +542,20 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(home, tmp_path):
 
 def test_the_lock_is_taken_before_anything_is_read(home, tmp_path, monkeypatch):
     folder = copied(home, tmp_path)
-    monkeypatch.setattr(cli.recipes, "prepare", None)
-    with cli._locked(folder):
-        assert resumed(folder, steps=8).is_refused("--out", "nobody else")
+    monkeypatch.setattr(training, "prepare", None)
+    with training._lock(folder):
+        assert resumed(folder, train_steps=8).is_refused("--out", "nobody else")
 
 
 def test_a_run_that_somebody_else_began_meanwhile_is_left_alone(home, tmp_path, monkeypatch):
-    prepare, folder = cli.recipes.prepare, tmp_path / "run"
+    prepare, folder = training.prepare, tmp_path / "run"
 
     def meanwhile(*args):
         if not folder.exists():
             shutil.copytree(home / "alone", folder)
         return prepare(*args)
 
-    monkeypatch.setattr(cli.recipes, "prepare", meanwhile)
+    monkeypatch.setattr(training, "prepare", meanwhile)
     assert train(home / "x.npy", folder, "--resume").is_refused("--out", "meanwhile")
     assert is_as_alone(folder, home / "alone")
 
@@ -591,7 +601,7 @@ def test_foreign_lines_of_metrics_stop_nothing(home, tmp_path):
 
 @pytest.mark.parametrize("what", ["samples", "bound", "error"])
 def test_what_is_not_finite_is_a_training_that_failed(home, tmp_path, monkeypatch, what):
-    folder, bound, sampler = tmp_path / "run", runs.bound, pyrodiff.AncestralSampler.__call__
+    folder, bound, sampler = tmp_path / "run", training.bound, pyrodiff.AncestralSampler.__call__
     counted = iter(range(1, 10**9))
 
     def broken(found):
@@ -604,7 +614,7 @@ def test_what_is_not_finite_is_a_training_that_failed(home, tmp_path, monkeypatc
     if what == "samples":
         monkeypatch.setattr(pyrodiff.AncestralSampler, "__call__", lambda *a, **k: broken(sampler(*a, **k)))
     else:
-        monkeypatch.setattr(runs, "bound", lambda *a, **k: broken(bound(*a, **k)))
+        monkeypatch.setattr(training, "bound", lambda *a, **k: broken(bound(*a, **k)))
     done = train(home / "x.npy", folder)
     assert (done.code, "training failed" in done.err, "at step 4" in done.err) == (1, True, True), done
     assert "Traceback" not in done.err
@@ -625,7 +635,7 @@ def test_what_is_not_finite_is_in_no_checkpoint(home, tmp_path, place):
     with torch.no_grad():
         broken.flatten()[0] = math.inf
     (tmp_path / "checkpoints").mkdir()
-    trainer = runs.Trainer(run, None, runs.Stop(), print)
+    trainer = Trainer(run, None, Stop())
     with pytest.raises(FloatingPointError, match="not finite any more at step 6"):
         trainer._save()
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -633,7 +643,7 @@ def test_what_is_not_finite_is_in_no_checkpoint(home, tmp_path, place):
 
 def made_as(home):
     run = Run.opened(home / "alone", "last")
-    return {"settings": run.settings, "form": run.form, "device": run.device}
+    return {"plan": run.plan, "form": run.form, "device": run.device}
 
 
 def forged(path, where, **values):
@@ -677,7 +687,7 @@ for _ in range(40):
 def test_a_forged_checkpoint_is_refused_before_anything_is_built(home, tmp_path, monkeypatch, command, where, values):
     folder = copied(home, tmp_path)
     forged(runs.last_checkpoint(folder), where, **values)
-    monkeypatch.setattr(runs.recipes, "build", None)
+    monkeypatch.setattr(runs.models, "build", None)
     before = bytes_of(folder)
     line = {"train": ["train", "--out", folder, "--resume"], "info": ["info", folder]}
     done = call(*line.get(command, ["bound", folder, "--checkpoint", "last"]))
@@ -697,7 +707,7 @@ def test_a_checkpoint_with_other_things_in_the_state_of_training(home, tmp_path,
     else:
         svi["counts"]["num_steps"] = "6"
     other(path, svi=svi)
-    assert resumed(folder, steps=8).is_refused("step-00000006.pt")
+    assert resumed(folder, train_steps=8).is_refused("step-00000006.pt")
 
 
 def test_a_folder_that_cannot_be_begun_is_not_there(home, tmp_path, monkeypatch):
@@ -758,16 +768,18 @@ def test_metrics_on_a_full_disk(home, tmp_path, monkeypatch):
 
 def test_the_best_is_the_one_with_the_least_held_out_bound(home, tmp_path, monkeypatch):
     values = iter([3.0, 1.0, 2.0, 1.5, 5.0])
-    bound = runs.bound
+    bound = training.bound
 
     def given(*args, **kwargs):
         found = bound(*args, **kwargs)
-        shift = next(values) - found.nats.mean()
+        if (value := next(values, None)) is None:  # that of the test data
+            return found
+        shift = value - found.nats.mean()
         return pyrodiff.Bound(found.prior + shift, found.denoising, found.reconstruction, found.event_shape)
 
-    monkeypatch.setattr(runs, "bound", given)
+    monkeypatch.setattr(training, "bound", given)
     folder = tmp_path / "run"
-    assert train(home / "x.npy", folder, steps=10, keep=1, checkpoint_every=3).code == 0
+    assert train(home / "x.npy", folder, train_steps=10, keep=1, checkpoint_every=3).code == 0
     best, last = (checkpoints.load(folder / "checkpoints" / name) for name in ("best.pt", "step-00000010.pt"))
     assert best["svi"]["counts"]["num_steps"] == 4
     assert last["more"]["state"]["best_step"] == 4
@@ -782,7 +794,7 @@ def test_the_best_is_the_one_with_the_least_held_out_bound(home, tmp_path, monke
 def test_the_average_is_what_is_opened(home):
     run = Run.opened(home / "alone", "last")
     state = checkpoints.load(runs.last_checkpoint(home / "alone"))
-    again = Run(home, run.settings, run.form, torch.device("cpu"))
+    again = Run(home, run.plan, run.form, torch.device("cpu"))
     again.restore(runs.last_checkpoint(home / "alone"))
     assert state["format"] == 1
     with again.svi.averaged():
@@ -796,7 +808,7 @@ def test_the_average_is_what_is_opened(home):
 
 
 def test_the_last_k_are_kept(home, tmp_path):
-    assert train(home / "x.npy", tmp_path / "run", steps=12, checkpoint_every=3, keep=3).code == 0
+    assert train(home / "x.npy", tmp_path / "run", train_steps=12, checkpoint_every=3, keep=3).code == 0
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"best.pt", *(f"step-{step:08d}.pt" for step in (6, 9, 12))}
 
@@ -819,7 +831,7 @@ def test_what_is_noted(home):
 
 def test_the_held_out_bound_is_that_of_the_averaged_weights(home):
     run = Run.opened(home / "alone", "last")
-    _, data = pyrodiff.command.recipes.prepare(run.settings, torch.device("cpu"))
+    _, data = prepare(run.plan.values(), torch.device("cpu"))
     x_0 = data.split("validation", 4)
     found = run.form.in_units(pyrodiff.bound(run.diffusion, x_0, generator=0))
     assert notes(home / "alone")[-1]["bound"] == pytest.approx(float(found.nats.mean()), rel=1e-6)
@@ -836,11 +848,11 @@ def test_a_line_of_metrics_is_json_even_where_a_number_is_none(tmp_path):
 
 def test_the_loss_that_is_noted_is_that_of_a_datum(home, tmp_path):
     """Its mean is the bound on training data, in their units, if the weights stay."""
-    options = {"lr": 1e-12, "average": 0.0, "num_steps": 3, "steps": 300, "log_every": 300, "evaluate_every": 300}
+    options = {"lr": 1e-12, "average": 0.0, "T": 3, "train_steps": 300, "log_every": 300, "evaluate_every": 300}
     folder = tmp_path / "run"
     assert train(home / "x.npy", folder, **options, checkpoint_every=300, batch_size=32, accumulate=2).code == 0
     run = Run.opened(folder, "last")
-    _, data = pyrodiff.command.recipes.prepare(run.settings, torch.device("cpu"))
+    _, data = prepare(run.plan.values(), torch.device("cpu"))
     x_0 = data.split("train").repeat(200, 1)
     found = run.form.in_units(pyrodiff.bound(run.diffusion, x_0, generator=1))
     error = float(found.nats.std()) * (5 / (300 * 64) ** 0.5 * 2 + 5 / len(x_0) ** 0.5)
@@ -870,7 +882,7 @@ def test_tensorboard(home, tmp_path, monkeypatch):
     monkeypatch.setattr(Board, "made", [])
     folder = tmp_path / "run"
     assert train(home / "x.npy", folder).code == 0
-    assert resumed(folder, steps=8).code == 0
+    assert resumed(folder, train_steps=8).code == 0
     first, second = Board.made
     assert first.closed
     assert second.closed
@@ -881,7 +893,7 @@ def test_tensorboard(home, tmp_path, monkeypatch):
 
 
 def test_training_that_fails_says_so(home, tmp_path):
-    done = train(home / "x.npy", tmp_path / "run", lr=1e12, steps=20)
+    done = train(home / "x.npy", tmp_path / "run", lr=1e12, train_steps=20)
     assert done.code == 1
     assert done.err.count("\n") <= 20
     assert "Traceback" not in done.err
@@ -893,10 +905,10 @@ def test_weights_that_are_not_finite_take_no_place(home, tmp_path):
     folder = copied(home, tmp_path)
     before = runs.last_checkpoint(folder).read_bytes()
     run = Run.opened(folder, "last")
-    data = pyrodiff.command.recipes.prepare(run.settings, run.device)[1]
+    data = prepare(run.plan.values(), run.device)[1]
     with torch.no_grad():
         next(run.diffusion.parameters()).fill_(math.inf)
-    trainer = runs.Trainer(run, data, runs.Stop(), print)
+    trainer = Trainer(run, data, Stop())
     run.state.update(saved=0, evaluated=0)
     for watched in (trainer._save, trainer._evaluate):
         with pytest.raises(FloatingPointError, match="is not finite any more at step 6"):
@@ -911,18 +923,18 @@ def test_other_data_than_the_run_began_with(tmp_path, command, change):
     assert train(saved(tmp_path / "x.npy", x), folder).code == 0
     others = {"another datum": np.concatenate([x, x[:1]]), "another scale": 1000 * x}
     saved(tmp_path / "x.npy", others.get(change, np.where(x == x[0], x + 1e-6, x)))
-    line = ("train", "--out", folder, "--resume", "--steps=8") if command == "train" else (command, folder)
+    line = ("train", "--out", folder, "--resume", "--train-steps=8") if command == "train" else (command, folder)
     assert call(*line).is_refused("data must be those that the run began with")
 
 
 def test_the_learning_rate_is_that_of_the_steps_there_are_now(home, tmp_path):
     folder = copied(home, tmp_path)
-    assert resumed(folder, steps=12, log_every=1).code == 0
+    assert resumed(folder, train_steps=12, log_every=1).code == 0
     rates = {one["step"]: one["lr"] for one in notes(folder) if "lr" in one}
     for step in range(7, 12):
         assert rates[step] == pytest.approx(0.01 * (1 + math.cos(math.pi * step / 12)) / 2, rel=1e-12)
     run = Run.opened(home / "alone", "last")
-    longer = Run(folder, run.settings.but(steps=12), run.form, run.device)
+    longer = Run(folder, run.plan.but(train_steps=12), run.form, run.device)
     longer.restore(runs.last_checkpoint(home / "alone"))
     assert longer.svi.optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-12)  # half-way, not 0
 
@@ -937,10 +949,10 @@ def test_a_weighted_loss_is_called_no_likelihood(tmp_path):
 def test_a_run_is_trained_by_one_process_at_a_time(home, tmp_path):
     folder = copied(home, tmp_path)
     metrics = (folder / "metrics.jsonl").read_bytes()
-    with cli._locked(folder):
-        assert resumed(folder, steps=8).is_refused("--out", "nobody else")
+    with training._lock(folder):
+        assert resumed(folder, train_steps=8).is_refused("--out", "nobody else")
     assert (folder / "metrics.jsonl").read_bytes() == metrics
-    assert resumed(folder, steps=8).code == 0
+    assert resumed(folder, train_steps=8).code == 0
 
 
 def test_the_gradient_a_datum_is_clipped_alike_by_any_number_of_processes(home, monkeypatch):
@@ -995,15 +1007,15 @@ def in_two(context, line, folder):
 
 def test_two_processes(home, tmp_path, context):
     folder = tmp_path / "run"
-    line = ["train", str(home / "x.npy"), "--out", str(folder), *words(hidden=8, blocks=1, batch_size=4, num_steps=5)]
+    line = ["train", str(home / "x.npy"), "--out", str(folder), *words(hidden=8, blocks=1, batch_size=4, T=5)]
     line += words(samples=3, evaluate_every=2, evaluate_on=4, log_every=2, checkpoint_every=2, device="cpu")
-    assert in_two(context, [*line, "--steps=4"], tmp_path) == [0, 0], (tmp_path / "err 0").read_text()
+    assert in_two(context, [*line, "--train-steps=4"], tmp_path) == [0, 0], (tmp_path / "err 0").read_text()
     ours, theirs = (torch.load(tmp_path / f"drawn {rank}") for rank in range(2))
     assert (tmp_path / "out 1").read_text() == (tmp_path / "err 1").read_text() == ""
     assert (folder / "report.html").is_file()
     assert [one["step"] for one in notes(folder) if "loss" in one] == [2, 4]
     assert len((folder / "commands.txt").read_text().splitlines()) == 1
-    assert in_two(context, [*line, "--steps=6", "--resume"], tmp_path) == [0, 0], (tmp_path / "err 0").read_text()
+    assert in_two(context, [*line, "--train-steps=6", "--resume"], tmp_path) == [0, 0], (tmp_path / "err 0").read_text()
     assert [one["step"] for one in notes(folder) if "loss" in one] == [2, 4, 6]
     assert len(torch.load(tmp_path / "drawn 1")) == 2
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):

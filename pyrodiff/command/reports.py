@@ -8,22 +8,21 @@ import base64
 import html
 import io
 import json
-import platform
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import plots
 from ..base.files import write
 from ..likelihood.bounds import Bound
+from .data import Data
+from .info import versions
+from .options import BUILT_IN
 from .runs import Metrics, Run, spelled
 
-__all__ = ["report", "versions"]
+__all__ = ["report"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -36,44 +35,29 @@ figure { margin: 1rem 0 } figure img { max-width: 100% } figcaption { color: #66
 """
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """What a figure may depend on: the versions, and the machine.
-
-    Arguments:
-        device: Where it is computed.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        **{name: metadata.version(name) for name in ("pyrodiff", "torch", "pyro-ppl", "numpy", "matplotlib")},
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "device": f"{device.type}: {name}",
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def report(run: Run, found: Bound, samples: Tensor, x_0: Tensor, commands: Sequence[str]) -> Path:
+def report(run: Run, found: Bound, samples: Tensor, data: Data, commands: Sequence[str]) -> Path:
     """Write ``report.html`` into the folder of a run.
 
     Arguments:
         run: The run.
         found: The bound on the test data.
         samples: Samples, as the model has them.
-        x_0: The test data, likewise.
+        data: The data.
         commands: The commands that made the run.
 
     Returns:
         The file.
     """
-    records, settings = Metrics.read(run.folder), run.settings
+    records, plan, x_0 = Metrics.read(run.folder), run.plan, data.split("test", len(samples))
+    name = plan.reading.data if plan.reading.data in BUILT_IN else Path(plan.reading.data).stem
     trained = f"{run.state['seconds'] / 60:.1f} minutes of training, {run.svi.num_steps} steps"
     number = sum(parameter.numel() for parameter in run.diffusion.parameters())
     parts = [
-        f"<h1>{_text(settings.data)}</h1>",
+        f"<h1>{_text(name)}</h1>",
         f"<p class=number>{_text(spelled(found))}</p>",
         f"<p>The bound on &minus;log p(x<sub>0</sub>) of {len(found.nats)} test data; {_text(found.convention)}. The "
         f"weights are those of step {run.state['best_step']}, the best on held-out data"
-        f"{', averaged' * (settings.average > 0)}; {number:,} parameters; {trained}.</p>",
+        f"{', averaged' * (plan.training.average > 0)}; {number:,} parameters; {trained}.</p>",
         f"<pre>{_text(str(found))}</pre>",
         *_samples(run, samples, x_0),
         "<h2>Training</h2>",
@@ -81,16 +65,16 @@ def report(run: Run, found: Bound, samples: Tensor, x_0: Tensor, commands: Seque
         if any("loss" in one or "bound" in one for one in records)
         else "",
         "<h2>Where the bound is spent</h2>",
-        _picture(plots.terms(found).figure, "the terms over t") if settings.num_steps > 1 else "",
+        _picture(plots.terms(found).figure, "the terms over t") if plan.model.T > 1 else "",
         f"<p>{_text(run.form.contents)}</p>",
         "<h2>Commands</h2>",
         f"<pre>{_text(chr(10).join(commands))}</pre>",
         "<h2>Options</h2>",
-        _table(settings.given()),
+        _table(plan.values()),
         "<h2>Versions</h2>",
         _table(versions(run.device)),
     ]
-    title = f"<title>{_text(settings.data)}: {_text(spelled(found))}</title>"
+    title = f"<title>{_text(name)}: {_text(spelled(found))}</title>"
     head = f"<!doctype html><html lang=en><meta charset=utf-8>{title}<style>{_STYLE}</style>"
     path = run.folder / "report.html"
     write(path, "\n".join([head, *parts, "</html>\n"]).encode())
@@ -102,7 +86,7 @@ def _samples(run: Run, samples: Tensor, x_0: Tensor) -> list[str]:
     if not run.form.is_drawable:
         return []
     beside = {
-        f"{len(samples)} samples, T = {run.settings.num_steps}, seed {run.settings.seed}": samples,
+        f"{len(samples)} samples, T = {run.plan.model.T}, seed {run.plan.training.seed}": samples,
         "as many test data": x_0[: len(samples)],
     }
     drawn = [_picture(plots.samples(run.form.drawable(x)).figure, caption) for caption, x in beside.items()]
@@ -127,7 +111,7 @@ def _spelled(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _picture(figure: Figure, caption: str) -> str:
+def _picture(figure: Any, caption: str) -> str:
     data = io.BytesIO()
     figure.savefig(data, dpi=130, format="png")
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

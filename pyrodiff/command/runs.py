@@ -1,9 +1,7 @@
-"""Runs: training that is watched, can be killed at any instant, and goes on as if nothing had happened.
-
-A run has a folder:
+"""A run and its folder: the model and what trains it, saved at any step and opened again.
 
 ``settings.toml``
-    what it was told, nothing left open; ``pyrodiff train --config`` reads it.
+    the plan; ``pyrodiff train --config`` reads it.
 ``checkpoints/``
     ``step-00001000.pt``, the last few, and ``best.pt``, by the bound on held-out data.
 ``metrics.jsonl``
@@ -14,19 +12,17 @@ A run has a folder:
     what came out.
 """
 
-import dataclasses
 import io
 import json
 import math
 import os
 import re
-import signal
-import time
-from collections.abc import Callable, Iterator
+import sys
+import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -36,139 +32,84 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from .. import checkpoints, plots
-from ..base import ranks
+from .. import checkpoints
+from ..base import arguments, ranks
+from ..base.arguments import ArgumentError
 from ..base.files import plainly, printable, write
-from ..likelihood.bounds import Bound, bound
-from ..pair.diffusion import Diffusion, evenly_spaced
+from ..likelihood.bounds import Bound
+from ..likelihood.estimate import Likelihood
+from ..pair.diffusion import Diffusion
 from ..pair.elbo import DiffusionELBO
-from ..sampling.ancestral import AncestralSampler
-from ..sampling.flow import FlowSampler
 from ..sampling.sampler import Sampler
-from ..sampling.solvers import DDIMSampler, DPMSolverSampler, HeunSampler, PredictorCorrectorSampler
 from ..training.svi import SVI, exponential_average
-from . import recipes
-from .loading import Data, Form
-from .settings import Settings, option
+from . import models, options
+from .data import Form
+from .options import Model, Plan
 
 __all__ = [
-    "Interrupted",
     "Metrics",
     "Run",
-    "Stop",
-    "Trainer",
+    "bound_in",
     "device_of",
     "finite",
     "last_checkpoint",
-    "options_in",
+    "numbered",
     "resumed_from",
+    "rounded",
     "save_arrays",
     "save_figure",
-    "shortened",
+    "say",
+    "show",
     "spelled",
 ]
 
 
-SAMPLERS = {  # by their names on the command line
-    "ancestral": AncestralSampler,
-    "ddim": DDIMSampler,
-    "dpm": DPMSolverSampler,
-    "heun": HeunSampler,
-    "pc": PredictorCorrectorSampler,
-    "flow": FlowSampler,
-}
-
-
-class Interrupted(Exception):
-    """Something was asked to stop, and stopped where nothing is lost.
+def say(line: str) -> None:
+    """Say something to people on stderr, above a bar if there is one; the first rank alone does.
 
     Arguments:
-        signal: The number of the signal that asked.
+        line: The line.
     """
+    if ranks.number() == 0:
+        tqdm.write(f"pyrodiff: {printable(line)}", file=sys.stderr)
+        sys.stderr.flush()
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
 
+def show(text: object) -> None:
+    """Print what a command found.
 
-class Stop:
-    """Within, SIGINT and SIGTERM are a wish to stop, that is fulfilled where nothing is lost; a second one, at once.
-
-    Attributes:
-        signal: The signal that asked, if one did.
+    Arguments:
+        text: What it is.
     """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt(number)
-        self.signal = number
-
-    def check(self) -> None:
-        """Raise :class:`Interrupted` if it was asked to stop."""
-        if self.signal is not None and ranks.count() == 1:
-            raise Interrupted(self.signal)
-
-    def between(self, x_0: Tensor, *context: Tensor, size: int = 64) -> "_Batches":
-        """The data in batches, between two of which the wish is fulfilled, by :class:`Interrupted`.
-
-        Arguments:
-            x_0: The data.
-            *context: Their labels, if they have any.
-            size: How many are a batch.
-        """
-        return _Batches(self, (x_0, *context), size)
+    print(printable(text, "\n"), flush=True)
 
 
-class _Batches:
-    def __init__(self, stop: Stop, data: tuple[Tensor, ...], size: int) -> None:
-        self.stop, self.parts = stop, list(zip(*(one.split(size) for one in data), strict=True))
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for part in self.parts:
-            self.stop.check()
-            yield part
-
-
-def device_of(settings: Settings) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device that is asked for.
 
     Arguments:
-        settings: The settings.
+        name: "auto", "cpu", "cuda", "cuda:1", ...
 
     Raises:
-        ValueError: If it is not there.
+        ArgumentError: If it is not there.
     """
-    name, local = settings.device, int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:1, say, but it is {name!r}") from None
+        raise ArgumentError("device", f"must be auto, cpu, cuda or cuda:1, say, but it is {name!r}") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(
-                f"--device must be one that is there, but torch sees no GPU for {name!r}: try --device cpu"
+            raise ArgumentError(
+                "device", f"must be one that is there, but torch sees no GPU for {name!r}: try --device cpu"
             )
         device = torch.device("cuda", local if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device must be one of {torch.cuda.device_count()} GPUs, but it is {name!r}")
+            raise ArgumentError("device", f"must be one of {torch.cuda.device_count()} GPUs, but it is {name!r}")
     elif device.type != "cpu":
-        raise ValueError(f"--device must be cpu or cuda, but it is {name!r}")
+        raise ArgumentError("device", f"must be cpu or cuda, but it is {name!r}")
     return device
 
 
@@ -177,7 +118,7 @@ class Run:
 
     Arguments:
         folder: The folder.
-        settings: The settings, none left open.
+        plan: The plan.
         form: What the data are.
         device: Where it computes.
         often: How often each number has each level, to start from.
@@ -188,12 +129,10 @@ class Run:
         state: What else a checkpoint keeps: how far it is logged and evaluated, the best bound, the time it took.
     """
 
-    def __init__(
-        self, folder: Path, settings: Settings, form: Form, device: torch.device, often: Tensor | None = None
-    ) -> None:
-        self.folder, self.settings, self.form, self.device = folder, settings, form, device
-        pyro.set_rng_seed(settings.seed)
-        self.diffusion: Diffusion = recipes.build(settings, form, often).to(device)
+    def __init__(self, folder: Path, plan: Plan, form: Form, device: torch.device, often: Tensor | None = None) -> None:
+        self.folder, self.plan, self.form, self.device = folder, plan, form, device
+        pyro.set_rng_seed(plan.training.seed)
+        self.diffusion: Diffusion = models.build(plan, form, often).to(device)
         self.svi = self._svi()
         self.state: dict[str, Any] = {
             **{"logged": 0, "evaluated": 0, "saved": 0, "best": math.inf, "best_step": 0, "seconds": 0.0},
@@ -201,20 +140,20 @@ class Run:
         }
 
     def _svi(self) -> SVI:
-        settings = self.settings
-        programs = recipes.pair(settings, self.diffusion).to(self.device)
-        options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": self.device.type == "cuda"}
+        training = self.plan.training
+        programs = models.pair(self.plan, self.diffusion).to(self.device)
+        fused = self.device.type == "cuda"
         return SVI(
             programs.model,
             programs.guide,
-            partial(torch.optim.AdamW, **options),
+            partial(torch.optim.AdamW, lr=training.lr, weight_decay=training.weight_decay, fused=fused),
             DiffusionELBO(),
-            settings.clip_norm * settings.batch_size * settings.accumulate * ranks.count(),
-            scheduler=partial(LambdaLR, lr_lambda=partial(_rate, steps=settings.steps, warmup=settings.warmup)),
-            accumulate=settings.accumulate,
-            autocast={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.autocast),
-            average=exponential_average(settings.average) if settings.average > 0 else None,
-            compile=settings.compile,
+            training.clip_norm * training.batch_size * training.accumulate * ranks.count(),
+            scheduler=partial(LambdaLR, lr_lambda=partial(_rate, steps=training.train_steps, warmup=training.warmup)),
+            accumulate=training.accumulate,
+            autocast={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(training.autocast),
+            average=exponential_average(training.average) if training.average > 0 else None,
+            compile=training.compile,
         )
 
     @classmethod
@@ -231,15 +170,15 @@ class Run:
         """
         folder = Path(folder)
         path = _checkpoint(folder, which)
-        settings, form = _kept(path)
+        plan, form = _kept(path)
         record = folder / "settings.toml"
         if record.is_file():
-            recorded = Settings(**options_in(record, str(record)))
+            recorded = Plan.of(options.read(record, str(record)))
             if which not in ("best", "last"):
-                _refuse_other_settings(recorded, settings, path)
-            settings = settings.but(data=recorded.data)  # which may have moved
+                _refuse_other_options(recorded, plan, path)
+            plan = plan.but(data=recorded.reading.data)  # which may have moved
         try:
-            run = cls(folder, settings, form, device_of(settings.but(device=device)))
+            run = cls(folder, plan, form, device_of(device))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise _no_run(path) from error
         run.restore(path)
@@ -257,15 +196,18 @@ class Run:
         Raises:
             ValueError: If it is of a run with other settings, other than those that may change.
         """
-        settings, form = _kept(path)
+        plan, form = _kept(path)
         self.refuse_other_data(form, path)
-        _refuse_other_settings(self.settings, settings, path)
+        _refuse_other_options(self.plan, plan, path)
         try:
             state = checkpoints.restore(path, self.svi)["state"]
-            scheduler, group = self.svi.scheduler, self.svi.optimizer.param_groups[0]
-            group["lr"] = self.settings.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)  # of the steps there are now
-            scheduler._last_lr = [group["lr"]]
-            for parameter, moments in self.svi.optimizer.state.items():
+            optimizer, scheduler = self.svi.optimizer, self.svi.scheduler
+            if optimizer is None or not isinstance(scheduler, LambdaLR):
+                raise _no_run(path)
+            now = scheduler.lr_lambdas[0](scheduler.last_epoch)  # of the train_steps that there are now
+            optimizer.param_groups[0]["lr"] = self.plan.training.lr * now
+            scheduler._last_lr = [optimizer.param_groups[0]["lr"]]
+            for parameter, moments in optimizer.state.items():
                 if any(one.shape not in ((), parameter.shape) for one in moments.values()):
                     raise _no_run(path)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
@@ -283,7 +225,8 @@ class Run:
             ValueError: If they are others.
         """
         if form.fingerprint != self.form.fingerprint:
-            raise ValueError(f"data must be those that the run began with, but {self.settings.data} and {where} differ")
+            ours = self.plan.reading.data
+            raise ArgumentError("data", f"must be those that the run began with, but {ours} and {where} differ")
 
     def save(self, path: Path) -> None:
         """Save all of it.
@@ -291,7 +234,7 @@ class Run:
         Arguments:
             path: The file.
         """
-        settings = {name: list(one) if isinstance(one, tuple) else one for name, one in self.settings.given().items()}
+        settings = {name: list(one) if isinstance(one, tuple) else one for name, one in self.plan.values().items()}
         checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
 
     def context(self, number: int, first: int = 0) -> tuple[Tensor, ...]:
@@ -308,30 +251,20 @@ class Run:
         """A sampler of the model.
 
         Arguments:
-            name: Which, of :data:`SAMPLERS`.
+            name: Which, of :data:`~pyrodiff.command.models.SAMPLERS`.
 
         Raises:
             ValueError: If it is not for such a model.
         """
-        return SAMPLERS[name](self.diffusion)
+        try:
+            return models.SAMPLERS[name](self.diffusion)
+        except ValueError as error:
+            raise ArgumentError(f"--sampler {name}", f"does not suit this run: {error}") from None
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:
     """The learning rate, as a part of its largest: it rises in a line, and falls as a cosine."""
     return min(1.0, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
-
-
-def shortened(diffusion: Diffusion, steps: int | None) -> Diffusion:
-    """The diffusion in so many steps at most.
-
-    Arguments:
-        diffusion: The diffusion.
-        steps: The number of steps; as it is if not given.
-    """
-    T = diffusion.num_steps
-    if steps is None or steps >= T:
-        return diffusion
-    return diffusion.subchain(evenly_spaced(steps, T))
 
 
 def last_checkpoint(folder: Path, whole: bool = False) -> Path | None:
@@ -341,12 +274,16 @@ def last_checkpoint(folder: Path, whole: bool = False) -> Path | None:
         folder: The folder of the run.
         whole: Whether those that are damaged do not count.
     """
-    paths = [folder / "checkpoints" / "best.pt", *(path for _, path in _numbered(folder))]
+    paths = [folder / "checkpoints" / "best.pt", *(path for _, path in numbered(folder))]
     return next((path for path in reversed(paths) if path.is_file() and (not whole or _is_whole(path))), None)
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints by their steps, the last one last; what has another name is not the run's."""
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints by their steps, the last one last; what has another name is not the run's.
+
+    Arguments:
+        folder: The folder of the run.
+    """
     found = [(_NUMBERED.fullmatch(path.name), path) for path in (folder / "checkpoints").glob("step-*.pt")]
     return sorted((int(match[1]), path) for match, path in found if match and path.is_file())
 
@@ -360,65 +297,48 @@ def _checkpoint(folder: Path, which: str) -> Path:
     best = folder / "checkpoints" / "best.pt"
     found = best if which == "best" and best.is_file() else last_checkpoint(folder)
     if found is None:
-        raise ValueError(f"RUN must be the folder of a run with a checkpoint, but {folder} has none")
+        raise ArgumentError("RUN", f"must be the folder of a run with a checkpoint, but {folder} has none")
     return found
 
 
-def options_in(path: Path, name: str) -> dict[str, Any]:
-    """The options in a file of them, which is no pipe, and not larger than any of them has to be.
-
-    Arguments:
-        path: The file.
-        name: What asks for it, for errors.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    try:
-        if path.is_dir() or (path.is_file() and path.stat().st_size <= 2**16):
-            return Settings.read(path, name)
-    except RecursionError:
-        pass
-    raise ValueError(f"{name} must be a TOML file of options, of at most 64 KiB, but {path} is none")
-
-
-def _refuse_other_settings(ours: Settings, theirs: Settings, path: Path) -> None:
-    """Refuse the checkpoint of a run that was told something else; where the data lie is another matter."""
-    for one in dataclasses.fields(Settings):
-        here, there = getattr(ours, one.name), getattr(theirs, one.name)
-        if here != there and not one.metadata["changeable"] and one.name != "data":
-            raise ValueError(f"{option(one.name)} must be {there!r} as in {path}, but it is {here!r}")
+def _refuse_other_options(ours: Plan, theirs: Plan, path: Path) -> None:
+    """Refuse the checkpoint of a run with other options; where the data lie is another matter."""
+    here, there = ours.values(), theirs.values()
+    for name in options.names():
+        if here.get(name) != there.get(name) and not options.may_change(name):
+            raise ArgumentError(name, f"must be {there.get(name)!r} as in {path}, but it is {here.get(name)!r}")
 
 
 _STATE = dict.fromkeys(("logged", "evaluated", "saved", "best_step", "drawn"), int) | {"best": float, "seconds": float}
 
 
-def resumed_from(folder: Path, settings: Settings, whole: bool) -> tuple[Path | None, Path | None]:
+def resumed_from(folder: Path, plan: Plan, whole: bool) -> tuple[Path | None, Path | None]:
     """The checkpoint that a run goes on from, and its best one, looked at before anything is built.
 
     Arguments:
         folder: The folder of the run.
-        settings: The options that it is given.
+        plan: The plan that it is resumed with.
         whole: Whether those that are damaged do not count; one of which nothing else is left does.
 
     Raises:
         ValueError: If one of them is damaged, or of another run.
     """
     last, best = last_checkpoint(folder, whole) or last_checkpoint(folder), folder / "checkpoints" / "best.pt"
-    best = best if best.is_file() and (not whole or _is_whole(best)) else None
-    for path in {last, best} - {None}:
-        _refuse_other_settings(settings, _kept(path)[0], path)
-    return last, best
+    has_best = best.is_file() and (not whole or _is_whole(best))
+    for path in {last, best if has_best else None}:
+        if path is not None:
+            _refuse_other_options(plan, _kept(path)[0], path)
+    return last, best if has_best else None
 
 
-def _kept(path: Path) -> tuple[Settings, Form]:
-    """The settings and the data's form that a checkpoint holds; or else which other one is whole."""
+def _kept(path: Path) -> tuple[Plan, Form]:
+    """The plan and the data's form that a checkpoint holds; or else which other one is whole."""
     try:
         return _content(path)
     except ValueError as error:
         whole = last_checkpoint(path.parent.parent, whole=True)
-        beside = f"; {whole} is whole: train --resume=whole goes on from it, --checkpoint takes it" if whole else ""
-        raise ValueError(f"{error}{beside}") from error
+        beside = f"{whole} is whole: train --resume=whole goes on from it, --checkpoint takes it"
+        raise arguments.amended(error, f"; {beside}") if whole else error from error
 
 
 def _is_whole(path: Path) -> bool:
@@ -428,22 +348,22 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _content(path: Path) -> tuple[Settings, Form]:
+def _content(path: Path) -> tuple[Plan, Form]:
     state, number = checkpoints.load(path), _NUMBERED.fullmatch(path.name)
     try:
         more, step = state["more"], state["svi"]["counts"]["num_steps"]
         kinds = [(more["state"].get(name, 0), one) for name, one in {**_STATE, "loss": Tensor}.items()]
         if not all(isinstance(*one) for one in kinds) or not all(map(_is_plain, more["settings"].values())):
             raise _no_run(path)
-        settings, form = Settings(**more["settings"]), Form.of(more["form"])
+        plan, form = Plan.of(more["settings"]), Form.of(more["form"])
         if {"numbers": form.scale, "levels": form.levels, "bits": form.rate}[form.read_as] is None:
             raise _no_run(path)
-        _refuse_sizes(settings, form, path)
+        _refuse_sizes(plan.model, form, path)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         raise _no_run(path) from None
     if number is not None and int(number[1]) != step:
-        raise ValueError(f"the name of a checkpoint must be that of its step, but {path} is of step {step}")
-    return settings, form
+        raise ArgumentError("checkpoint", f"must have the name of its step, but {path} is of step {step}")
+    return plan, form
 
 
 def _is_plain(value: object) -> bool:
@@ -451,21 +371,23 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, int | float | str) or (isinstance(value, list) and {type(one) for one in value} <= {int})
 
 
-def _no_run(path: Path) -> ValueError:
-    return ValueError(f"RUN must be the folder of a run that pyrodiff train made, but {path} is of something else")
+def _no_run(path: Path) -> ArgumentError:
+    return ArgumentError(
+        "RUN", f"must be the folder of a run that pyrodiff train made, but {path} is of something else"
+    )
 
 
-def _refuse_sizes(settings: Settings, form: Form, path: Path) -> None:
+def _refuse_sizes(model: Model, form: Form, path: Path) -> None:
     """Refuse a model that a checkpoint is too small to hold, before any of it is built."""
-    shape, widths = form.event_shape, settings.channels or (settings.hidden,)
+    shape, widths = form.event_shape, model.channels or (model.hidden,)
     size, area = math.prod(shape), math.prod(shape[-2:]) >> 2 * len(widths[1:])
-    inner = settings.hidden * widths[-1] * area if settings.channels else widths[0] * size
-    least = settings.num_steps + size * (form.levels if settings.prediction == "level" else 1) + inner
-    least += settings.blocks * sum(250 + width**2 for width in widths)
-    least += (form.classes or 0) * (64 if settings.channels else widths[0])
+    inner = model.hidden * widths[-1] * area if model.channels else widths[0] * size
+    outputs = form.levels if model.prediction == "level" and form.levels is not None else 1
+    least = model.T + size * outputs + inner + model.blocks * sum(250 + width**2 for width in widths)
+    least += (form.classes or 0) * (64 if model.channels else widths[0])
     units = [one.shape for one in (form.shift, form.scale) if one is not None]
     if min(shape, default=1) < 1 or 4 * least > path.stat().st_size or any(unit != shape for unit in units):
-        raise ValueError
+        raise _no_run(path)
 
 
 class Metrics:
@@ -528,167 +450,6 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-class Trainer:
-    """Trains a run, and watches it.
-
-    Arguments:
-        run: The run.
-        data: The data.
-        stop: Whether it is to stop.
-        say: Called with lines for people.
-    """
-
-    def __init__(self, run: Run, data: Data, stop: Stop, say: Callable[[str], None]) -> None:
-        self.run, self.data, self.stop, self.say = run, data, stop, say
-        self.is_first = ranks.number() == 0
-        for name in (".", "checkpoints", "pictures") if self.is_first else ():
-            (run.folder / name).mkdir(parents=True, exist_ok=True)
-            for part in (run.folder / name).glob(".*.part"):  # a kill left it
-                part.unlink()
-        self.metrics = Metrics(run.folder, run.svi.num_steps) if self.is_first else None
-        self._loss = self._bound = ""
-
-    def train(self) -> None:
-        """Train to the last step.
-
-        Raises:
-            Interrupted: If it was asked to stop; it is saved.
-            FloatingPointError: If the loss is not finite; the last checkpoint is from before.
-        """
-        run, settings = self.run, self.run.settings
-        run.diffusion.train()
-        with self._bar() as bar:
-            start, before = time.monotonic(), run.state["seconds"]
-            while True:
-                run.state["seconds"] = before + time.monotonic() - start
-                with suppress(Interrupted):
-                    self._watch(bar)
-                if self._is_asked_to_stop():
-                    self._save()
-                    raise Interrupted(self.stop.signal or signal.SIGTERM)
-                if run.svi.num_steps >= settings.steps:
-                    break
-                for _ in range(settings.accumulate):
-                    run.state["loss"] += run.svi.step(*self.data.draw(settings.batch_size))
-                    run.state["drawn"] += settings.batch_size * ranks.count()
-                bar.update(run.svi.num_steps - bar.n)
-
-    def _bar(self) -> tqdm:
-        """A bar; quiet where there is no terminal."""
-        run = self.run
-        return tqdm(
-            total=run.settings.steps,
-            initial=run.svi.num_steps,
-            desc=printable(run.folder.name),
-            unit="step",
-            mininterval=0.5,
-            dynamic_ncols=True,
-            disable=None if self.is_first else True,
-        )
-
-    def _is_asked_to_stop(self) -> bool:
-        """Whether anybody is asked; of several processes all hear of it at the same step."""
-        asked = self.stop.signal is not None
-        if ranks.count() == 1:
-            return asked
-        return self.run.svi.num_steps % 10 == 0 and any(ranks.each(asked))
-
-    def _watch(self, bar: tqdm) -> None:
-        """Log, evaluate and save, as far as that is due."""
-        run, settings, step = self.run, self.run.settings, self.run.svi.num_steps
-        last = step >= settings.steps
-        if step > run.state["logged"] and (step % settings.log_every == 0 or last):
-            self._log()
-        if step > run.state["evaluated"] and (step % settings.evaluate_every == 0 or last):
-            self._evaluate()
-            if step == run.state["saved"]:  # by a signal, before this could be said
-                self._save()
-        bar.set_postfix_str(self._loss + self._bound, refresh=False)
-        if step > run.state["saved"] and (step % settings.checkpoint_every == 0 or last):
-            self._save()
-
-    def _log(self) -> None:
-        run = self.run
-        step, is_bound = run.svi.num_steps, run.settings.weighting == "bound"
-        loss = float(run.state["loss"]) / run.state["drawn"] + run.form.log_scale * is_bound
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} between steps {run.state['logged']} and {step}")
-        run.state.update(logged=step, loss=torch.zeros((), device=run.device), drawn=0)
-        if self.metrics is not None:
-            rate = run.svi.scheduler.get_last_lr()[0]
-            name = "loss" if is_bound else "simple_loss"  # which is no likelihood
-            self.metrics.note(step, **{name: loss}, lr=rate, seconds=round(run.state["seconds"], 3))
-        self._loss = f"loss {loss:.3f}{' nats' * is_bound}"
-
-    def _evaluate(self) -> None:
-        """The bound on held-out data, samples and pictures, with the averaged weights."""
-        run, settings, step = self.run, self.run.settings, self.run.svi.num_steps
-        self._refuse_what_is_not_finite()
-        x_0 = self.stop.between(*self.data.labelled("validation", settings.evaluate_on))
-        times = settings.evaluate_times if settings.evaluate_times < settings.num_steps else None
-        with finite(step), run.svi.averaged() if run.svi.average is not None else nullcontext():
-            found = bound(run.diffusion, x_0, num_times=times, generator=settings.seed, sharded=ranks.count() > 1)
-            found = run.form.in_units(found)
-            few, draw = min(50, settings.num_steps), run.sampler("ancestral")
-            samples = (
-                draw(settings.samples, *run.context(settings.samples), num_steps=few, generator=settings.seed)
-                if self.is_first
-                else None
-            )
-            drawn = found.prior if samples is None else run.form.decoded(samples)
-            if not ranks.all_say(bool(drawn.isfinite().all()) and not bool(found.nats.isnan().any())):
-                raise ValueError("samples or the bound")
-        mean = float(found.nats.mean())
-        self._bound = f", bound {spelled(found)}"
-        if self.is_first:
-            self._note(found, samples)
-        run.state["evaluated"] = step
-        if mean < run.state["best"]:
-            run.state.update(best=mean, best_step=step)
-            run.save(run.folder / "checkpoints" / "best.pt")
-
-    def _note(self, found: Bound, samples: Tensor) -> None:
-        run, step = self.run, self.run.svi.num_steps
-        pictures = run.folder / "pictures"
-        if run.form.is_drawable:
-            save_figure(pictures / f"samples-{step:08d}.png", plots.samples(run.form.drawable(samples)).figure)
-        if run.settings.num_steps > 1:
-            save_figure(pictures / f"terms-{step:08d}.png", plots.terms(found).figure)
-        self.metrics.note(
-            step,
-            bound=float(found.nats.mean()),
-            bound_se=float(found.standard_error(found.nats)),
-            bits_per_dim=float(found.bits_per_dim.mean()),
-            prior=float(found.prior.mean()),
-            denoising=float(found.denoising.sum(0).mean()),
-            reconstruction=float(found.reconstruction.mean()),
-            seconds=round(run.state["seconds"], 3),
-        )
-        self.say(f"step {step}: held-out bound {spelled(found)}")
-
-    def _refuse_what_is_not_finite(self) -> None:
-        """Neither to be evaluated, nor to take the place of a checkpoint from before."""
-        run = self.run
-        averages = () if run.svi.average is None else run.svi.average.named_parameters()
-        moments = run.svi.optimizer.state.values() if run.svi.optimizer is not None else ()
-        moments = ((f"{name} of the optimizer", one) for state in moments for name, one in state.items())
-        for name, value in (("loss", run.state["loss"]), *run.diffusion.named_parameters(), *averages, *moments):
-            if not bool(value.isfinite().all()):
-                raise FloatingPointError(f"{name} is not finite any more at step {run.svi.num_steps}")
-
-    def _save(self) -> None:
-        run, step = self.run, self.run.svi.num_steps
-        if step == 0:
-            return
-        self._refuse_what_is_not_finite()
-        run.state["saved"] = step
-        folder = run.folder / "checkpoints"
-        run.save(folder / f"step-{step:08d}.pt")
-        before = [path for number, path in _numbered(run.folder) if number <= step]  # damaged ones may have been later
-        for old in before[: -run.settings.keep] if self.is_first else ():
-            old.unlink()
-
-
 @contextmanager
 def finite(step: int) -> Iterator[None]:
     """A context in which what the model returns has to be finite: laws and pictures take nothing else.
@@ -725,17 +486,42 @@ def save_arrays(path: Path, **arrays: Tensor) -> None:
         arrays: The tensors.
     """
     data = io.BytesIO()
-    np.savez_compressed(data, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+    numbers: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    np.savez_compressed(data, **numbers)
     write(path, data.getbuffer())
 
 
-def spelled(found: Bound) -> str:
-    """A bound in a few words: nats a datum, or bits per dimension where p is a probability of levels.
+def bound_in(path: Path) -> Bound:
+    """The bound in a run's folder, unless it says to hold much more than numbers can be compressed to.
+
+    Arguments:
+        path: The file.
+
+    Raises:
+        ArgumentError: If it does, or holds no bound.
+    """
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        if sum(info.file_size for info in file.infolist()) > 100 * path.stat().st_size:
+            raise ArgumentError("RUN", f"must be the folder of a run, but {path} says to hold more than it does")
+    return Bound.load(path)
+
+
+def spelled(found: Likelihood) -> str:
+    """A bound in the unit that people are shown, rounded to its standard error: "1.719 ± 0.011 bits/dim".
 
     Arguments:
         found: The bound.
     """
-    values, unit = (
-        (found.nats, "nats") if found.levels is None or found.levels == 2 else (found.bits_per_dim, "bits/dim")
-    )
-    return f"{float(values.mean()):.3f} ± {float(found.standard_error(values)):.3f} {unit}"
+    is_levels = found.levels is not None and found.levels > 2
+    values = found.bits_per_dim if is_levels else found.nats
+    return f"{rounded(float(values.mean()), float(found.standard_error(values)))} {'bits/dim' if is_levels else 'nats'}"
+
+
+def rounded(value: float, error: float) -> str:
+    """A number beside its standard error, both to the error's second digit.
+
+    Arguments:
+        value, error: The two, in one unit.
+    """
+    digits = 3 if not 0 < error < math.inf else min(max(1 - math.floor(math.log10(error)), 0), 9)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -1,0 +1,509 @@
+"""Data of a run: found wherever they are, divided in three parts, looked at, and encoded batch by batch.
+
+They are held once, as they are given, and looked at and encoded a block at a time. They are read as *numbers*, whose
+likelihood is a density, as *levels*, whole numbers whose likelihood is a probability, or as *bits*; which,
+:mod:`~pyrodiff.command.plans` decides.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import datasets, readers
+from ..base.arguments import ArgumentError
+from ..likelihood.estimate import Likelihood
+from ..process.quantization import dequantize, quantize
+from .grids import stands_evenly
+from .options import BUILT_IN, Reading
+
+__all__ = ["Data", "Form", "Found", "Part", "Range", "Scale", "find"]
+
+Estimate = TypeVar("Estimate", bound=Likelihood)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model needs to know of its data.
+
+    Arguments:
+        read_as: "numbers", "levels" or "bits".
+        event_shape: The shape of one datum.
+        levels: The number of levels, of levels.
+        shift, scale: The mean and the standard deviation that numbers are standardised by, with the shape of a datum.
+        rate: How many of all bits are 1.
+        dtype: That of numbers as they are given.
+        fingerprint: What tells these data from others.
+        contents: The sizes of the three parts, and what of a folder was passed over, in words.
+        classes: The number of labels, 0..classes - 1, where the data are read with theirs.
+    """
+
+    read_as: str
+    event_shape: torch.Size
+    levels: int | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    rate: float | None = None
+    dtype: str = "float32"
+    fingerprint: str = ""
+    contents: str = ""
+    classes: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As tensors, numbers and strings; ``Form.of`` is the way back."""
+        return {**vars(self), "event_shape": list(self.event_shape)}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "Form":
+        """What :meth:`plain` returned."""
+        return cls(**{**plain, "event_shape": torch.Size(plain["event_shape"])})
+
+    def encoded(self, raw: Tensor) -> Tensor:
+        """Data as the model has them."""
+        if self.shift is not None and self.scale is not None:
+            return ((raw.double() - self.shift.to(raw.device)) / self.scale.to(raw.device)).float()
+        return raw.float() if self.levels is None else dequantize(raw, self.levels)
+
+    def decoded(self, x_0: Tensor) -> Tensor:
+        """What the model draws, as data are given: numbers in their units, levels and bits as whole numbers."""
+        if self.shift is not None and self.scale is not None:
+            x = x_0.double() * self.scale.to(x_0.device) + self.shift.to(x_0.device)
+            return x if self.dtype == "float64" else x.float()
+        if self.levels is not None:
+            return quantize(x_0, self.levels).to(torch.uint8 if self.levels <= 256 else torch.int64)
+        return x_0.to(torch.uint8)
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether a datum has the shape of a picture, (H, W) or (C, H, W)."""
+        return len(self.event_shape) in (2, 3)
+
+    @property
+    def is_drawable(self) -> bool:
+        """Whether there is a picture of such data."""
+        return len(self.event_shape) < 3 or (len(self.event_shape) == 3 and self.event_shape[0] in (1, 3))
+
+    @property
+    def log_scale(self) -> float:
+        """Log Jacobian of the standardisation, in nats per datum: what a cost in the units that are given has more."""
+        return 0.0 if self.scale is None else float(self.scale.log().sum())
+
+    def in_units(self, estimate: Estimate) -> Estimate:
+        """An estimate of the density of numbers in the units that they are given in; others as they are."""
+        return estimate.rescaled(self.log_scale) if self.read_as == "numbers" else estimate
+
+    def per_unit(self, nats: float) -> float:
+        """Nats per datum in the unit that people are shown: bits per dimension of levels, else nats per datum."""
+        return nats if self.unit == "nats" else nats / (math.log(2) * self.event_shape.numel())
+
+    @property
+    def unit(self) -> str:
+        """The unit that people are shown: "bits/dim" for levels, "nats" per datum otherwise."""
+        return "bits/dim" if self.read_as == "levels" else "nats"
+
+    def drawable(self, x_0: Tensor) -> Tensor:
+        """What the model draws, as a picture shows it: points in their units, grey and colour in [0, 1].
+
+        Sequences of numbers are left without their mean and scale, so that all of them show; the first 64 of any.
+        """
+        if len(self.event_shape) == 1 and self.event_shape != (2,):
+            x_0 = x_0[:64]
+        elif self.read_as == "numbers":
+            return self.decoded(x_0)
+        return (x_0 + 1) / 2 if self.read_as == "levels" else x_0
+
+
+class Part:
+    """A part of the data: rows of a tensor that is held once, or left in its file, whatever its parts.
+
+    Arguments:
+        whole: The tensor.
+        rows: The numbers of its rows that are the part; all if not given.
+        labels: The label of each row of the tensor, where the data are read with theirs.
+    """
+
+    def __init__(self, whole: Tensor, rows: Tensor | None = None, labels: Tensor | None = None) -> None:
+        self.whole, self.labels = whole, labels
+        self.rows = torch.arange(len(whole), device=whole.device) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Tensor | slice) -> Tensor:
+        return self.whole[self.rows[i]]
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All of it, in blocks of about 2 ** 19 numbers."""
+        for rows in self.rows.split(max(1, 2**19 // self.whole[0].numel())):
+            yield self.whole[rows]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Part":
+        """A part with something else in the place of each block."""
+        changed = map(change, self.blocks())
+        first = next(changed)
+        whole, start = first.new_empty((len(self), *first.shape[1:])), 0
+        for block in (first, *changed):
+            whole[start : start + len(block)] = block
+            start += len(block)
+        return Part(whole, None, *self.context())
+
+    def context(self, i: Tensor | slice = slice(None)) -> tuple[Tensor, ...]:
+        """What the network is given beside these rows: their labels, or nothing."""
+        return () if self.labels is None else (self.labels[self.rows[i].cpu()],)
+
+
+class Range(NamedTuple):
+    """The least and the greatest of numbers, and whether all are whole."""
+
+    least: float
+    most: float
+    is_whole: bool
+
+
+class Scale(NamedTuple):
+    """The grid of numbers that stand for whole ones: start + k step stands for k."""
+
+    start: float
+    step: float
+
+
+class Found:
+    """Data as they are given, before it is decided how they are read.
+
+    Arguments:
+        name: What they are called: a built-in data set, or their path.
+        parts: The data in three parts: "train", "validation" and "test".
+        passed_over: The names of what was passed over in a folder.
+
+    Attributes:
+        dtype, event_shape: Those of the data.
+        ranges: The range of each part.
+
+    Raises:
+        ArgumentError: If the parts have different shapes, or there are numbers that are not finite.
+    """
+
+    def __init__(self, name: str, parts: dict[str, Part], passed_over: Sequence[str] = ()) -> None:
+        self.name, self.parts, self.passed_over = name, parts, list(passed_over)
+        self.dtype, self.event_shape = parts["train"].whole.dtype, parts["train"].whole.shape[1:]
+        _refuse_shapes(parts)
+        self.ranges = {part: _range(part, parts[part]) for part in parts}
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether they come with the package."""
+        return self.name in BUILT_IN
+
+    @property
+    def range(self) -> Range:
+        """The range of all of them."""
+        least, most, whole = zip(*self.ranges.values(), strict=True)
+        return Range(min(least), max(most), all(whole))
+
+    @property
+    def contents(self) -> str:
+        """The sizes of the three parts, and what was passed over, in words."""
+        sizes, others = ", ".join(f"{len(part)} {name}" for name, part in self.parts.items()), self.passed_over
+        names = ", ".join(others[:5]).encode("utf-8", "backslashreplace").decode() + ", ..." * (len(others) > 5)
+        return f"{sizes}; {len(others)} passed over: {names}" if others else sizes
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All of them, block by block, in float64."""
+        return (x.double() for part in self.parts.values() for x in part.blocks())
+
+    def scale(self, levels: int | None) -> Scale | None:
+        """The grid on which they stand for levels, or for bits, or None if there is none.
+
+        Floats that stand for levels are k / (L - 1) in [0, 1], or 2 k / (L - 1) - 1 in [-1, 1]; bits, any two values.
+
+        Arguments:
+            levels: The number L of levels; None for bits.
+        """
+        least, most, is_whole = self.range
+        top = 1 if levels is None else levels - 1
+        if is_whole and least >= 0 and most <= top:
+            return Scale(0, 1)
+        ways = []
+        if levels is None:
+            ways = [Scale(least, most - least)]
+        elif self.dtype.is_floating_point and -1 <= least and most <= 1:
+            ways = [Scale(0, 1 / top), Scale(-1, 2 / top)]
+        rounding = 2**-11 if top < 512 else 2**-23  # of float16, as far as that tells levels apart
+        for way in ways:
+            off = 0 if levels is None else rounding / way.step
+            if all(stands_evenly(x, *way, top, off) for x in self.blocks()):
+                return way
+        return None
+
+
+class Data:
+    """Data to learn from, in three parts, as they are read.
+
+    Arguments:
+        reading: How they are read, as :func:`~pyrodiff.command.plans.resolve` decided.
+        found: The data.
+        device: Where they are computed on.
+    """
+
+    def __init__(self, reading: Reading, found: Found, device: torch.device) -> None:
+        parts = found.parts
+        if reading.read_as != "numbers" and (scale := found.scale(reading.levels)) not in (None, Scale(0, 1)):
+            to_levels = partial(_to_levels, scale, torch.uint8 if (reading.levels or 2) <= 256 else torch.int32)
+            parts = {name: part.each(to_levels) for name, part in parts.items()}
+        classes = max((1 + int(y.max()) for part in parts.values() for y in part.context()), default=None)
+        self.form = dataclasses.replace(
+            _form(reading, parts["train"]), contents=found.contents, fingerprint=_fingerprint(parts), classes=classes
+        )
+        self.device, self.binarize, self.levels = device, reading.binarize, reading.levels or 2
+        self.augment = reading.augment
+        self._strokes = datasets.Strokes(parts["train"][:]) if reading.augment == "strokes" else None
+        kept = {"dynamic": ("train",), "none": tuple(parts)}.get(self.binarize, ())
+        self.parts = {
+            name: part if name in kept else self._bits(part, seed) for seed, (name, part) in enumerate(parts.items())
+        }
+        if device.type != "cpu":
+            self.parts["train"] = self.parts["train"].each(lambda raw: raw.to(device))
+
+    def _bits(self, part: Part, seed: int) -> Part:
+        """Data as they are evaluated: bits that are drawn are drawn once."""
+        if self.binarize == "threshold":
+            return part.each(lambda raw: datasets.binarize(raw, self.levels, self.levels // 2).to(torch.uint8))
+        drawn = torch.Generator(part.whole.device).manual_seed(seed)
+        return part.each(lambda raw: datasets.binarize(raw, self.levels, generator=drawn).to(torch.uint8))
+
+    def draw(self, size: int) -> tuple[Tensor, ...]:
+        """A batch, drawn with replacement: data as the model has them, with shape (size, *event_shape), and, where they
+        are read with their labels, these, with shape (size,)."""
+        i = torch.randint(len(self.parts["train"]), (size,), device=self.device)
+        raw = self.parts["train"][i]
+        if self._strokes is not None:
+            raw = torch.cat([raw[: size // 3], self._strokes(i[size // 3 :].cpu()).to(self.device)])
+        if self.binarize == "dynamic":
+            raw = datasets.binarize(raw, self.levels)
+        x_0 = self.form.encoded(raw)
+        if self.augment == "flip":
+            flipped = torch.rand(size, device=self.device) < 0.5
+            x_0 = torch.where(flipped.reshape(-1, *(1,) * (x_0.dim() - 1)), x_0.flip(-1), x_0)
+        return (x_0, *(y.to(self.device) for y in self.parts["train"].context(i)))
+
+    def split(self, name: str, size: int | None = None) -> Tensor:
+        """The first so many data of a part, as the model has them.
+
+        Arguments:
+            name: "train", "validation" or "test".
+            size: How many at most; all if not given.
+        """
+        return torch.cat([x_0 for x_0, *_ in self.batches(name, size)])
+
+    def batches(self, name: str, size: int | None = None) -> "Batches":
+        """The first so many data of a part in batches of 64, as the model has them, with their labels where there are.
+
+        Arguments:
+            name, size: As of :meth:`split`.
+        """
+        part = self.parts[name]
+        part = Part(part.whole, part.rows[:size], part.labels)
+        if name == "train" and self.binarize == "dynamic":
+            part = self._bits(part, 0)
+        return Batches(part, self.form, self.device)
+
+    def often(self) -> Tensor:
+        """How often each number has each level, a little evened out, with shape (*event_shape, levels)."""
+        number, levels = self.form.event_shape.numel(), self.levels
+        counts, places = torch.zeros(number * levels, device=self.device), torch.arange(number, device=self.device)
+        for raw in self.parts["train"].blocks():
+            counts += torch.bincount((raw.flatten(1).long() + levels * places).flatten(), minlength=len(counts))
+        counts = counts.reshape(*self.form.event_shape, levels)
+        everywhere = counts.reshape(-1, levels).mean(0)
+        return (counts + 8 * (everywhere + 1) / (everywhere + 1).sum()) / (len(self.parts["train"]) + 8)
+
+
+class Batches:
+    """A part of the data in batches, each encoded when it is asked for."""
+
+    def __init__(self, part: Part, form: Form, device: torch.device, size: int = 64) -> None:
+        self.part, self.form, self.device, self.size = part, form, device, size
+
+    def __len__(self) -> int:
+        return -(-len(self.part) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for start in range(0, len(self.part), self.size):
+            rows = slice(start, start + self.size)
+            x_0 = self.form.encoded(self.part[rows].to(self.device))
+            yield (x_0, *(y.to(self.device) for y in self.part.context(rows)))
+
+
+def find(reading: Reading) -> Found:
+    """The data as they are given, with their labels where these are asked for.
+
+    Labels are the folders that pictures lie in, IDX files of labels, or ``y`` of an .npz file, beside ``x`` or what
+    ``array`` names.
+
+    Arguments:
+        reading: Which data; how they are read is decided later.
+
+    Raises:
+        ArgumentError: If there are no such data or labels.
+    """
+    if not reading.data:
+        raise ArgumentError("data", f"must be given: one of {', '.join(BUILT_IN)}, or a path")
+    if reading.data in BUILT_IN and reading.labels:
+        raise ArgumentError("labels", f"must not be given for {reading.data}, which has none")
+    if reading.data in BUILT_IN:
+        return Found(reading.data, {name: Part(x) for name, x in _BUILDERS[reading.data]().items()})
+    return _from_path(reading)
+
+
+def _fingerprint(parts: dict[str, Part]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, part in parts.items():
+        digest.update(f"{name} {part.whole.dtype} {(len(part), *part.whole.shape[1:])}".encode())
+        for block in part.blocks():
+            digest.update(block.contiguous().numpy().data)
+        for labels in part.context():
+            digest.update(labels.numpy().data)
+    return digest.hexdigest()
+
+
+def _swiss_roll() -> dict[str, Tensor]:
+    sizes = {"train": (20000, 1), "validation": (2000, 3), "test": (5000, 2)}
+    return {name: datasets.swiss_roll(size, seed) for name, (size, seed) in sizes.items()}
+
+
+def _checkerboard() -> dict[str, Tensor]:
+    sizes = {"train": (1_000_000, 1), "validation": (2000, 3), "test": (10000, 2)}
+    return {name: datasets.checkerboard(size, seed) for name, (size, seed) in sizes.items()}
+
+
+def _heartbeat() -> dict[str, Tensor]:
+    sizes = {"train": (5000, 1), "validation": (500, 3), "test": (500, 2)}
+    return {name: datasets.heartbeat(size, seed) for name, (size, seed) in sizes.items()}
+
+
+def _digits() -> dict[str, Tensor]:
+    return {name: datasets.digits(name) for name in ("train", "validation", "test")}
+
+
+_BUILDERS: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "swiss-roll": _swiss_roll,
+    "checkerboard": _checkerboard,
+    "heartbeat": _heartbeat,
+    "digits": _digits,
+}
+
+
+def _from_path(reading: Reading) -> Found:
+    path, name, labels = Path(reading.data), reading.data, reading.labels
+    if not path.exists():
+        raise ArgumentError("data", f"must be one of {', '.join(BUILT_IN)}, or a path, but there is no {path}")
+    try:
+        if path.is_file():
+            y = _labels(datasets.array(path, "y")) if labels else None
+            x = datasets.array(path, reading.array or ("x" if labels else None), mapped=True)
+            return Found(name, _divided(x, reading.holdout, y))
+        place, others = readers.idx_place(path)
+        if place is not None:
+            return Found(name, _idx_parts(place, reading.holdout, labels), others)
+        y = datasets.image_folder(path, "labels") if labels else None
+        return Found(name, _divided(datasets.image_folder(path), reading.holdout, y), readers.picture_files(path)[1])
+    except ArgumentError as error:
+        called = {"name": "array", "path": "data", "folder": "data"}
+        raise ArgumentError(called.get(error.argument, error.argument), error.said) from error
+
+
+def _labels(y: Tensor) -> Tensor:
+    if y.is_floating_point() or y.dtype == torch.bool or y.dim() != 1 or bool((y < 0).any()):
+        raise ArgumentError(
+            "labels",
+            f"must be whole numbers from 0 on with shape (N,), but y has dtype {y.dtype} and shape "
+            f"{tuple(y.shape)}, and the least is {y.min().item()}",
+        )
+    return y.long()
+
+
+def _idx_parts(folder: Path, holdout: float, labels: bool) -> dict[str, Part]:
+    train, test = (datasets.idx_folder(folder, split) for split in ("train", "test"))
+    y, y_test = (datasets.idx_folder(folder, split, "labels").long() if labels else None for split in ("train", "test"))
+    if len(train) < 10:
+        raise ArgumentError("data", f"must be at least 10 pictures to learn from, but there are {len(train)}")
+    rows = torch.arange(len(train)).split(len(train) - max(1, min(5000, int(holdout * len(train)))))
+    return {"train": Part(train, rows[0], y), "validation": Part(train, rows[1], y), "test": Part(test, None, y_test)}
+
+
+def _divided(raw: Tensor, holdout: float, labels: Tensor | None = None) -> dict[str, Part]:
+    """Three parts of data that have none, always the same ones."""
+    if labels is not None and len(labels) != len(raw):
+        raise ArgumentError("labels", f"must be as many as the data, {len(raw)}, but there are {len(labels)}")
+    if len(raw) < 10:
+        raise ArgumentError(
+            "data", f"must be at least 10, to learn from some and test on others, but there are {len(raw)}"
+        )
+    size = max(1, int(holdout * len(raw)))
+    if len(raw) - 2 * size < 5:
+        raise ArgumentError("holdout", f"must leave at least 5 of {len(raw)} data to learn from, but it is {holdout}")
+    rows = torch.randperm(len(raw), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    raw = raw[:, None] if raw.dim() == 1 else raw
+    sizes = {"train": rows[2 * size :], "validation": rows[:size], "test": rows[size : 2 * size]}
+    return {name: Part(raw, rows, labels) for name, rows in sizes.items()}
+
+
+def _refuse_shapes(parts: dict[str, Part]) -> None:
+    shape = parts["train"].whole.shape[1:]
+    for name, part in parts.items():
+        if part.whole.shape[1:] != shape:
+            raise ArgumentError(
+                "data",
+                f"must have one shape, but the {name} data have {tuple(part.whole.shape[1:])}, not {tuple(shape)}",
+            )
+    if len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] > 4:
+        raise ArgumentError(
+            "data",
+            f"must be pictures with their channels first, (C, H, W), but they have shape {tuple(shape)}: "
+            "numpy.moveaxis(x, -1, 1) puts them there",
+        )
+
+
+def _range(name: str, part: Part) -> Range:
+    found = []
+    for x in part.blocks():
+        if x.is_floating_point() and not bool((x.abs() < 1e30).all()):
+            raise ArgumentError(
+                "data",
+                f"must be finite and below 1e30, but the {name} data have NaN, infinite or greater numbers",
+            )
+        found.append((x.min().item(), x.max().item(), not x.is_floating_point() or bool((x == x.round()).all())))
+    least, most, whole = zip(*found, strict=True)
+    return Range(min(least), max(most), all(whole))
+
+
+def _to_levels(scale: Scale, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return ((x.double() - scale.start) / scale.step).round().to(dtype)
+
+
+def _form(reading: Reading, train: Part) -> Form:
+    shape = train.whole.shape[1:]
+    if reading.read_as == "levels":
+        return Form("levels", shape, reading.levels)
+    if reading.read_as == "bits":
+        total = sum(float(x.double().sum()) for x in train.blocks()) / (len(train) * shape.numel())
+        rate = total / (1 if reading.levels is None else reading.levels - 1)
+        return Form("bits", shape, rate=min(max(rate, 0.01), 0.99))
+    if reading.data in BUILT_IN:  # of known scale
+        return Form("numbers", shape, shift=torch.zeros(shape).double(), scale=torch.ones(shape).double())
+    first = train[:1].double()[0]  # deviations from a datum keep their digits, and are 0 where all are the same
+    shift = first + sum((x.double() - first).sum(0) for x in train.blocks()) / len(train)
+    squares = torch.stack([(x.double() - shift).square().sum(0) for x in train.blocks()]).sum(0)
+    scale = (squares / (len(train) - 1)).sqrt()
+    if not bool((scale > 0).all()):
+        place = tuple((scale <= 0).nonzero()[0].tolist())
+        raise ArgumentError("data", f"must vary in each dimension, but number {place} is the same in all: leave it out")
+    dtype = "float64" if train.whole.dtype == torch.float64 else "float32"
+    return Form("numbers", shape, shift=shift, scale=scale, dtype=dtype)

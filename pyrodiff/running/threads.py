@@ -1,0 +1,76 @@
+"""How many threads to compute with: more are not always faster, and on a busy machine can be far slower."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ..base import arguments
+from ..base.arguments import ArgumentError
+
+__all__ = ["fastest_threads"]
+
+
+def _physical_cores() -> int:
+    """How many cores this process may compute on, where two that share their units count as one."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    places = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in usable]
+    try:
+        return len({place.read_text() for place in places})
+    except OSError:  # not this system, or it does not say
+        return len(usable)
+
+
+def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
+    """The number of threads that work is fastest with, measured now: one, two, four, ... up to the physical cores.
+
+    More threads have to be a tenth faster than fewer: threads wait for each other, which costs most on a machine that
+    becomes busy later. Never more are tried than torch would use by itself, so ``OMP_NUM_THREADS`` stays a ceiling.
+
+    Arguments:
+        work: What to do, as a step on one batch. It is called a few times for each number.
+        seconds: How long to measure in all.
+
+    Returns:
+        The number, for ``torch.set_num_threads``; the number that was set is left as it was.
+
+    Raises:
+        ArgumentError: If ``work`` cannot be called, or ``seconds`` is not positive.
+
+    Example:
+        >>> x = torch.randn(64, 64)
+        >>> pyrodiff.fastest_threads(lambda: x @ x, seconds=0.01) <= torch.get_num_threads()
+        True
+    """
+    if not callable(work):
+        raise ArgumentError("work", f"must be a function, but it is {arguments.described(work)}")
+    arguments.number("seconds", seconds, 0, float("inf"))
+    before = torch.get_num_threads()
+    most = min(before, _physical_cores())
+    numbers = [2**n for n in range(most.bit_length()) if 2**n < most] + [most]
+    if len(numbers) == 1:
+        return numbers[0]
+    best, fastest = 1, float("inf")
+    try:
+        for number in numbers:
+            torch.set_num_threads(number)
+            took = _time(work, seconds / len(numbers))
+            if took < 0.9 * fastest:
+                best, fastest = number, took
+    finally:
+        torch.set_num_threads(before)
+    return best
+
+
+def _time(work: Callable[[], object], seconds: float) -> float:
+    """The median time of work after the first time, over so many seconds, but three times at least."""
+    work()  # allocates, and starts threads
+    took: list[float] = []
+    while len(took) < 3 or sum(took) < seconds:
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+    return median(took)

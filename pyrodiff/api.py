@@ -2,19 +2,11 @@
 
 from . import checkpoints, datasets, networks, plots, scores
 from .base.arguments import ArgumentError
-from .conditioning import (
-    Conditioned,
-    DenoiserTwist,
-    GaussianTwist,
-    Inpainting,
-    IsotropicTwist,
-    KnownTwist,
-    Linear,
-    Posterior,
-    Twist,
-    posterior,
-)
-from .distribution import DiffusionDistribution, FlowEstimate, OneStepEstimate
+from .inference.distribution import DiffusionDistribution
+from .inference.estimates import FlowEstimate, OneStepEstimate
+from .inference.observations import Conditioned, Inpainting, Linear
+from .inference.posterior import Posterior, posterior
+from .inference.twists import DenoiserTwist, GaussianTwist, IsotropicTwist, KnownTwist, Twist
 from .likelihood.accounting import VarianceAccount, variance_account
 from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
 from .likelihood.estimate import Likelihood

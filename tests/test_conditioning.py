@@ -19,9 +19,9 @@ from pyrodiff import (
     KnownTwist,
     Linear,
     Twist,
-    conditioning,
     posterior,
 )
+from pyrodiff.inference import particles, proposals
 
 M, V = torch.tensor([0.7, -0.4, 1.1], dtype=torch.float64), torch.tensor([0.5, 2.0, 0.2], dtype=torch.float64)
 A = torch.tensor([[1.0, -0.5, 2.0], [0.3, 1.0, 0.0]], dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_all_weights_are_equal_and_the_evidence_is_exact_for_gaussian_data(sched
 def test_the_proposals_composed_have_the_posterior_s_mean_and_covariance(schedule):
     """Each is an affine map of the state before and noise: read off at 0 and at the basis, and put together."""
     diffusion, twist = gaussian_diffusion(schedule, M, V), GaussianTwist()
-    given, points = conditioning.Conditioned(diffusion, Linear(A, Y, NOISE)), torch.zeros(4, 3, dtype=torch.float64)
+    given, points = pyrodiff.Conditioned(diffusion, Linear(A, Y, NOISE)), torch.zeros(4, 3, dtype=torch.float64)
     points[1:] = torch.eye(3)
     mean, covariance = None, None
     for s in range(schedule.num_steps, -1, -1):
@@ -125,7 +125,7 @@ def test_a_proposal_is_the_kernel_times_the_twist():
     mu, sigma = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64) + 0.5
     H, L = torch.randn(5, 2, 3, dtype=torch.float64), torch.randn(5, 2, 2, dtype=torch.float64)
     S, off = L @ L.mT + 0.1 * torch.eye(2), torch.randn(5, 2, dtype=torch.float64)
-    q = conditioning._Updated(dist.Normal(mu, sigma).to_event(1), off, H, S)
+    q = proposals.Updated(dist.Normal(mu, sigma).to_event(1), off, H, S)
     covariance = (torch.diag_embed(sigma**-2) + H.mT @ S.inverse() @ H).inverse()
     mean = mu + (covariance @ H.mT @ S.inverse() @ off[..., None])[..., 0]
     expected = torch.distributions.MultivariateNormal(mean, covariance)
@@ -141,7 +141,7 @@ def test_a_proposal_is_the_kernel_times_the_twist():
 def test_the_naive_proposal_is_moved_up_the_twist():
     """Of affine estimates the gradient is J' A' R^-1 (y - A x_0)."""
     diffusion = gaussian_diffusion(pyrodiff.LogSNRSchedule(12), M, V)
-    given, x = conditioning.Conditioned(diffusion, Linear(A, Y, NOISE)), torch.randn(4, 3, dtype=torch.float64)
+    given, x = pyrodiff.Conditioned(diffusion, Linear(A, Y, NOISE)), torch.randn(4, 3, dtype=torch.float64)
     for s in (7, 0):
         with torch.no_grad():
             law = diffusion.model.kernel(x, torch.full((4,), s + 1))
@@ -162,8 +162,8 @@ def test_a_covariance_that_is_negative_counts_as_none():
     forward = pyrodiff.GaussianForward(ROOT)
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, Falling()), (2,))
     observation = Linear(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 0.5)
-    given, x = conditioning.Conditioned(diffusion, observation), torch.ones(1, 2, dtype=torch.float64)
-    o, H, S = GaussianTwist().moments(given, x, torch.tensor([30]))
+    given, x = pyrodiff.Conditioned(diffusion, observation), torch.ones(1, 2, dtype=torch.float64)
+    o, H, S = GaussianTwist().moments(given, given.linear, x, torch.tensor([30]))
     a, b = given.scales(30)
     close(o, torch.tensor([[-1.0, 2.0]]))
     close(H[0], torch.tensor([[-1.0, 0.0], [0.0, 2.0]]))
@@ -174,14 +174,14 @@ def test_an_island_is_resampled_below_half_its_particles_and_each_as_often_as_it
     weights = torch.tensor([[0.4, 0.4, 0.1, 0.1], [0.01, 0.01, 0.97, 0.01], [0.7, 0.1, 0.1, 0.1]], dtype=torch.float64)
     log_w, psi = (3 * weights).log(), torch.arange(12.0, dtype=torch.float64).view(3, 4)
     torch.manual_seed(0)
-    x, psi, after = conditioning._resampled(torch.arange(12)[:, None], psi, log_w)  # sizes 2.94, 1.06, 1.92
+    x, psi, after = particles.resampled(torch.arange(12)[:, None], psi, log_w)  # sizes 2.94, 1.06, 1.92
     assert x[:4, 0].tolist() == [0, 1, 2, 3]
     assert torch.equal(after[0], log_w[0])
     assert (x[4:8] == 6).sum() >= 3
     assert torch.equal(psi.flatten(), x[:, 0].double())
     close(after[1:], torch.full((2, 4), math.log(0.75), dtype=torch.float64))
     log_w = torch.rand(5000, 3, dtype=torch.float64).log()[:1].expand(5000, 3)
-    counts = torch.stack([(conditioning._systematic(log_w, 10) == k).sum(1) for k in range(3)], 1).double()
+    counts = torch.stack([(particles.systematic(log_w, 10) == k).sum(1) for k in range(3)], 1).double()
     expected = 10 * log_w[0].softmax(0)
     assert bool(((counts - expected).abs() < 1).all())  # which is what systematic means
     assert not far(counts, expected)

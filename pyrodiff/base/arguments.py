@@ -14,7 +14,8 @@ class ArgumentError(ValueError):
 
     Arguments:
         argument: Its name, as the function that was called has it.
-        said: What it must be and what it is: "must be an int of at least 1, but it is 0".
+        said: What it must be and what it is: "must be an int of at least 1, but it is 0"; if not given, the name and
+            this are both in ``argument``.
 
     Attributes:
         argument, said: As given. The message is both.
@@ -30,7 +31,9 @@ class ArgumentError(ValueError):
 
     __module__ = "pyrodiff"
 
-    def __init__(self, argument: str, said: str) -> None:
+    def __init__(self, argument: str, said: str | None = None) -> None:
+        if said is None:  # Pyro's traces raise an error again as type(error)(the message and the shapes of the sites)
+            argument, _, said = argument.partition(" ")
         super().__init__(argument, said)
         self.argument, self.said = argument, said
 

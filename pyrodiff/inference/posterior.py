@@ -1,0 +1,233 @@
+r"""Conditioning: samples of the data given an observation, :math:`p(x_0 | y)`, with weights, and the evidence p(y).
+
+Particles walk down the chain, :math:`x_T` to :math:`x_0`. At each t a twist :math:`\psi_t(x_t)` guesses
+:math:`p(y | x_t)`; it says where particles are drawn, and their weights make good whatever is wrong with the guess:
+
+.. math::
+    w_{t-1} = w_t \,
+        \frac{p_\theta(x_{t-1} | x_t) \, \psi_{t-1}(x_{t-1})}{q(x_{t-1} | x_t, y) \, \psi_t(x_t)}, \qquad
+    \psi_0(x_0) = p(y | x_0)
+
+With any positive twist the mean weight is an unbiased estimate of p(y) under the chain, and weighted samples are of the
+chain's own posterior as their number grows. How many are needed is the twist's doing. Particles are resampled,
+systematically, where the effective sample size falls below a half.
+
+References:
+    Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023), section 3,
+    https://arxiv.org/abs/2306.17775
+
+    Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2023): the covariance by the Jacobian,
+    https://arxiv.org/abs/2310.06721
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..base import arguments, checks
+from ..base.arguments import ArgumentError
+from ..pair.diffusion import Diffusion
+from ..running.evaluation import evaluating, validated
+from .observations import Conditioned
+from .particles import effective_size, log_mean, resampled
+from .twists import GaussianTwist, KnownTwist, Twist
+
+__all__ = ["Posterior", "posterior"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Posterior:
+    """Weighted samples of p(x_0 | y), and the evidence p(y). Printed, it is a table.
+
+    Arguments:
+        samples: The x_0, with shape (n, *event_shape), island after island.
+        log_weights: Their log weights in nats, with shape (n,); the mean weight is the estimate of p(y).
+        effective_sample_size: Of x_T, ..., x_0, before particles were resampled, summed over the islands; with shape
+            (T + 1,), in 1..n.
+        num_islands: How many groups of particles walked by themselves.
+    """
+
+    samples: Tensor
+    log_weights: Tensor
+    effective_sample_size: Tensor
+    num_islands: int
+
+    @property
+    def islands(self) -> Tensor:
+        """The log evidence of each island, with shape (num_islands,)."""
+        return log_mean(self.log_weights.view(self.num_islands, -1))
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """log p(y) in nats, with shape (): of the mean over the islands of unbiased estimates of p(y)."""
+        return log_mean(self.islands)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """That of the log evidence, from how the islands differ, with shape (); NaN of one island."""
+        ratios = (self.islands - self.log_evidence).exp()
+        return ratios.std() / self.num_islands**0.5 if self.num_islands > 1 else ratios.new_tensor(math.nan)
+
+    @property
+    def mean(self) -> Tensor:
+        """The posterior's mean, with the event_shape."""
+        return torch.tensordot(self.log_weights.softmax(0), self.samples.to(self.log_weights), 1)
+
+    @property
+    def standard_deviation(self) -> Tensor:
+        """The posterior's standard deviation, number by number, with the event_shape."""
+        return torch.tensordot(self.log_weights.softmax(0), (self.samples - self.mean) ** 2, 1).sqrt()
+
+    def __str__(self) -> str:
+        n, ess = len(self.samples), self.effective_sample_size
+        lines = [
+            f"posterior given an observation, {n} particles in {self.num_islands} islands, T = {len(ess) - 1}",
+            f"{'log evidence':34}{float(self.log_evidence):10.4f} ± {float(self.standard_error):.4f} nats",
+            f"{'effective sample size at t = 0':34}{float(ess[-1]):10.1f} of {n}",
+            f"{f'the least, at t = {len(ess) - 1 - int(ess.argmin())}':34}{float(ess.min()):10.1f}",
+        ]
+        if len(self.mean.flatten()) <= 8:
+            for i, moments in enumerate(torch.stack([self.mean, self.standard_deviation]).flatten(1).T.tolist()):
+                lines.append("{:34}{:10.4f}, {:.4f}".format(f"x_0[{i}], mean and deviation", *moments))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        evidence = f"{float(self.log_evidence):.6g} ± {float(self.standard_error):.2g} nats"
+        return f"<{type(self).__name__}: {len(self.samples)} particles, log evidence {evidence}>"
+
+
+def posterior(
+    diffusion: Diffusion,
+    observation: Callable,
+    *context: Tensor,
+    obs: Tensor | None = None,
+    num_particles: int = 64,
+    num_islands: int = 4,
+    twist: Twist | None = None,
+    generator: torch.Generator | int | None = None,
+) -> Posterior:
+    r"""Draw from :math:`p(x_0 | y)` of a chain by twisted sequential Monte Carlo, and estimate :math:`\log p(y)`.
+
+    Arguments:
+        diffusion: The model; a chain of fewer steps, ``diffusion.subchain(times)``, is another.
+        observation: A function of data with shape (n, *event_shape), which returns the law of y with batch_shape (n,);
+            or :class:`Inpainting` or :class:`Linear`; or a Pyro program called with these data, whose sites are all
+            observed, in a plate of n at dim=-1.
+        *context: What is known of the datum besides, for the network: tensors of one row.
+        obs: y, with the law's event_shape, where the observation does not carry it.
+        num_particles: How many particles n in all, a multiple of the islands.
+        num_islands: In how many groups, which know nothing of each other: from these is the standard error.
+        twist: :class:`GaussianTwist` if not given, for a linear Gaussian observation of a Gaussian chain, and
+            :class:`KnownTwist` for bits and levels that are known exactly.
+        generator: A generator or a seed; a seed from torch's source if not given.
+
+    Returns:
+        Samples, weights and evidence.
+
+    Raises:
+        ValueError: If an argument is of another kind or out of range, ``obs`` has another shape than the observation's
+            law, the twist is not made for the observation or the chain, or there is none by default.
+
+    Warns:
+        UserWarning: If the effective sample size collapsed: then neither samples nor evidence are to be trusted.
+
+    References:
+        Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023), Algorithm 1,
+        https://arxiv.org/abs/2306.17775
+
+    Example:
+        >>> forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(num_steps=10))
+        >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
+        >>> diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
+        >>> first = pyrodiff.Inpainting(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), noise=0.3)
+        >>> found = pyrodiff.posterior(diffusion, first, generator=0)
+        >>> found.samples.shape, found.log_weights.shape, found.log_evidence.shape
+        (torch.Size([64, 2]), torch.Size([64]), torch.Size([]))
+    """
+    checks.instance("diffusion", diffusion, Diffusion)
+    if diffusion.model.is_random():
+        raise ArgumentError("diffusion", "must have no random weights (PyroSample) to be conditioned, but it has some")
+    n = arguments.positive_int("num_particles", num_particles)
+    islands = arguments.positive_int("num_islands", num_islands)
+    if n % islands:
+        raise ArgumentError("num_particles", f"must be a multiple of the {islands} islands, but it is {n}")
+    checks.context(context, 1, diffusion.model.device, "obs")
+    with torch.inference_mode(False), evaluating(diffusion, generator), torch.no_grad():
+        context = tuple(values.clone().expand(n, *values.shape[1:]) for values in context)
+        with validated(diffusion.model.device):
+            given = Conditioned(diffusion, observation, obs)
+        twist = _default(given) if twist is None else twist
+        checks.instance("twist", twist, Twist)
+        twist.check(given)
+        found = _run(given, twist, n, islands, context)
+    _warn_of_collapse(found, twist)
+    return found
+
+
+def _default(given: Conditioned) -> Twist:
+    """The twist of an observation, where there is a good one."""
+    if given.known is not None:
+        return KnownTwist()
+    if given.is_gaussian and given.is_normal:
+        return GaussianTwist()
+    raise ArgumentError(
+        "twist",
+        "must be given where the observation is neither linear and Gaussian, of a Gaussian chain, nor exact, "
+        "Inpainting(mask, values, noise=0), but it is None: give DenoiserTwist(), or a Twist of your own",
+    )
+
+
+def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[Tensor, ...]) -> Posterior:
+    model, T = given.diffusion.model, given.diffusion.num_steps
+    floats = given.dtype if given.dtype.is_floating_point else torch.get_default_dtype()
+    psi = log_w = torch.zeros((islands, n // islands), dtype=floats, device=model.device)
+    x, sizes = torch.empty(0), []
+    for s in range(T, -1, -1):
+        times = torch.full((n,), s, device=model.device)
+        with validated(model.device) if s >= T - 1 else nullcontext():
+            if s == T:
+                law = model.top(given.dtype, model.device).expand(torch.Size([n]))
+            else:
+                x, psi, log_w = resampled(x, psi, log_w)
+                law = model.kernel(x, times + 1, *context)
+                law = model.decoded(law, x) if s == 0 else law
+        q = twist.proposal(given, law, s, None if s == T else x, *context)
+        x = q.sample()
+        now = given.log_likelihood(x) if s == 0 else twist.log_prob(given, x, times, *context)
+        _check_twist(now, n, s)
+        ratio = 0.0 if q is law else (law.log_prob(x) - q.log_prob(x)).view_as(log_w)
+        now = now.view_as(log_w)
+        log_w = torch.where(log_w.isneginf(), log_w, log_w + ratio + now - psi)
+        psi = now
+        sizes.append(effective_size(log_w).sum())
+    return Posterior(x, log_w.flatten(), torch.stack(sizes), islands)
+
+
+def _check_twist(value: object, n: int, s: int) -> None:
+    name = "observation" if s == 0 else "twist"
+    if not isinstance(value, Tensor) or value.shape != (n,):
+        raise ArgumentError(
+            name, f"must return {n} log probabilities at t = {s}, but it is {arguments.described(value)}"
+        )
+    if bool((value.isnan() | value.isposinf()).any()):
+        raise ArgumentError(name, f"must have finite log probabilities, but at t = {s} some are {float(value.amax())}")
+
+
+def _warn_of_collapse(found: Posterior, twist: Twist) -> None:
+    """Warn where an island's particles were as good as one, or where the islands contradict each other."""
+    ess, m = found.effective_sample_size, len(found.samples) // found.num_islands
+    worst, spread = int(ess.argmin()), float(found.islands.std()) if found.num_islands > 1 else 0.0
+    each = float(ess[worst]) / found.num_islands
+    if each < min(2.0, m / 4) or not (spread <= 1 or float(found.standard_error) <= 0.25):
+        warnings.warn(
+            f"the effective sample size collapsed, with {type(twist).__name__}: at t = {len(ess) - 1 - worst} it was "
+            f"{each:.1f} of the {m} particles of an island, and the islands' log evidence differs by {spread:.1f} "
+            f"nats, so that neither samples nor evidence can be trusted: give more particles or another twist",
+            UserWarning,
+            stacklevel=3,
+        )

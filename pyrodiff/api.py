@@ -2,11 +2,13 @@
 
 from . import checkpoints, datasets, networks, plots, scores
 from .base.arguments import ArgumentError
+from .inference.approximations import perturbed, replacement
 from .inference.distribution import DiffusionDistribution
 from .inference.estimates import FlowEstimate, OneStepEstimate
 from .inference.observations import Conditioned, Inpainting, Linear
 from .inference.posterior import Posterior, posterior
-from .inference.twists import DenoiserTwist, GaussianTwist, IsotropicTwist, KnownTwist, Twist
+from .inference.products import Product, product
+from .inference.twists import DenoiserTwist, GaussianTwist, IsotropicTwist, KnownTwist, RepeatedTwist, Twist
 from .likelihood.accounting import VarianceAccount, variance_account
 from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
 from .likelihood.estimate import Likelihood
@@ -142,8 +144,10 @@ __all__ = [
     "Posterior",
     "PosteriorVariance",
     "PredictorCorrectorSampler",
+    "Product",
     "RangeVariance",
     "ReciprocalSchedule",
+    "RepeatedTwist",
     "SVI",
     "Sampler",
     "Schedule",
@@ -178,9 +182,12 @@ __all__ = [
     "ode_log_prob",
     "pair_bound",
     "pair_importance_bound",
+    "perturbed",
     "plots",
     "posterior",
+    "product",
     "quantize",
+    "replacement",
     "scores",
     "variance_account",
     "verify",

@@ -1,7 +1,8 @@
 r"""What is observed of data: :math:`p(y | x_0)`, as a matrix and noise, as a part of the data, or as any law."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -18,8 +19,9 @@ from ..base.precision import coefficients
 from ..pair.diffusion import Diffusion
 from ..pair.entropy import innermost
 from ..process.forward import GaussianForward
+from ..running.evaluation import evaluating, validated
 
-__all__ = ["Conditioned", "Inpainting", "Linear", "LinearGaussian"]
+__all__ = ["Conditioned", "Inpainting", "Linear", "LinearGaussian", "conditioning"]
 
 
 class Linear:
@@ -217,14 +219,21 @@ class Conditioned:
         elif self.known is not None:
             self._check_known(self.known)
 
-    def _check_known(self, known: Inpainting) -> None:
-        model = self.diffusion.model
-        if self.diffusion.levels is None:
+    def refuse_exact_densities(self) -> None:
+        """Refuse to weigh particles by what is known exactly, where data have a density.
+
+        Raises:
+            ValueError: If that is what is observed: every weight would be 0.
+        """
+        if self.known is not None and self.diffusion.levels is None:
             raise ArgumentError(
                 "noise",
                 "must be positive where data have a density, since no twist here can bear data that are known "
                 "exactly, but it is 0: give Inpainting(mask, values, noise=0.01), say",
             )
+
+    def _check_known(self, known: Inpainting) -> None:
+        model = self.diffusion.model
         y = torch.where(known.mask, known.values, -1.0 if self.is_gaussian else 0.0)
         self.filled = y.to(self.dtype).to(model.device)
         try:
@@ -287,6 +296,25 @@ class Conditioned:
         kernel: Any = innermost(model.kernel(x_t, t, *context))
         return (kernel.mean - weight_t * x_t) / weight_0
 
+    def law(self, s: int, x_t: Tensor | None, n: int, *context: Tensor) -> dist.TorchDistribution:
+        """The chain's own law of x_s given x_{s+1}: p(x_T), the kernel, or, at s = 0, the decoder's law.
+
+        Arguments:
+            s: The time, in 0..T.
+            x_t: The states at s + 1, with shape (n, *event_shape); None at s = T.
+            n: How many states there are.
+            *context: Tensors of n rows.
+
+        Returns:
+            A distribution with batch_shape (n,); validated at the first two times.
+        """
+        model = self.diffusion.model
+        with validated(model.device) if s >= self.diffusion.num_steps - 1 else nullcontext():
+            if x_t is None:
+                return model.top(self.dtype, model.device).expand(torch.Size([n]))
+            kernel = model.kernel(x_t, torch.full((n,), s + 1, device=model.device), *context)
+            return model.decoded(kernel, x_t) if s == 0 else kernel
+
     def scales(self, t: int) -> tuple[float, float]:
         """Signal and noise of the schedule at t."""
         signal, noise = self.diffusion.forward_process.schedule.scales(t).tolist()
@@ -321,7 +349,44 @@ class Conditioned:
                 f"must be linear, with noise that is the same for all data, for this twist, but at random "
                 f"data it is off by {off:.2g}: give DenoiserTwist(), or a Twist of your own",
             )
+        last: Any = innermost(law)
+        R = last.variance[0].flatten().diag() if last is not law else law.covariance_matrix[0]
         basis = torch.eye(event.numel(), dtype=self.dtype, device=device).unflatten(1, event)
         A = torch.cat([self.observation(rows).mean.flatten(1) for rows in basis.split(256)]) - zero
-        R = law.variance[0].flatten().diag() if innermost(law) is not law else law.covariance_matrix[0]
         return LinearGaussian(A.T, R, self.y.to(A).flatten() - zero)
+
+
+@contextmanager
+def conditioning(
+    diffusion: Diffusion,
+    observation: Callable,
+    context: tuple[Tensor, ...],
+    obs: Tensor | None,
+    n: int,
+    generator: torch.Generator | int | None,
+) -> Iterator[tuple[Conditioned, tuple[Tensor, ...]]]:
+    """Within: evaluation mode, no gradients, draws from a source of their own; a diffusion and what is observed.
+
+    Arguments:
+        diffusion: The diffusion, without random weights.
+        observation: See :func:`posterior`.
+        context: Tensors of one row.
+        obs: y, where the observation does not carry it.
+        n: How many rows of context are wanted.
+        generator: A generator, a seed, or None for torch's source.
+
+    Yields:
+        Both together, and the context with n rows.
+
+    Raises:
+        ValueError: If one of them is something else.
+    """
+    checks.instance("diffusion", diffusion, Diffusion)
+    if diffusion.model.is_random():
+        raise ArgumentError("diffusion", "must have no random weights (PyroSample) to be conditioned, but it has some")
+    checks.context(context, 1, diffusion.model.device, "obs")
+    with torch.inference_mode(False), evaluating(diffusion, generator), torch.no_grad():
+        rows = tuple(values.clone().expand(n, *values.shape[1:]) for values in context)
+        with validated(diffusion.model.device):
+            given = Conditioned(diffusion, observation, obs)
+        yield given, rows

@@ -23,7 +23,6 @@ References:
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +31,9 @@ from torch import Tensor
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
 from ..pair.diffusion import Diffusion
-from ..running.evaluation import evaluating, validated
-from .observations import Conditioned
-from .particles import effective_size, log_mean, resampled
+from ..running.evaluation import seeded
+from .observations import Conditioned, conditioning
+from .particles import effective_size, log_mean, resampled, systematic
 from .twists import GaussianTwist, KnownTwist, Twist
 
 __all__ = ["Posterior", "posterior"]
@@ -82,6 +81,24 @@ class Posterior:
     def standard_deviation(self) -> Tensor:
         """The posterior's standard deviation, number by number, with the event_shape."""
         return torch.tensordot(self.log_weights.softmax(0), (self.samples - self.mean) ** 2, 1).sqrt()
+
+    def draw(self, num_samples: int, generator: torch.Generator | int | None = None) -> Tensor:
+        """Samples that all count the same: each particle as often as it weighs, up to rounding.
+
+        Arguments:
+            num_samples: How many.
+            generator: A generator or a seed; a seed from torch's source if not given.
+
+        Returns:
+            A tensor with shape ``(num_samples, *event_shape)``, on the device of the particles.
+
+        Raises:
+            ValueError: If an argument is of another kind.
+        """
+        num_samples = arguments.positive_int("num_samples", num_samples)
+        with seeded(generator, self.samples.device):
+            index = systematic(self.log_weights[None], num_samples)[0]
+            return self.samples[index[torch.randperm(num_samples, device=index.device)]]
 
     def __str__(self) -> str:
         n, ess = len(self.samples), self.effective_sample_size
@@ -149,22 +166,16 @@ def posterior(
         >>> found.samples.shape, found.log_weights.shape, found.log_evidence.shape
         (torch.Size([64, 2]), torch.Size([64]), torch.Size([]))
     """
-    checks.instance("diffusion", diffusion, Diffusion)
-    if diffusion.model.is_random():
-        raise ArgumentError("diffusion", "must have no random weights (PyroSample) to be conditioned, but it has some")
     n = arguments.positive_int("num_particles", num_particles)
     islands = arguments.positive_int("num_islands", num_islands)
     if n % islands:
         raise ArgumentError("num_particles", f"must be a multiple of the {islands} islands, but it is {n}")
-    checks.context(context, 1, diffusion.model.device, "obs")
-    with torch.inference_mode(False), evaluating(diffusion, generator), torch.no_grad():
-        context = tuple(values.clone().expand(n, *values.shape[1:]) for values in context)
-        with validated(diffusion.model.device):
-            given = Conditioned(diffusion, observation, obs)
+    with conditioning(diffusion, observation, context, obs, n, generator) as (given, rows):
+        given.refuse_exact_densities()
         twist = _default(given) if twist is None else twist
         checks.instance("twist", twist, Twist)
         twist.check(given)
-        found = _run(given, twist, n, islands, context)
+        found = _run(given, twist, n, islands, rows)
     _warn_of_collapse(found, twist)
     return found
 
@@ -183,21 +194,18 @@ def _default(given: Conditioned) -> Twist:
 
 
 def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[Tensor, ...]) -> Posterior:
-    model, T = given.diffusion.model, given.diffusion.num_steps
+    device = given.diffusion.model.device
     floats = given.dtype if given.dtype.is_floating_point else torch.get_default_dtype()
-    psi = log_w = torch.zeros((islands, n // islands), dtype=floats, device=model.device)
-    x, sizes = torch.empty(0), []
-    for s in range(T, -1, -1):
-        times = torch.full((n,), s, device=model.device)
-        with validated(model.device) if s >= T - 1 else nullcontext():
-            if s == T:
-                law = model.top(given.dtype, model.device).expand(torch.Size([n]))
-            else:
-                x, psi, log_w = resampled(x, psi, log_w)
-                law = model.kernel(x, times + 1, *context)
-                law = model.decoded(law, x) if s == 0 else law
-        q = twist.proposal(given, law, s, None if s == T else x, *context)
-        x = q.sample()
+    psi = log_w = torch.zeros((islands, n // islands), dtype=floats, device=device)
+    before: Tensor | None = None  # the states at s + 1
+    sizes = []
+    for s in range(given.diffusion.num_steps, -1, -1):
+        if before is not None:
+            before, psi, log_w = resampled(before, psi, log_w)
+        law = given.law(s, before, n, *context)
+        q = twist.proposal(given, law, s, before, *context)
+        before = x = q.sample()
+        times = torch.full((n,), s, device=device)
         now = given.log_likelihood(x) if s == 0 else twist.log_prob(given, x, times, *context)
         _check_twist(now, n, s)
         ratio = 0.0 if q is law else (law.log_prob(x) - q.log_prob(x)).view_as(log_w)

@@ -23,7 +23,7 @@ from ..pair.entropy import innermost
 from .observations import Conditioned, LinearGaussian
 from .proposals import Partly, Updated, cholesky, log_normal
 
-__all__ = ["DenoiserTwist", "GaussianTwist", "IsotropicTwist", "KnownTwist", "Twist"]
+__all__ = ["DenoiserTwist", "GaussianTwist", "IsotropicTwist", "KnownTwist", "RepeatedTwist", "Twist"]
 
 
 class Twist(ABC):
@@ -199,6 +199,25 @@ class DenoiserTwist(Twist):
             value = given.log_likelihood(x) if s == 0 else self.log_prob(given, x, times, *context)
             shift = _gradient(self, value.sum(), x)
         return dist.Normal(base.mean + base.variance * shift, base.stddev).to_event(x.dim() - 1)
+
+
+class RepeatedTwist(_LinearTwist):
+    r"""The factor itself at every t, :math:`\psi_t(x_t) = r(x_t) = p(y | x_0 = x_t)`: the recipe of 2015.
+
+    It takes the state for the datum: at large t that is another thing, and weights have much to make good. For linear
+    Gaussian observations of a Gaussian chain; the kernels are multiplied by it in closed form.
+
+    References:
+        Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section 2.5 and
+        Appendix C, https://arxiv.org/abs/1503.03585
+    """
+
+    def moments(
+        self, given: Conditioned, linear: LinearGaussian, x_t: Tensor, t: Tensor, *context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        A, R, _ = linear
+        n = len(x_t)
+        return x_t.flatten(1) @ A.T, A.expand(n, *A.shape), R.expand(n, *R.shape)
 
 
 class KnownTwist(Twist):

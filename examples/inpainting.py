@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from training import options
 
 import pyrodiff
-from pyrodiff import Inpainting, Posterior, datasets, plots, posterior
+from pyrodiff import Inpainting, Posterior, datasets, plots, posterior, replacement
 
 VARIANCE, NOISE = 0.05, 0.1
 ANGLES = math.pi / 4 * torch.arange(8)
@@ -53,15 +53,19 @@ def one_number() -> dict[float, Posterior]:
     forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(num_steps=60))
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, EightGaussians(forward)), (2,))
     found = {}
-    print("eight Gaussians: the second number given the first; log evidence of the data and of the chain")
-    print(f"{'first':>7}{'mean':>9}{'deviation':>11}{'data':>9}{'chain':>9}")
+    print("eight Gaussians: the second number given the first, by particles and by replacement, which is biased;")
+    print("deviations are around 0, the true mean; log evidence of the data and of the chain")
+    print(f"{'first':>7}{'truth':>9}{'particles':>11}{'replaced':>10}{'data':>9}{'chain':>9}")
     for y in (1.0, 0.0, -1.4, 2.5):
         observation = Inpainting(torch.tensor([True, False]), torch.tensor([y, 0.0]), NOISE)
         one = found[y] = posterior(diffusion, observation, num_particles=256, generator=0)
         off = torch.distributions.Normal(CENTERS[:, 0], (VARIANCE + NOISE**2) ** 0.5).log_prob(torch.tensor(y))
-        truth = float(off.logsumexp(0)) - math.log(8)
-        numbers = f"{y:7.2f}{float(one.mean[1]):9.3f}{float(one.standard_deviation[1]):11.3f}{truth:9.3f}"
-        print(f"{numbers}{float(one.log_evidence):9.3f} ± {float(one.standard_error):.3f}")
+        evidence = float(off.logsumexp(0)) - math.log(8)
+        truth = float((off.softmax(0) * (CENTERS[:, 1] ** 2 + VARIANCE)).sum().sqrt())
+        found_here = float((one.log_weights.softmax(0) * one.samples[:, 1] ** 2).sum().sqrt())
+        replaced = replacement(diffusion, observation, num_samples=4000, generator=0)
+        numbers = f"{y:7.2f}{truth:9.3f}{found_here:11.3f}{float(replaced[:, 1].square().mean().sqrt()):10.3f}"
+        print(f"{numbers}{evidence:9.3f}{float(one.log_evidence):9.3f} ± {float(one.standard_error):.3f}")
     return found
 
 

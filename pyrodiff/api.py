@@ -5,6 +5,7 @@ from .base.arguments import ArgumentError
 from .inference.approximations import perturbed, replacement
 from .inference.distribution import DiffusionDistribution
 from .inference.estimates import FlowEstimate, OneStepEstimate
+from .inference.missing import GaussianImputer, MissingData, NetworkImputer
 from .inference.observations import Conditioned, Inpainting, Linear
 from .inference.posterior import Posterior, posterior
 from .inference.products import Product, product
@@ -112,6 +113,7 @@ __all__ = [
     "ForwardVariance",
     "GaussianDecoder",
     "GaussianForward",
+    "GaussianImputer",
     "GaussianReverse",
     "GaussianTwist",
     "GeometricSchedule",
@@ -136,6 +138,8 @@ __all__ = [
     "LogitPrediction",
     "LossSecondMoment",
     "LowDiscrepancyDrawing",
+    "MissingData",
+    "NetworkImputer",
     "NoisePrediction",
     "NoiseWeighting",
     "OneStep",

@@ -18,6 +18,7 @@ from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolat
 from .base import arguments, checks
 from .base.arguments import ArgumentError
 from .base.precision import home
+from .base.randomness import generator_of
 from .process.quantization import whole_levels
 from .readers import array, idx, idx_folder, image_folder
 
@@ -317,7 +318,7 @@ class Strokes:
         move = torch.tensor([1.5, 1.0]) / 16 * (2 * torch.rand(len(i), 2) - 1)
         rows = [(1 + wide) * turn.cos(), shear - (1 + high) * turn.sin(), move[:, 0]]
         rows += [(1 + wide) * turn.sin(), (1 + high) * turn.cos(), move[:, 1]]
-        grid = affine_grid(torch.stack(rows, -1).reshape(-1, 2, 3), (len(i), 1, 32, 32), align_corners=False)
+        grid = affine_grid(torch.stack(rows, -1).reshape(-1, 2, 3), [len(i), 1, 32, 32], align_corners=False)
         moved = grid_sample(self.scans[i.long()], grid, align_corners=False) > 0.5
         return (16 * avg_pool2d(moved.float(), 4)).round()[:, 0]
 
@@ -361,18 +362,9 @@ def binarize(
     arguments.levels(levels)
     whole = whole_levels("k", k, levels).float()
     if threshold is None:
-        return torch.bernoulli(whole / (levels - 1), generator=_source(generator, k.device))
+        return torch.bernoulli(whole / (levels - 1), generator=generator_of(generator, k.device))
     if generator is not None:
         raise ArgumentError("generator", f"must be None with a threshold, which draws nothing, but it is {generator!r}")
     if not arguments.is_int(threshold) or not 1 <= threshold < levels:
         raise ArgumentError("threshold", f"must be an int in 1..{levels - 1} or None, but it is {threshold!r}")
     return (whole >= threshold).float()
-
-
-def _source(generator: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:
-    """The generator of a seed; None, for torch's global source, stays None."""
-    if arguments.is_int(generator):
-        return torch.Generator(device).manual_seed(int(generator))
-    if not (generator is None or isinstance(generator, torch.Generator)):
-        raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {generator!r}")
-    return generator

@@ -146,6 +146,12 @@ def test_a_generator_gives_the_noise_again_and_leaves_the_other_alone():
     assert first.dtype == torch.float32
 
 
+@pytest.mark.parametrize("generator", ["4", 4.0, True])
+def test_what_is_no_generator_and_no_seed_is_refused(generator):
+    with pytest.raises(pyrodiff.ArgumentError, match=f"generator must be a torch.Generator.* is {generator!r}"):
+        pyrodiff.dequantize(torch.arange(17), 17, uniform=True, generator=generator)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32, torch.float64])
 def test_whole_levels_have_any_dtype_and_shape(dtype):
     k = torch.tensor([[0, 3], [16, 5]]).to(dtype)

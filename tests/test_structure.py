@@ -86,6 +86,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "expect",
     "float64",
     "Float64Module",
+    "generator_of",
     "holds_float64",
     "home",
     "innermost",

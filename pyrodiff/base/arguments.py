@@ -5,6 +5,7 @@ Nothing here imports torch, so that the command can say what is wrong with an op
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 __all__ = ["ArgumentError"]
 
@@ -48,12 +49,12 @@ def amended(error: ValueError, words: str) -> ValueError:
     return ValueError(f"{error} {words}")
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether this is a whole number, Python's or NumPy's, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether this is a real number, Python's or NumPy's, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -98,7 +99,7 @@ def text(name: str, value: object, *, empty: bool = False) -> None:
         raise ArgumentError(name, f"must be a string{', not empty' * (not empty)}, but it is {described(value)}")
 
 
-def described(value: object) -> str:
+def described(value: Any) -> str:
     """What an argument is, in one line."""
     if isinstance(value, type):
         return repr(value)

@@ -6,8 +6,9 @@ programs, is checked while Pyro's own validation is on (``pyro.enable_validation
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from .arguments import ArgumentError
 from .precision import default_home, home
 
 __all__: list[str] = []
+
+Kind = TypeVar("Kind")
 
 
 def validating() -> bool:
@@ -55,7 +58,7 @@ def event_shape(value: Sequence[int]) -> torch.Size:
     return shape
 
 
-def increasing(name: str, value: Iterable[int], high: int) -> tuple[int, ...]:
+def increasing(name: str, value: Any, high: int) -> tuple[int, ...]:
     """Increasing ints in 1..high, at least one."""
     try:
         found = tuple(value.tolist() if isinstance(value, Tensor) else value)
@@ -70,19 +73,22 @@ def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t:
     """A tensor of a shape, as what a network, say, returns for a state; else an error, with another way out."""
     if isinstance(value, Tensor) and value.shape == shape:
         return
-    got = repr(value) if arguments.is_number(value) or value is None else f"a {type(value).__name__}"
-    got = tuple(value.shape) if isinstance(value, Tensor) else got
+    if isinstance(value, Tensor):
+        got = str(tuple(value.shape))
+    else:
+        got = repr(value) if arguments.is_number(value) or value is None else f"a {type(value).__name__}"
     raise ArgumentError(
         name,
         f"must return a tensor of shape {tuple(shape)} for input of shape {tuple(x_t.shape)}{or_else}, but it is {got}",
     )
 
 
-def instance(name: str, value: object, kind: type) -> None:
-    """An instance of a class."""
+def instance(name: str, value: object, kind: type[Kind]) -> Kind:
+    """An instance of a class, as it is."""
     if not isinstance(value, kind):
         home = "pyrodiff" if kind.__module__.startswith("pyrodiff.") else kind.__module__
         raise ArgumentError(name, f"must be a {home}.{kind.__name__}, but it is {arguments.described(value)}")
+    return value
 
 
 def context(values: Sequence, size: int, device: torch.device, keyword: str = "") -> None:
@@ -148,7 +154,7 @@ def _binds(signature: inspect.Signature, context: Sequence[Tensor]) -> bool:
     return True
 
 
-def same_process(name: str, module: nn.Module, forward: nn.Module) -> None:
+def same_process(name: str, module: object, forward: nn.Module) -> None:
     """A module made for this forward process, where it says for which."""
     if getattr(module, "forward_process", forward) is not forward:
         raise ArgumentError(
@@ -204,7 +210,7 @@ def time(name: str, t: object, high: int, low: int = 0) -> None:
         raise ArgumentError(name, f"must lie in {low}..{high}, but it is {t}")
 
 
-def step(x: object, t: object, s: object, num_steps: int, first: int = 0) -> None:
+def step(x: object, t: int | Tensor, s: int | Tensor | None, num_steps: int, first: int = 0) -> None:
     """A floating state, and times first <= s < t <= T, s being t - 1 if it is None; while Pyro validates."""
     if not validating():
         return

@@ -8,17 +8,27 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["copied_source", "kept_sources", "put_sources", "seed_draws", "seed_of", "sources"]
+from . import arguments
+from .arguments import ArgumentError
+
+__all__ = ["copied_source", "generator_of", "kept_sources", "put_sources", "seed_draws", "seed_of", "sources"]
 
 
 def sources() -> dict[str, Any]:
     """The state of every global source, as tensors, numbers and strings."""
-    kind, keys, *numpy_rest = np.random.get_state()
+    of_numpy = np.random.get_state(legacy=False)
+    words_of_numpy = torch.from_numpy(of_numpy["state"]["key"].astype(np.int64))
     version, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *numpy_rest],
+        "numpy": [
+            of_numpy["bit_generator"],
+            words_of_numpy,
+            of_numpy["state"]["pos"],
+            of_numpy["has_gauss"],
+            of_numpy["gauss"],
+        ],
         "python": [version, torch.tensor(words, device="cpu"), gauss],
     }
 
@@ -65,6 +75,23 @@ def seed_draws(seed: int, device: torch.device) -> None:
 def copied_source() -> torch.Generator:
     """A generator that draws what torch's global source on the CPU would, which stays where it is."""
     return torch.Generator("cpu").set_state(torch.get_rng_state())
+
+
+def generator_of(value: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:
+    """The generator that draws are to come from: one that is given, or, of a seed, a new one; None stays None.
+
+    Arguments:
+        value: A generator, a seed, or None for torch's global source.
+        device: Where the one of a seed draws.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if arguments.is_int(value):
+        return torch.Generator(device).manual_seed(int(value))
+    if value is None or isinstance(value, torch.Generator):
+        return value
+    raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {value!r}")
 
 
 def seed_of(seed: int, *key: int) -> int:

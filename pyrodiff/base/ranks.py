@@ -5,13 +5,17 @@ A process that was started alone is the only rank: then nothing here does anythi
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from .randomness import copied_source
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "agree",
@@ -114,7 +118,7 @@ def _once(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Whether each rank holds a part of it only, as ``fully_shard`` has it.
 
     Arguments:
@@ -133,7 +137,8 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     sharded = [tensor for tensor in tensors if is_sharded(tensor)]
     norms = [nn.utils.get_total_norm(plain)] if plain else []
     if sharded:
-        norms.append(nn.utils.get_total_norm(sharded).full_tensor())
+        norm = nn.utils.get_total_norm(sharded)
+        norms.append(norm.full_tensor() if is_sharded(norm) else norm)
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
@@ -146,7 +151,8 @@ def clip(parameters: list[Tensor], limit: float, norm: Tensor) -> None:
         norm: The norm that they have.
     """
     nn.utils.clip_grads_with_norm_([p for p in parameters if not is_sharded(p)], limit, norm)
-    parts = [parameter.grad.to_local() for parameter in parameters if is_sharded(parameter)]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    parts = [gradient.to_local() for gradient in gradients if is_sharded(gradient)]
     if parts:
         torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
 
@@ -158,8 +164,12 @@ def shard_again(modules: Iterable[nn.Module]) -> None:
         modules: The modules, sharded or not.
     """
     for module in modules if count() > 1 else ():
-        if hasattr(module, "set_reshard_after_forward"):
+        if _shards(module):
             module.reshard()
+
+
+def _shards(module: nn.Module) -> TypeGuard["FSDPModule"]:
+    return hasattr(module, "set_reshard_after_forward")
 
 
 def set_apart() -> int:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
+from ..base.randomness import generator_of
+from .schedules import Schedule
 
 __all__ = ["initial_noise", "langevin_step_size", "noise_ratio"]
 
@@ -120,7 +122,7 @@ def _overlap(D: int, excess: float) -> float:
     return (math.erfc((middle - half) / math.sqrt(2)) - math.erfc((middle + half) / math.sqrt(2))) / 2
 
 
-def langevin_step_size(schedule: nn.Module, D: int, num_updates: int) -> float:
+def langevin_step_size(schedule: Schedule, D: int, num_updates: int) -> float:
     r"""The size of a Langevin step, Technique 4: with it the variance at each noise is nearest to what it should be.
 
     Annealed Langevin dynamics goes down the noises, and at each, :math:`\sigma_i`, makes so many updates
@@ -190,23 +192,19 @@ def langevin_step_size(schedule: nn.Module, D: int, num_updates: int) -> float:
 
 def _permuted(number: int, generator: torch.Generator | int | None) -> Tensor:
     """The ints below a number, in random order; a seed draws on the CPU."""
-    if arguments.is_int(generator):
-        generator = torch.Generator("cpu").manual_seed(int(generator))
-    elif not (generator is None or isinstance(generator, torch.Generator)):
-        raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {generator!r}")
-    device = "cpu" if generator is None else generator.device
-    return torch.randperm(number, generator=generator, device=device)
+    source = generator_of(generator, torch.device("cpu"))
+    return torch.randperm(number, generator=source, device="cpu" if source is None else source.device)
 
 
 def _farthest(x: Tensor) -> float:
     """The largest distance between two of N rows: that of two is at most the sum of theirs to any point."""
     distance = torch.nn.functional.pairwise_distance
     radius, order = distance(x, x.mean(0, keepdim=True), eps=0.0).sort(descending=True)
-    radius, found = radius.tolist(), 0.0
+    radii, found = radius.tolist(), 0.0
     for i in range(0, len(x), _BLOCK):
         rows = x[order[i : i + _BLOCK]]
         for j in range(i, len(x), _BLOCK):
-            if radius[i] + radius[j] <= found:
+            if radii[i] + radii[j] <= found:
                 break
             columns = x[order[j : j + _BLOCK]]
             pairs = torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
@@ -214,7 +212,7 @@ def _farthest(x: Tensor) -> float:
     return found
 
 
-def _geometric(schedule: nn.Module) -> tuple[float, float]:
+def _geometric(schedule: Schedule) -> tuple[float, float]:
     """The logarithms of the smallest noise and of the ratio of neighbouring ones."""
     methods = all(callable(getattr(schedule, name, None)) for name in ("signal", "noise"))
     T = getattr(schedule, "num_steps", 0)

@@ -21,8 +21,11 @@ from torch.special import erfcx, log_ndtr
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
 from ..base.precision import default_home, float64, home
+from ..base.randomness import generator_of
 
 __all__ = ["DiscretizedNormal", "LevelCategorical", "Levels", "bin_width", "dequantize", "quantize"]
+
+Shape = tuple[int, ...] | list[int]  # as torch's laws take it; a torch.Size is a tuple
 
 
 def bin_width(levels: int) -> float:
@@ -89,9 +92,8 @@ def dequantize(
     whole = whole_levels("k", k, levels)
     x = _points(whole, levels)
     if uniform:
-        if arguments.is_int(generator):
-            generator = torch.Generator(home(k.device)).manual_seed(int(generator))
-        noise = torch.rand(k.shape, generator=generator, dtype=torch.float64, device=home(k.device))
+        source = generator_of(generator, home(k.device))
+        noise = torch.rand(k.shape, generator=source, dtype=torch.float64, device=home(k.device))
         rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in quantize
         inside = 1 - 2 * rounding / width  # so that it does not leave the bin
         x = x + width * (noise - 0.5) * inside
@@ -263,12 +265,12 @@ class DiscretizedNormal(_OnLevels):
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         super().__init__(arguments.levels(levels), self.loc.shape, validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DiscretizedNormal":
+    def expand(self, batch_shape: Shape, _instance: None = None) -> "DiscretizedNormal":
         return type(self)(
             self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, self._validate_args
         )
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
             x = torch.normal(self.loc.expand(shape), self.scale.expand(shape))
@@ -338,10 +340,10 @@ class LevelCategorical(_OnLevels):
         self.logits = logits.log_softmax(-1)
         super().__init__(logits.shape[-1], logits.shape[:-1], validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "LevelCategorical":
+    def expand(self, batch_shape: Shape, _instance: None = None) -> "LevelCategorical":
         return type(self)(self.logits.expand((*batch_shape, self.levels)), self._validate_args)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
             probs = self.logits.exp().expand((*shape, self.levels)).reshape(-1, self.levels)

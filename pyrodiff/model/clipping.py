@@ -18,6 +18,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +49,20 @@ class _Around(Float64Module, ABC):
     @property
     def forward_process(self) -> GaussianForward:
         """The forward process of the denoiser, where it says for which it is made."""
-        return self.denoiser.forward_process
+        return self._of_denoiser("forward_process")
 
     @property
     def levels(self) -> int:
         """The number of levels that the denoiser predicts, where it does."""
-        return self.denoiser.levels
+        return self._of_denoiser("levels")
 
     @property
     def network(self) -> nn.Module:
         """The network of the denoiser, where it has one."""
-        return self.denoiser.network
+        return self._of_denoiser("network")
+
+    def _of_denoiser(self, name: str) -> Any:
+        return getattr(self.denoiser, name)
 
     def forward(
         self, x_t: Tensor, t: int | Tensor, *context: Tensor, **options: bool
@@ -130,6 +134,9 @@ class Clipped(_Around):
         tensor([[ 1., -1.]])
         >>> reverse = pyrodiff.GaussianReverse(forward, clipped, pyrodiff.PosteriorVariance())
     """
+
+    low: Tensor
+    high: Tensor
 
     def __init__(self, denoiser: nn.Module, low: float | Tensor, high: float | Tensor) -> None:
         super().__init__(denoiser)

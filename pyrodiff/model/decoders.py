@@ -32,7 +32,7 @@ class Decoder(nn.Module, ABC):
     levels: int | None = None
 
     @abstractmethod
-    def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+    def forward(self, kernel: dist.TorchDistribution, x_1: Tensor) -> dist.TorchDistribution:
         """p_θ(x_0 | x_1).
 
         Arguments:
@@ -90,7 +90,7 @@ class GaussianDecoder(Decoder):
         True
     """
 
-    def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+    def forward(self, kernel: dist.TorchDistribution, x_1: Tensor) -> dist.TorchDistribution:
         return kernel
 
 
@@ -118,7 +118,7 @@ class TransitionDecoder(Decoder):
         checks.instance("forward", forward, Forward)
         self.forward_process = forward
 
-    def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+    def forward(self, kernel: dist.TorchDistribution, x_1: Tensor) -> dist.TorchDistribution:
         t = torch.ones(kernel.batch_shape, dtype=torch.long, device=x_1.device)
         return self.forward_process.transition(x_1.expand(t.shape + kernel.event_shape), t)
 
@@ -150,11 +150,13 @@ class DiscretizedDecoder(Decoder):
         torch.Size([5, 2])
     """
 
+    levels: int
+
     def __init__(self, levels: int) -> None:
         super().__init__()
         self.levels = arguments.levels(levels)
 
-    def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+    def forward(self, kernel: dist.TorchDistribution, x_1: Tensor) -> dist.TorchDistribution:
         base = kernel.base_dist if isinstance(kernel, torch.distributions.Independent) else kernel
         if not isinstance(base, torch.distributions.Normal):
             raise ArgumentError("kernel", f"must be Gaussian for DiscretizedDecoder, but it is {kernel!r}")
@@ -190,18 +192,20 @@ class SoftmaxDecoder(Decoder):
         tensor([[-1.0000,  0.0000,  0.1250]])
     """
 
+    levels: int
+
     def __init__(self, forward: GaussianForward, levels: int) -> None:
         super().__init__()
         checks.instance("forward", forward, GaussianForward)
         self.forward_process, self.levels = forward, arguments.levels(levels)
 
-    def forward(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+    def forward(self, kernel: dist.TorchDistribution, x_1: Tensor) -> dist.TorchDistribution:
         signal, noise = self.forward_process.schedule.scales(1)
         x = float64(x_1)[..., None]
         logits = -((x - signal * Levels(self.levels).points(x)) ** 2) / (2 * noise**2)
         return LevelCategorical(logits.to(x_1.dtype).to(x_1.device)).to_event(len(kernel.event_shape))
 
-    def subchain(self, forward: GaussianForward) -> "SoftmaxDecoder":
+    def subchain(self, forward: Forward) -> "SoftmaxDecoder":
         return with_parts(self, forward_process=forward)
 
     def extra_repr(self) -> str:

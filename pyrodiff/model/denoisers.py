@@ -21,6 +21,7 @@ References:
 """
 
 from abc import ABC, abstractmethod
+from typing import Literal, overload
 
 import torch
 from pyro.distributions import constraints
@@ -31,7 +32,7 @@ from ..base.arguments import ArgumentError
 from ..base.precision import precisely
 from ..process.forward import Forward, GaussianForward
 from ..process.quantization import Levels
-from ..process.schedules import SubSchedule
+from ..process.schedules import Schedule, SubSchedule
 
 __all__ = [
     "DataPrediction",
@@ -111,10 +112,9 @@ class Retimed(nn.Module):
         ValueError: If ``schedule`` is not that of a chain of fewer steps.
     """
 
-    def __init__(self, module: nn.Module, schedule: SubSchedule) -> None:
+    def __init__(self, module: nn.Module, schedule: Schedule) -> None:
         super().__init__()
-        checks.instance("schedule", schedule, SubSchedule)
-        self.module, self.schedule = module, schedule
+        self.module, self.schedule = module, checks.instance("schedule", schedule, SubSchedule)
 
     @property
     def network(self) -> nn.Module:
@@ -129,6 +129,16 @@ class Retimed(nn.Module):
 
 class _Prediction(Denoiser):
     """A network that predicts one number for each of a Gaussian state's, and perhaps another for its variance."""
+
+    forward_process: GaussianForward
+
+    @overload
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor, variance: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x_t: Tensor, t: int | Tensor, *context: Tensor, variance: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(
         self, x_t: Tensor, t: int | Tensor, *context: Tensor, variance: bool = False
@@ -306,6 +316,8 @@ class LevelPrediction(Denoiser):
         >>> pyrodiff.LevelPrediction(Even(), forward, levels=3)(torch.tensor([[0.1, -0.7, 0.9]]), t=1).round(decimals=2)
         tensor([[ 0., -1.,  1.]])
     """
+
+    forward_process: GaussianForward
 
     def __init__(self, network: nn.Module, forward: GaussianForward, levels: int) -> None:
         super().__init__(network, forward)

@@ -67,7 +67,7 @@ class GaussianReverse(nn.Module):
         self.forward_process, self.denoiser, self.variance = forward, denoiser, variance
         self._refuse_variance(forward)  # now rather than at the first step
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.Distribution:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.TorchDistribution:
         """p_θ(x_{t-1} | x_t).
 
         Arguments:
@@ -171,7 +171,7 @@ class BinomialReverse(nn.Module):
         checks.same_process("denoiser", denoiser, forward)
         self.forward_process, self.denoiser = forward, denoiser
 
-    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.Distribution:
+    def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.TorchDistribution:
         """p_θ(x_{t-1} | x_t); arguments, result and errors as of :class:`GaussianReverse`."""
         checks.step(x_t, t, None, self.forward_process.num_steps)
         return Bits(logits=self._log_odds(self.denoiser.output(x_t, t, *context), x_t, t)).to_event(event_dim(x_t, t))

@@ -146,6 +146,8 @@ class FixedVariance(Variance):
         :math:`x_t`, https://arxiv.org/abs/2201.06503
     """
 
+    variances: Tensor
+
     def __init__(self, variances: Sequence[float] | Tensor) -> None:
         super().__init__()
         variances = checks.numbers("variances", variances)
@@ -212,16 +214,19 @@ class AnalyticVariance(Variance):
         tensor(0.5000, dtype=torch.float64)
     """
 
+    errors: Tensor
+    least: Tensor
+
     def __init__(self, errors: Sequence[float] | Tensor, least: float = 0.0) -> None:
         super().__init__()
-        errors, least = checks.numbers("errors", errors), checks.numbers("least", least)
-        if least.dim() or not checks.holds((least >= 0) & least.isfinite()):
-            raise ArgumentError("least", f"must be a number of at least 0, but it is {least.tolist()}")
+        errors, floor = checks.numbers("errors", errors), checks.numbers("least", least)
+        if floor.dim() or not checks.holds((floor >= 0) & floor.isfinite()):
+            raise ArgumentError("least", f"must be a number of at least 0, but it is {floor.tolist()}")
         if errors.dim() != 1 or len(errors) == 0 or not checks.holds((errors >= 0) & errors.isfinite()):
             raise ArgumentError(
                 "errors", f"must be a sequence of numbers of at least 0, but they are {errors.tolist()}"
             )
-        if not checks.holds(errors + least.to(errors.device) > 0):
+        if not checks.holds(errors + floor.to(errors.device) > 0):
             t = int((errors == 0).nonzero()[0]) + 1
             raise ArgumentError(
                 "errors",
@@ -229,17 +234,17 @@ class AnalyticVariance(Variance):
                 f"data would have no density; give least, or data that the denoiser does not know by heart",
             )
         self.register_buffer("errors", errors)
-        self.register_buffer("least", least)
+        self.register_buffer("least", floor)
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
         checks.time("t", t, process.num_steps, low=1)
         schedule, time, T = process.schedule, t, len(self.errors)
         while schedule.num_steps != T and isinstance(schedule, SubSchedule):
-            schedule, time = schedule.schedule, schedule.times_at(time)
+            time, schedule = schedule.times_at(time), schedule.schedule
         if schedule.num_steps != T:
             raise ArgumentError("errors", f"must be T = {schedule.num_steps} numbers, but there are {T}")
-        time = torch.as_tensor(time, device=self.errors.device)
-        error = self.errors.index_select(0, time.reshape(-1) - 1).reshape(time.shape)
+        whole = torch.as_tensor(time, device=self.errors.device)
+        error = self.errors.index_select(0, whole.reshape(-1) - 1).reshape(whole.shape)
         _, weight, deviation = process.schedule.posterior(t)
         variance = deviation**2 + weight**2 * error
         is_last = torch.as_tensor(t == 1, device=variance.device)
@@ -258,8 +263,9 @@ class LearnedVariance(Variance):
     another reverse process around the same denoiser may be any other: it then reads the first number only.
     """
 
+    # a checker is right that it cannot stand for any other variance: these are called without v, and it never is
     @abstractmethod
-    def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:
+    def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         r"""The variances of :math:`p_\theta(x_{t-1} | x_t)`.
 
         Arguments:
@@ -296,7 +302,7 @@ class RangeVariance(LearnedVariance):
         True
     """
 
-    def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:
+    def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         checks.time("t", t, process.num_steps, low=1)
         ends = torch.stack([_posterior_variance(process.schedule, t), process.schedule.beta(t)])
         low, high = coefficients(ends.log(), v)
@@ -327,7 +333,7 @@ class DiagonalVariance(LearnedVariance):
         True
     """
 
-    def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:
+    def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         checks.time("t", t, process.num_steps, low=1)
         (signal, noise), (_, weight, deviation) = process.schedule.scales(t), process.schedule.posterior(t)
         of_unit = noise**2 / (signal**2 + noise**2)  # Var(x_0 | x_t) of data N(0, 1)

@@ -7,6 +7,7 @@ References:
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """The features of times ``t`` of any shape (*), with shape (*, features)."""
-        dtype, half = self.layers[0].weight.dtype, self.features // 2
+        dtype, half = cast(nn.Linear, self.layers[0]).weight.dtype, self.features // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
         angles = t[..., None].to(dtype) * frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], -1))
@@ -82,16 +83,18 @@ class LogSNREmbedding(nn.Module):
 
     def __init__(self, schedule: nn.Module, features: int) -> None:
         super().__init__()
-        if not (isinstance(schedule, nn.Module) and hasattr(schedule, "log_snr") and hasattr(schedule, "num_steps")):
+        log_snr, T = getattr(schedule, "log_snr", None), getattr(schedule, "num_steps", None)
+        if not isinstance(schedule, nn.Module) or log_snr is None or T is None:
             raise ArgumentError("schedule", f"must be a pyrodiff.Schedule, but it is {arguments.described(schedule)}")
-        ends = torch.stack([schedule.log_snr(t) for t in (1, schedule.num_steps)])
+        ends = torch.stack([log_snr(t) for t in (1, T)])
         if not checks.holds(ends.isfinite()):
             raise ArgumentError(
                 "schedule",
                 f"must have a finite log signal-to-noise ratio at t = 1 and T, but of {schedule!r} they are "
                 f"{ends.tolist()}",
             )
-        self.schedule, self.embedding, self.features = schedule, TimeEmbedding(features), features
+        self.schedule: Any = schedule
+        self.embedding, self.features = TimeEmbedding(features), features
 
     def forward(self, t: Tensor) -> Tensor:
         """The features of times ``t`` of any shape (*), with shape (*, features)."""
@@ -141,8 +144,8 @@ class ContextEmbedding(nn.Module):
         self.classes = None if classes is None else arguments.positive_int("classes", classes)
         self.vector = None if vector is None else arguments.positive_int("vector", vector)
         self.names = [name for name, number in (("y", classes), ("vector", vector)) if number is not None]
-        self.embedding = None if classes is None else nn.Embedding(self.classes + 1, features)
-        self.linear = None if vector is None else nn.Linear(self.vector, features, bias=False)
+        self.embedding = None if self.classes is None else nn.Embedding(self.classes + 1, features)
+        self.linear = None if self.vector is None else nn.Linear(self.vector, features, bias=False)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -164,46 +167,48 @@ class ContextEmbedding(nn.Module):
                 f"network, or drop what it is not to know; its loader must yield x_0 alone, (x_0 for x_0, y in loader)",
             )
         given, features = dict(zip(self.names, context, strict=False)), []
-        if self.embedding is not None:
-            label = -1 if given.get("y") is None else given["y"]
-            self._check_label(label, tuple(batch_shape))
+        if self.embedding is not None and self.classes is not None:
+            label = given.get("y")
+            label = -1 if label is None else label
+            _check_label(label, self.classes, tuple(batch_shape))
             features.append(self.embedding(torch.as_tensor(label, device=self.embedding.weight.device).long() + 1))
         if self.linear is not None:
-            self._check_vector(given.get("vector"), tuple(batch_shape))
-            features.append(self.linear(given["vector"].to(self.linear.weight)))
+            known = self._checked_vector(given.get("vector"), tuple(batch_shape))
+            features.append(self.linear(known.to(self.linear.weight)))
         return sum(features)
 
-    def _check_label(self, y: object, batch_shape: tuple[int, ...]) -> None:
-        where = f"in 0..{self.classes - 1}, or -1 for no label"
-        many = isinstance(y, Tensor)
-        if (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) if many else not arguments.is_int(y):
-            raise ArgumentError(
-                "y", f"must be an int or an integer tensor, {where}, but it is {arguments.described(y)}"
-            )
-        if many and not _fits(y.shape, batch_shape):
-            raise ArgumentError(
-                "y", f"must be an int, or broadcast to the batch shape {batch_shape}, but its shape is {tuple(y.shape)}"
-            )
-        if many and not checks.validating():
-            return
-        inside = (y.long() >= -1) & (y.long() < self.classes) if many else -1 <= y < self.classes
-        if not (checks.holds(inside) if many else inside):
-            raise ArgumentError(
-                "y", f"must be {where}, but it {f'has values in {y.min()}..{y.max()}' if many else f'is {y}'}"
-            )
-
-    def _check_vector(self, vector: object, batch_shape: tuple[int, ...]) -> None:
+    def _checked_vector(self, vector: object, batch_shape: tuple[int, ...]) -> Tensor:
         shape = (*batch_shape, self.vector)
-        many = isinstance(vector, Tensor) and vector.shape[-1:] == shape[-1:]
-        if not (many and _fits(vector.shape[:-1], batch_shape)):
-            raise ArgumentError(
-                "vector",
-                f"must be given, as in {self._call()}, with shape {shape}, or one that broadcasts to it over "
-                f"the batch, but it is {arguments.described(vector)}",
-            )
+        if isinstance(vector, Tensor) and vector.shape[-1:] == shape[-1:] and _fits(vector.shape[:-1], batch_shape):
+            return vector
+        raise ArgumentError(
+            "vector",
+            f"must be given, as in {self._call()}, with shape {shape}, or one that broadcasts to it over "
+            f"the batch, but it is {arguments.described(vector)}",
+        )
 
     def _call(self) -> str:
         return f"network({', '.join(('x_t', 't', *self.names))})"
+
+
+def _check_label(y: int | Tensor, classes: int, batch_shape: tuple[int, ...]) -> None:
+    where = f"in 0..{classes - 1}, or -1 for no label"
+    if isinstance(y, Tensor):
+        whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    else:
+        whole = arguments.is_int(y)
+    if not whole:
+        raise ArgumentError("y", f"must be an int or an integer tensor, {where}, but it is {arguments.described(y)}")
+    if not isinstance(y, Tensor):
+        if not -1 <= y < classes:
+            raise ArgumentError("y", f"must be {where}, but it is {y}")
+        return
+    if not _fits(y.shape, batch_shape):
+        raise ArgumentError(
+            "y", f"must be an int, or broadcast to the batch shape {batch_shape}, but its shape is {tuple(y.shape)}"
+        )
+    if checks.validating() and not checks.holds((y.long() >= -1) & (y.long() < classes)):
+        raise ArgumentError("y", f"must be {where}, but it has values in {y.min()}..{y.max()}")
 
 
 def _fits(shape: Sequence[int], batch_shape: Sequence[int]) -> bool:

@@ -1,6 +1,7 @@
 """A network that is not told the noise, divided by it."""
 
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,7 +51,8 @@ class DividedByNoise(nn.Module):
         checks.instance("network", network, nn.Module)
         if not (isinstance(schedule, nn.Module) and hasattr(schedule, "noise") and hasattr(schedule, "num_steps")):
             raise ArgumentError("schedule", f"must be a pyrodiff.Schedule, but it is {arguments.described(schedule)}")
-        self.network, self.schedule = network, schedule
+        self.network = network
+        self.schedule: Any = schedule
 
     def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
         """The score, with the shape of ``x_t``, for t an int or an integer tensor with the batch's shape."""

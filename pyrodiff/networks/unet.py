@@ -82,15 +82,15 @@ class UNet(nn.Module):
         _check_unet(self.event_shape, channels, hidden, num_blocks, dropout, outputs)
         planes, (height, width) = self.event_shape[:-2].numel(), self.event_shape[-2:]
         sizes = {height >> depth: size for depth, size in enumerate(channels)}
-        _check_parts(sizes, attention, heads, groups, time)
+        _check_parts(sizes, attention, heads, groups)
         time = TimeEmbedding(64) if time is None else time
+        checks.instance("time", time, nn.Module)
+        features = arguments.positive_int("time.features", getattr(time, "features", None))
 
         def blocks() -> nn.ModuleList:
             """Some at each size, with heads where there is attention."""
-            kinds = [
-                (size, time.features, dropout, groups, heads * (high in attention)) for high, size in sizes.items()
-            ]
-            return nn.ModuleList(nn.ModuleList(_Residual(*kind) for _ in range(num_blocks)) for kind in kinds)
+            kinds = [(size, features, dropout, groups, heads * (high in attention)) for high, size in sizes.items()]
+            return nn.ModuleList(_Blocks(_Residual(*kind) for _ in range(num_blocks)) for kind in kinds)
 
         self.embedding = nn.Sequential(time, nn.SiLU())
         self.inlet = nn.Conv2d(planes + 2, channels[0], 3, padding=1)
@@ -99,10 +99,10 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(below, here, 2, stride=2) for here, below in pairwise(channels))
         self.after = blocks()
         area = (height * width) >> (2 * len(self.down))
-        self.whole = _Whole(channels[-1] * area, hidden, time.features, dropout) if hidden else None
+        self.whole = _Whole(channels[-1] * area, hidden, features, dropout) if hidden else None
         self.norm = _GroupNorm(groups, channels[0])
         self.outlet = _zero(nn.Conv2d(channels[0], planes * (outputs or 1), 3, padding=1))
-        self.labels = ContextEmbedding(time.features, classes, vector)
+        self.labels = ContextEmbedding(features, classes, vector)
 
     def forward(
         self, x_t: Tensor, t: int | Tensor, *context: int | Tensor | None, y: int | Tensor | None = None
@@ -121,16 +121,14 @@ class UNet(nn.Module):
         h = self.inlet(torch.cat([x, place.expand(len(x), *place.shape)], 1))
         skips = []
         for depth, blocks in enumerate(self.before):
-            for block in blocks:
-                h = block(h, embedding)
+            h = blocks(h, embedding)
             if depth < len(self.down):
                 skips.append(h)
                 h = self.down[depth](h)
         if self.whole is not None:
             h = self.whole(h, embedding)
         for depth in reversed(range(len(self.after))):
-            for block in self.after[depth]:
-                h = block(h, embedding)
+            h = self.after[depth](h, embedding)
             if depth > 0:
                 h = skips.pop() + self.up[depth - 1](h)
         output = self.outlet(nn.functional.silu(self.norm(h)))
@@ -161,9 +159,7 @@ def _check_unet(
         arguments.positive_int("outputs", outputs)
 
 
-def _check_parts(
-    sizes: dict[int, int], attention: Sequence[int], heads: int, groups: int, time: nn.Module | None
-) -> None:
+def _check_parts(sizes: dict[int, int], attention: Sequence[int], heads: int, groups: int) -> None:
     """The sizes are given by their heights, with the channels of each."""
     if not isinstance(attention, Sequence) or any(high not in tuple(sizes) for high in attention):
         there = ", ".join(map(str, sizes))
@@ -175,9 +171,6 @@ def _check_parts(
         arguments.positive_int(name, number)
         if any(size % number for size in channels):
             raise ArgumentError(name, f"must divide the channels {tuple(channels)}, but it is {number}")
-    if time is not None:
-        checks.instance("time", time, nn.Module)
-        arguments.positive_int("time.features", getattr(time, "features", None))
 
 
 def _zero(layer: nn.Module) -> nn.Module:
@@ -222,6 +215,15 @@ class _Residual(nn.Module):
         inner = self.first(nn.functional.silu(self.time(self.norm(h), embedding)))
         h = h + self.second(self.dropout(nn.functional.silu(inner)))
         return h if self.attention is None else self.attention(h)
+
+
+class _Blocks(nn.ModuleList):
+    """Residual blocks, one after the other."""
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        for block in self:
+            h = block(h, embedding)
+        return h
 
 
 class _Attention(nn.Module):

@@ -24,6 +24,7 @@ References:
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import pyro.distributions as dist
@@ -74,7 +75,7 @@ class Forward(Float64Module, ABC):
         return number_of_values(self.support)
 
     @abstractmethod
-    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.TorchDistribution:
         """q(x_t | x_s).
 
         Arguments:
@@ -90,12 +91,14 @@ class Forward(Float64Module, ABC):
                 dtype that is not floating.
         """
 
-    def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.Distribution:
+    def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.TorchDistribution:
         """q(x_t | x_0), the transition from s = 0; arguments, result and errors as there."""
         return self.transition(x_0, t, s=0)
 
     @abstractmethod
-    def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+    def posterior(
+        self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None
+    ) -> dist.TorchDistribution:
         """q(x_s | x_t, x_0).
 
         Arguments:
@@ -114,7 +117,7 @@ class Forward(Float64Module, ABC):
     @abstractmethod
     def prior(
         self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> dist.Distribution:
+    ) -> dist.TorchDistribution:
         """p(x_T), the law that the process forgets the data towards.
 
         Arguments:
@@ -195,7 +198,11 @@ class Forward(Float64Module, ABC):
         return "finite" if self.support is constraints.real else f"in {self.support}"
 
 
-def shortened(process: Forward, chain: Forward) -> Forward:
+Chain = TypeVar("Chain", bound=Forward)
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def shortened(process: Forward, chain: Chain) -> Chain:
     """The process of fewer steps, refused where it lacks what was put on the whole one: hooks, attributes, methods."""
     missing = sorted(vars(process).keys() - vars(chain).keys())
     if process._forward_hooks or process._forward_pre_hooks or missing:
@@ -207,7 +214,7 @@ def shortened(process: Forward, chain: Forward) -> Forward:
     return chain
 
 
-def with_parts(module: nn.Module, **parts: nn.Module) -> nn.Module:
+def with_parts(module: Part, **parts: nn.Module) -> Part:
     """A module that shares all with another, hooks and attributes included, but for some of its parts."""
     other = copy.copy(module)
     other._modules = dict(module._modules)
@@ -221,7 +228,7 @@ def event_dim(x: Tensor, t: int | Tensor) -> int:
     return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
 
 
-def check_posterior(x_t: Tensor, x_0: Tensor, t: object, s: object, num_steps: int) -> None:
+def check_posterior(x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None, num_steps: int) -> None:
     """Arguments of a posterior q(x_s | x_t, x_0), while Pyro validates."""
     checks.step(x_t, t, s, num_steps, first=1)
     if checks.validating() and not _broadcasts(x_0, x_t, event_dim(x_t, t)):
@@ -288,18 +295,20 @@ class GaussianForward(Forward):
     def subchain(self, times: Sequence[int]) -> "GaussianForward":
         return shortened(self, type(self)(SubSchedule(self.schedule, times)))
 
-    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.TorchDistribution:
         checks.step(x_s, t, s, self.num_steps)
         s = t - 1 if s is None else s
         signal, noise = coefficients(torch.stack(self.schedule.step(t, s)), x_s)
         return dist.Normal(signal * x_s, noise).to_event(event_dim(x_s, t))
 
-    def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.Distribution:
+    def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.TorchDistribution:
         checks.step(x_0, t, 0, self.num_steps)
         signal, noise = self.scales(x_0, t)
         return dist.Normal(signal * x_0, noise).to_event(event_dim(x_0, t))
 
-    def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+    def posterior(
+        self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None
+    ) -> dist.TorchDistribution:
         check_posterior(x_t, x_0, t, s, self.num_steps)
         weight_t, weight_0, noise = coefficients(self.schedule.posterior(t, s), x_t)
         return dist.Normal(torch.addcmul(weight_t * x_t, weight_0, x_0), noise).to_event(event_dim(x_t, t))
@@ -338,14 +347,15 @@ class GaussianForward(Forward):
 
     def prior(
         self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> dist.Distribution:
+    ) -> dist.TorchDistribution:
         deviation = torch.hypot(*self.schedule.scales(self.num_steps))
         scale = deviation.to(dtype or torch.get_default_dtype()).to(device or deviation.device)
         return dist.Normal(scale.new_zeros(tuple(event_shape)), scale).to_event(len(event_shape))
 
     def scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """The signal and the noise at t, in the dtype of ``x_t`` and broadcastable against it."""
-        return coefficients(self.schedule.scales(t), x_t)
+        signal, noise = coefficients(self.schedule.scales(t), x_t)
+        return signal, noise
 
 
 class BinomialForward(Forward):
@@ -378,6 +388,7 @@ class BinomialForward(Forward):
     """
 
     support = constraints.boolean
+    rate: Tensor
 
     def __init__(self, schedule: Schedule, rate: float | Tensor = 0.5) -> None:
         super().__init__(schedule)
@@ -405,7 +416,7 @@ class BinomialForward(Forward):
                 f"{tuple(self.rate.shape)}",
             )
 
-    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+    def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.TorchDistribution:
         checks.step(x_s, t, s, self.num_steps)
         s = t - 1 if s is None else s
         kept, redrawn = coefficients(torch.stack(self.schedule.step(t, s)).square(), x_s)
@@ -413,7 +424,9 @@ class BinomialForward(Forward):
         one, zero = kept * x_s + redrawn * rate, kept * (1 - x_s) + redrawn * rest
         return Bits(logits=one.log() - zero.log()).to_event(event_dim(x_s, t))
 
-    def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.Distribution:
+    def posterior(
+        self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None
+    ) -> dist.TorchDistribution:
         check_posterior(x_t, x_0, t, s, self.num_steps)
         s = t - 1 if s is None else s
         return Bits(logits=self.posterior_logits(x_t, x_0, t, s)).to_event(event_dim(x_t, t))
@@ -440,7 +453,7 @@ class BinomialForward(Forward):
 
     def prior(
         self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> dist.Distribution:
+    ) -> dist.TorchDistribution:
         rate = self.rate.to(dtype or torch.get_default_dtype()).to(device or self.rate.device)
         return Bits(rate.expand(tuple(event_shape))).to_event(len(event_shape))
 

@@ -26,6 +26,7 @@ References:
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ class _Learned(Schedule):
             device = home(fn(torch.empty(0, device=x.device)).device)
             return torch.empty_like(x, device=device) if x.is_meta and device.type != "meta" else x.to(device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        return self
 
 
 def _scales(log_snr: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +150,8 @@ class LearnedBetaSchedule(_Learned):
         ...     pyro.set_rng_seed(0)
         ...     loss = svi.step(torch.ones(50, 2))
     """
+
+    first_betas: Tensor
 
     def __init__(self, betas: Sequence[float] | Tensor, fixed: int = 1) -> None:
         betas = checks.numbers("betas", betas)
@@ -250,6 +254,9 @@ class LearnedLogSNRSchedule(_Learned):
         tensor([inf, 9., -9.], dtype=torch.float64)
     """
 
+    first: Tensor
+    _last: Tensor
+
     def __init__(self, num_steps: int, first: float, last: float, hidden: int = 1024, learn_ends: bool = True) -> None:
         super().__init__(num_steps)
         first = arguments.number("first", first, -700, 700)
@@ -261,7 +268,7 @@ class LearnedLogSNRSchedule(_Learned):
             )
         hidden = arguments.positive_int("hidden", hidden)
         arguments.one_of("learn_ends", learn_ends, (False, True))
-        numbers = {"dtype": torch.float64, "device": default_home()}
+        numbers: dict[str, Any] = {"dtype": torch.float64, "device": default_home()}
         if learn_ends:
             self.first = nn.Parameter(torch.tensor(first, **numbers))
             self.log_fall = nn.Parameter(torch.tensor(math.log(first - last), **numbers))
@@ -313,7 +320,8 @@ class LearnedLogSNRSchedule(_Learned):
         if not (between and total.requires_grad):
             return total
         squares, plain = (torch.autograd.grad(x, between, retain_graph=True) for x in ((costs**2).sum(), total))
-        change = sum(((a - b) * p).sum() for a, b, p in zip(squares, plain, between, strict=True)).to(total.dtype)
+        changes = [((a - b) * p).sum() for a, b, p in zip(squares, plain, between, strict=True)]
+        change = sum(changes[1:], changes[0]).to(total.dtype)
         return total + change - change.detach()
 
     def _falling(self, t: Tensor) -> Tensor:

@@ -205,6 +205,8 @@ class SubSchedule(Schedule):
         tensor(True)
     """
 
+    _times: Tensor
+
     def __init__(self, schedule: Schedule, times: Sequence[int]) -> None:
         checks.instance("schedule", schedule, Schedule)
         times = checks.increasing("times", times, schedule.num_steps)
@@ -243,12 +245,14 @@ class SubSchedule(Schedule):
 class _FixedSchedule(Schedule):
     """A schedule without parameters: a table with a column for each of t = 0..T, which is all that it is."""
 
+    _table: Tensor
+
     def __init__(self, beta: Tensor, signal: Tensor, noise: Tensor, log_snr: Tensor) -> None:
         super().__init__(len(beta) - 1)
         if not checks.holds(signal[:-1] != 0):
-            t = int((signal == 0).nonzero()[0])
+            first = int((signal == 0).nonzero()[0])
             raise ArgumentError(
-                "betas", f"must leave some signal before the last step, but alpha_bar({t}) is 0 in float64"
+                "betas", f"must leave some signal before the last step, but alpha_bar({first}) is 0 in float64"
             )
         weights = beta.new_tensor([[0.0], [1.0], [0.0]]).repeat(1, len(beta))  # at t = 0, where the state is x_0
         self.register_buffer("_table", torch.cat([torch.stack([beta, signal, noise, log_snr]), weights]))

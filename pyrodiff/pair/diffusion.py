@@ -29,8 +29,8 @@ References:
 from collections.abc import Callable, Sequence
 
 import pyro
-import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from ..base import arguments, checks
@@ -100,7 +100,7 @@ class Diffusion(nn.Module):
         reverse: nn.Module,
         event_shape: Sequence[int],
         decoder: nn.Module | None = None,
-        prior: dist.Distribution | nn.Module | None = None,
+        prior: TorchDistributionMixin | nn.Module | None = None,
         *,
         name: str = "",
         plate: str = "data",
@@ -221,15 +221,16 @@ class Diffusion(nn.Module):
             )
         parts = {"reverse": model.reverse, "decoder": model.decoder}
         for name, part in parts.items():
-            if not hasattr(part, "subchain"):
+            shortened = getattr(part, "subchain", None)
+            if shortened is None:
                 raise ArgumentError(
                     name,
                     f"must have a method subchain(forward), which returns it for a forward process of fewer "
                     f"steps, but it is a {type(part).__name__}, which has none",
                 )
-            parts[name] = part.subchain(forward)
-        names = {"name": model.name, "plate": model.plate}
-        return Diffusion(forward, event_shape=self.event_shape, prior=model.prior, **parts, **names)
+            parts[name] = shortened(forward)
+        reverse, decoder = parts["reverse"], parts["decoder"]
+        return Diffusion(forward, reverse, self.event_shape, decoder, model.prior, name=model.name, plate=model.plate)
 
 
 class OneStep(nn.Module):

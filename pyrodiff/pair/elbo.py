@@ -167,10 +167,11 @@ class DiffusionELBO(TraceMeanField_ELBO):
         return cost.reshape(cost.shape[cost.dim() - depth :])
 
 
-def _sites(trace: Trace) -> dict[str, dict]:
+def _sites(trace: Trace) -> dict[str, Any]:
+    nodes: dict[str, Any] = trace.nodes
     return {
         name: site
-        for name, site in trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample" and not site["infer"].get("_deterministic")
     }
 

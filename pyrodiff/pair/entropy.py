@@ -1,14 +1,16 @@
 """The relative entropy of two laws of one site: analytic, or its estimate at a draw."""
 
 import torch
-from pyro.distributions import Delta, Distribution, MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution, TorchDistribution
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import Distribution, Independent, kl_divergence
 
 __all__ = ["innermost", "relative_entropy"]
 
 
-def relative_entropy(q: Distribution, p: Distribution, x: Tensor | None = None, analytic: bool = True) -> Tensor:
+def relative_entropy(
+    q: TorchDistribution, p: TorchDistribution, x: Tensor | None = None, analytic: bool = True
+) -> Tensor:
     """KL(q || p) where it is registered; else its estimate log q(x) - log p(x) at the draw ``x`` of q.
 
     Arguments:
@@ -30,14 +32,14 @@ def relative_entropy(q: Distribution, p: Distribution, x: Tensor | None = None, 
     return _as_tensor(q.log_prob(x), q) - _as_tensor(p.log_prob(x), q)
 
 
-def _bare(law: Distribution) -> Distribution:
+def _bare(law: TorchDistribution) -> TorchDistribution:
     """The law without a mask that masks nothing, for which Pyro would know no KL."""
     while isinstance(law, MaskedDistribution) and law._mask is True:
         law = law.base_dist
     return law
 
 
-def _as_tensor(value: Tensor | float, law: Distribution) -> Tensor:
+def _as_tensor(value: Tensor | float, law: TorchDistribution) -> Tensor:
     """A tensor: of laws that are masked altogether, Pyro returns the number 0."""
     return value if isinstance(value, Tensor) else torch.full(law.batch_shape, float(value))
 

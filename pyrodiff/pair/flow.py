@@ -269,6 +269,6 @@ class Flow:
     def _gradient(self, f: Tensor, x: Tensor, more: bool) -> Tensor:
         if not f.requires_grad:
             return torch.zeros_like(x)
-        graph = {"retain_graph": more or self.differentiable, "create_graph": self.differentiable}
-        gradient = torch.autograd.grad(f.sum(), x, allow_unused=True, **graph)[0]
+        keep, again = more or self.differentiable, self.differentiable
+        (gradient,) = torch.autograd.grad(f.sum(), x, retain_graph=keep, create_graph=again, allow_unused=True)
         return torch.zeros_like(x) if gradient is None else gradient

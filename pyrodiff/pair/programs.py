@@ -6,15 +6,17 @@ What they mean is said in :mod:`pyrodiff.pair.diffusion`, which puts them togeth
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, constraints
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from pyro.params import param_with_module_name
+from pyro.params.param_store import StateDict
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -29,6 +31,7 @@ from ..base.precision import coefficients, costs_dtype, home
 from ..model.decoders import Decoder
 from ..model.denoisers import Retimed
 from ..process.forward import Forward, event_dim
+from ..process.quantization import Shape
 from .entropy import innermost, relative_entropy
 from .times import Drawing, NoiseWeighting
 
@@ -44,7 +47,7 @@ __all__ = [
 ]
 
 
-def check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dist.Distribution:
+def check_law(law: object, name: str, event_shape: torch.Size) -> dist.TorchDistribution:
     """A distribution with an event_shape.
 
     Arguments:
@@ -63,7 +66,7 @@ def check_law(law: dist.Distribution, name: str, event_shape: torch.Size) -> dis
             f"must have the event_shape {tuple(event_shape)}, but its event_shape is {tuple(law.event_shape)} "
             f"(and its batch_shape {tuple(law.batch_shape)})",
         )
-    return law
+    return cast(dist.TorchDistribution, law)  # as good as: torch's laws in Pyro have its mixin, and no class of all
 
 
 def _in_whole_chain(part: nn.Module, path: str) -> Iterator[str]:
@@ -71,7 +74,7 @@ def _in_whole_chain(part: nn.Module, path: str) -> Iterator[str]:
     for name in path.split(".") if path else ():
         if not (isinstance(part, Retimed) and name == "module"):
             yield name
-        part = part._modules[name]
+        part = part.get_submodule(name)
 
 
 def name_in_store(key: str) -> str:
@@ -119,7 +122,10 @@ def _store_as_it_is() -> Iterator[None]:
     finally:
         if store.keys() - names:
             state = store.get_state()
-            kept = {part: {name: values[name] for name in values if name in names} for part, values in state.items()}
+            kept: StateDict = {
+                "params": {name: value for name, value in state["params"].items() if name in names},
+                "constraints": {name: value for name, value in state["constraints"].items() if name in names},
+            }
             store.clear()  # since to delete one by one fails where a tensor has two names
             store.set_state(kept)
 
@@ -186,7 +192,7 @@ class Generative(nn.Module):
         reverse: nn.Module,
         event_shape: torch.Size,
         decoder: nn.Module,
-        prior: dist.Distribution | nn.Module | None,
+        prior: TorchDistributionMixin | nn.Module | None,
         name: str = "",
         plate: str = "data",
     ) -> None:
@@ -206,7 +212,7 @@ class Generative(nn.Module):
         parameter = next(self.reverse.parameters(), None)
         return self.forward_process.schedule.device if parameter is None else parameter.device
 
-    def top(self, dtype: torch.dtype, device: torch.device | None = None) -> dist.Distribution:
+    def top(self, dtype: torch.dtype, device: torch.device | None = None) -> dist.TorchDistribution:
         """p(x_T), with batch_shape (), for states of a dtype and on a device, the model's if not given."""
         if self.prior is None:
             device = self.device if device is None else device
@@ -215,7 +221,7 @@ class Generative(nn.Module):
             return check_law(law, "forward.prior", self.event_shape) if checks.validating() else law
         return check_law(self.prior() if isinstance(self.prior, nn.Module) else self.prior, "prior", self.event_shape)
 
-    def kernel(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.Distribution:
+    def kernel(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.TorchDistribution:
         """p_θ(x_{t-1} | x_t), given a context of B rows, or of one for all."""
         t = t if isinstance(t, Tensor) else _time(x_t, t, self.event_shape)
         if context:
@@ -233,11 +239,11 @@ class Generative(nn.Module):
         context = tuple(c.expand(batch_shape + c.shape[1:]) for c in context)
         return x_t.expand(batch_shape + event), t, context
 
-    def decoded(self, kernel: dist.Distribution, x_1: Tensor) -> dist.Distribution:
+    def decoded(self, kernel: dist.TorchDistribution, x_1: Tensor) -> dist.TorchDistribution:
         """p_θ(x_0 | x_1), from the kernel at t = 1."""
         return self._checked(self.decoder(kernel, x_1), "decoder", x_1)
 
-    def _checked(self, law: dist.Distribution, name: str, x: Tensor) -> dist.Distribution:
+    def _checked(self, law: dist.TorchDistribution, name: str, x: Tensor) -> dist.TorchDistribution:
         if not checks.validating():
             return law
         batch_shape, found = x.shape[: x.dim() - len(self.event_shape)], check_law(law, name, self.event_shape)
@@ -273,12 +279,13 @@ class Generative(nn.Module):
                 a value that no datum has; if a context is no tensor of B rows or of one, on that device; or if all
                 parameters are of half precision.
         """
-        dtypes, on_levels = self._dtypes(), isinstance(self.decoder, Decoder) and not self.forward_process.is_integer
-        if on_levels:
-            self.decoder.check_kind(x_0)
-        self.forward_process.check(x_0, self.event_shape)
-        if on_levels:
-            self.decoder.check(x_0)
+        dtypes, q = self._dtypes(), self.forward_process
+        decoder = self.decoder if isinstance(self.decoder, Decoder) and not q.is_integer else None
+        if decoder is not None:
+            decoder.check_kind(x_0)
+        q.check(x_0, self.event_shape)
+        if decoder is not None:
+            decoder.check(x_0)
         if dtypes and x_0.is_floating_point() and x_0.dtype not in dtypes:
             raise ArgumentError(
                 "x_0", f"must have the dtype of the model's parameters, {dtypes[0]}, but it is {x_0.dtype}"
@@ -337,7 +344,8 @@ class Generative(nn.Module):
 
     def of_pyro(self) -> list[PyroModule]:
         """The modules below that speak to Pyro by themselves, when they are called."""
-        found, waiting = [], [self]
+        found: list[PyroModule] = []
+        waiting: list[nn.Module] = [self]
         while waiting:  # as torch's modules(), in less time
             module = waiting.pop()
             if isinstance(module, PyroModule) and module not in found:
@@ -363,8 +371,12 @@ class Generative(nn.Module):
         if not stored:
             return {}
         own = self.named_for_store()
-        found = {key: (tensor, own.get(name_in_store(key))) for key, tensor in stored}
-        return {key: pair for key, pair in found.items() if pair[1] is not None and pair[0] is not pair[1]}
+        found = ((key, tensor, own.get(name_in_store(key))) for key, tensor in stored)
+        return {
+            key: (tensor, parameter)
+            for key, tensor, parameter in found
+            if parameter is not None and tensor is not parameter
+        }
 
     def refuse_other_stored(self, unless_anothers: bool = False) -> None:
         """Refuse a param store that holds another tensor under a parameter's name: either could be meant.
@@ -475,7 +487,7 @@ def _global_cost(model_trace: Trace, guide_trace: Trace) -> Tensor:
     return total + sum(site["fn"].log_prob(site["value"]).sum() for site in auxiliary.values())
 
 
-def _latent(trace: Trace) -> dict[str, dict]:
+def _latent(trace: Trace) -> dict[str, Any]:
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not site["is_observed"]}
 
 
@@ -494,18 +506,20 @@ class TrajectoryModel(Generative):
             raise ValueError(f"either x_0 or num_samples must be given, but num_samples is {num_samples!r}")
         if arguments.is_int(x_0):
             raise ArgumentError("num_samples", f"must be given by keyword, num_samples={x_0}, but x_0 is {x_0}")
-        size = arguments.positive_int("num_samples", num_samples) if x_0 is None else None
-        if checks.validating():
-            if x_0 is not None:
+        if x_0 is None:
+            size = arguments.positive_int("num_samples", num_samples)
+            if checks.validating():
+                checks.context(context, size, self.device)
+        else:
+            if checks.validating():
                 _refuse_plates_around()
                 self.check(x_0, *context)
-            else:
-                checks.context(context, size, self.device)
+            size = len(x_0)
         with self.running():
             states = (self.dtype(), self.device) if x_0 is None else (x_0.dtype, x_0.device)
-            return self._chain(x_0, len(x_0) if size is None else size, self.top(*states), context)
+            return self._chain(x_0, size, self.top(*states), context)
 
-    def _chain(self, x_0: Tensor | None, size: int, top: dist.Distribution, context: tuple[Tensor, ...]) -> Tensor:
+    def _chain(self, x_0: Tensor | None, size: int, top: dist.TorchDistribution, context: tuple[Tensor, ...]) -> Tensor:
         data, T = _data_plate(self.plate, size), self.num_steps
         with data:
             x = pyro.sample(f"x_{T}", top)
@@ -528,21 +542,21 @@ class _Unscored(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict] = {}
 
-    def __init__(self, law: dist.Distribution, x_0: Tensor) -> None:
+    def __init__(self, law: dist.TorchDistribution, x_0: Tensor) -> None:
         self.law, self.x_0, self.has_rsample = law, x_0, law.has_rsample
         super().__init__(law.batch_shape, law.event_shape, validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> constraints.Constraint | None:
         return self.law.support
 
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "_Unscored":
+    def expand(self, batch_shape: Shape, _instance: None = None) -> "_Unscored":
         return _Unscored(self.law.expand(batch_shape), self.x_0)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         return self.law.rsample(sample_shape)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         return self.law.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -579,7 +593,7 @@ class Step(nn.Module):
         self.forward_process, self.event_shape, self.plate = model.forward_process, model.event_shape, model.plate
         self.drawing, self.weighting = drawing, weighting
 
-    def draw(self, x_0: Tensor, sample: Callable[[str, dist.Distribution], Tensor]) -> "Drawn":
+    def draw(self, x_0: Tensor, sample: Callable[[str, dist.TorchDistribution], Tensor]) -> "Drawn":
         """Times, states and what they weigh; ``sample`` draws from a law by name."""
         like = x_0.new_empty(len(x_0), dtype=torch.float64, device=home(x_0.device))  # exact where a t is rare
         u = sample("u", self.drawing.uniforms(like))
@@ -607,8 +621,8 @@ class Step(nn.Module):
         return Drawn(t, sample("x_t", self.forward_process.marginal(x_0, t)), *scales)
 
     def apart(
-        self, kernel: dist.Distribution, x_0: Tensor, x_t: Tensor, t: Tensor
-    ) -> tuple[dist.Distribution, dist.Distribution, Tensor]:
+        self, kernel: dist.TorchDistribution, x_0: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[dist.TorchDistribution, dist.TorchDistribution, Tensor]:
         """Mean and variance of a kernel apart, for a :class:`NoiseWeighting`.
 
         The kernel with its mean detached; N(ε̂, 1 / 2π) with the noise that the mean stands for, of which -log p(ε) is
@@ -632,7 +646,7 @@ class Step(nn.Module):
     def sampled(self, x_0: Tensor) -> "Drawn":
         """The same as sites ``u`` and ``x_t``, which cost nothing."""
 
-        def sample(name: str, law: dist.Distribution) -> Tensor:
+        def sample(name: str, law: dist.TorchDistribution) -> Tensor:
             return pyro.sample(name, _Unscored(law, x_0) if name == "u" else law)
 
         with poutine.mask(mask=False):
@@ -643,10 +657,11 @@ class Step(nn.Module):
     def scored(scale: Tensor, where: Tensor) -> Iterator[None]:
         """Sites within cost ``scale`` times as much, and nothing but ``where``; Pyro takes no scale of 0."""
         counts = scale > 0
-        with poutine.scale(scale=torch.where(counts, scale, 1.0)), poutine.mask(mask=where & counts):
+        mask = poutine.mask(mask=where & counts)  # type: ignore[call-overload] # asks for a BoolTensor, which none is
+        with poutine.scale(scale=torch.where(counts, scale, 1.0)), mask:
             yield
 
-    def told(self, t: Tensor, where: Tensor) -> dict[str, Callable[[Tensor], None]]:
+    def told(self, t: Tensor, where: Tensor) -> Any:
         """The ``infer`` of a scored site, the guide's where it is latent: the drawing is told its cost."""
         return {"tell": lambda cost: self.drawing.tell(t, cost, where)}
 

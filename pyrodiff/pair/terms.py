@@ -17,12 +17,14 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from typing import TypeGuard, TypeVar
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
@@ -85,7 +87,7 @@ def step_costs(
 
 def _kernel_costs(
     model: Generative,
-    kernel: Distribution,
+    kernel: TorchDistribution,
     x_0: Tensor,
     t: Tensor,
     x_t: Tensor,
@@ -157,7 +159,7 @@ def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> T
         and step.forward_process is model.forward_process
         and step.event_shape == model.event_shape
     ):
-        costs = _one_step_costs
+        costs = partial(_one_step_costs, model)
     elif (
         runs(model, TrajectoryModel)
         and runs(guide, TrajectoryGuide)
@@ -165,17 +167,20 @@ def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> T
         and guide.event_shape == model.event_shape
         and not any(part.training and isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
     ):
-        costs = _trajectory_costs
+        costs = partial(_trajectory_costs, model)
     else:
         return None
     try:
         with model.running() if of_pyro else nullcontext(), _Listener():
-            return costs(model, args[0], args[1:])
+            return costs(args[0], args[1:])
     except _HasSites:
         return None
 
 
-def runs(program: Callable, kind: type[nn.Module]) -> bool:
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def runs(program: Callable, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether a call of a module runs the ``forward`` of this class as it is written, and no other and no hook.
 
     Arguments:
@@ -199,7 +204,9 @@ def _is_foreign(hook: Callable) -> bool:
 
 _DECODERS = (GaussianDecoder, DiscretizedDecoder, SoftmaxDecoder, TransitionDecoder)
 _PROGRAMS = (TrajectoryModel, TrajectoryGuide, OneStepModel, OneStepGuide)
-_AS_WRITTEN = {kind: kind.forward for kind in (*_PROGRAMS, *_DECODERS, GaussianReverse)}
+_AS_WRITTEN: dict[type[nn.Module], Callable] = {
+    kind: kind.forward for kind in (*_PROGRAMS, *_DECODERS, GaussianReverse)
+}
 
 
 class _HasSites(Exception):
@@ -238,14 +245,14 @@ def _trajectory_costs(model: TrajectoryModel, x_0: Tensor, context: tuple[Tensor
     """L_T + the sum of all L_{t-1}, with a draw of each x_t by itself: the mean is that of a trajectory."""
     B, T = len(x_0), model.num_steps
     t = torch.arange(1, T + 1, device=x_0.device).repeat_interleave(B)
-    repeated, *context = (_repeated(values.expand(B, *values.shape[1:]), T) for values in (x_0, *context))
+    repeated, *given = (_repeated(values.expand(B, *values.shape[1:]), T) for values in (x_0, *context))
     with precisely():
         x_t = model.forward_process.marginal(repeated, t)()
         prior = prior_cost(model, x_0)
-    costs = prior + step_costs(model, x_0, t[:B], x_t[:B], [c[:B] for c in context], later=False)
+    costs = prior + step_costs(model, x_0, t[:B], x_t[:B], [c[:B] for c in given], later=False)
     if T == 1:
         return costs
-    later = step_costs(model, repeated[B:], t[B:], x_t[B:], [c[B:] for c in context], first=False)
+    later = step_costs(model, repeated[B:], t[B:], x_t[B:], [c[B:] for c in given], first=False)
     return costs + later.reshape(T - 1, B).sum(0)
 
 

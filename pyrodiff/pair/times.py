@@ -28,6 +28,7 @@ from ..base.precision import Float64Module, default_home
 from ..model.reverse import GaussianReverse
 from ..model.variances import LearnedVariance
 from ..process.forward import GaussianForward
+from ..process.quantization import Shape
 from ..process.schedules import Schedule
 
 __all__ = [
@@ -67,7 +68,7 @@ class Drawing(Float64Module, ABC):
         self.share = _Share(number, count, key, device)
 
     @abstractmethod
-    def uniforms(self, like: Tensor) -> dist.Distribution:
+    def uniforms(self, like: Tensor) -> dist.TorchDistribution:
         """The law of the auxiliary u, each uniform on [0, 1) by itself, with the batch_shape (B,) of ``like``."""
 
     @abstractmethod
@@ -107,7 +108,7 @@ class UniformDrawing(Drawing):
         (tensor([ 1,  4, 10]), tensor([0.1000, 0.1000, 0.1000]))
     """
 
-    def uniforms(self, like: Tensor) -> dist.Distribution:
+    def uniforms(self, like: Tensor) -> dist.TorchDistribution:
         return dist.Uniform(like.new_zeros(()), like.new_ones(())).expand(like.shape)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,7 @@ class LowDiscrepancyDrawing(Drawing):
         tensor([ 1,  2,  3,  4,  5,  6,  7,  8,  9, 10])
     """
 
-    def uniforms(self, like: Tensor) -> dist.Distribution:
+    def uniforms(self, like: Tensor) -> dist.TorchDistribution:
         return _SpreadUniform(like, self.share)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -158,6 +159,8 @@ class ImportanceDrawing(Drawing):
         >>> drawing(torch.tensor([0.1, 0.6, 0.99]), num_steps=3)
         (tensor([1, 2, 3]), tensor([0.5000, 0.2000, 0.3000]))
     """
+
+    probabilities: Tensor
 
     def __init__(self, probabilities: Sequence[float] | Tensor) -> None:
         super().__init__()
@@ -189,7 +192,7 @@ class ImportanceDrawing(Drawing):
             )
         return cls(_least_variance(moments, uniform))
 
-    def uniforms(self, like: Tensor) -> dist.Distribution:
+    def uniforms(self, like: Tensor) -> dist.TorchDistribution:
         return _SpreadUniform(like, self.share)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -227,6 +230,9 @@ class LossSecondMoment(Drawing):
         (tensor([1, 2]), tensor([0.7250, 0.2750]))
     """
 
+    costs: Tensor
+    counts: Tensor
+
     def __init__(self, num_steps: int, history: int = 10, uniform: float = 0.1) -> None:
         super().__init__()
         num_steps, history = arguments.positive_int("num_steps", num_steps), arguments.positive_int("history", history)
@@ -242,7 +248,7 @@ class LossSecondMoment(Drawing):
         moments = torch.where(known, ((self.costs / largest) ** 2).mean(1), 1.0)
         return _least_variance(moments, self.uniform)
 
-    def uniforms(self, like: Tensor) -> dist.Distribution:
+    def uniforms(self, like: Tensor) -> dist.TorchDistribution:
         return _SpreadUniform(like, self.share)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -315,10 +321,10 @@ class _SpreadUniform(TorchDistribution):
         self.like, self.share = like, share
         super().__init__(like.shape, validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "_SpreadUniform":
+    def expand(self, batch_shape: Shape, _instance: None = None) -> "_SpreadUniform":
         return type(self)(self.like.expand(batch_shape), self.share)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         shape = self._extended_shape(sample_shape)
         size = shape.numel()
         places = torch.linspace(0, 1 - 1 / size, size, device=self.like.device, dtype=self.like.dtype)

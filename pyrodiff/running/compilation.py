@@ -12,7 +12,7 @@ import re
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import FunctionType, MethodType, SimpleNamespace
@@ -171,7 +171,7 @@ class Composition:
         tensors: Iterable[Tensor],
         keyed: Iterable[nn.Module] = (),
     ) -> None:
-        self._entries: list[tuple[dict, str, Any]] = []
+        self._entries: list[tuple[Mapping[str, Any], str, Any]] = []
         self._keys: list[tuple[dict, tuple]] = []
         self._classes: list[tuple[nn.Module, type]] = []
         self._values: list[tuple[Any, Any]] = []  # lists, sets and arrays, and copies of them
@@ -264,7 +264,7 @@ class Composition:
 
 
 _GONE = object()
-_PARTS = ("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_PARTS: tuple[str, ...] = ("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 _PARTS += ("_backward_hooks", "_backward_pre_hooks")
 _IGNORED = {*vars(nn.Module()), "_pyro_context", "_pyro_name"}
 _LIBRARIES = {"torch", "pyro", "pyrodiff", "abc", "typing", "builtins"}
@@ -410,7 +410,7 @@ class _Graph:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch has to say of itself
             self.code = torch._inductor.compile(self.module, [*self.given, *self.inputs], options=options)
-        self.module, self.given = None, None
+        del self.module, self.given
 
     def take_results(self) -> tuple:
         """What the function returned when it was traced."""

@@ -1,9 +1,9 @@
 """What every evaluation of a diffusion shares: its mode and its seed, its data batch by batch, its memory, its bar."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -201,14 +201,14 @@ def _loads(x_0: object) -> bool:
     return isinstance(x_0, Iterable) and not isinstance(x_0, Tensor | np.ndarray | str | bytes | dict)
 
 
-def _loaded(batch: object, device: torch.device) -> tuple[object, tuple]:
+def _loaded(batch: object, device: torch.device) -> tuple[Any, tuple]:
     """Data and context of what a loader yields, on a device."""
     x_0, *context = batch if isinstance(batch, tuple | list) and len(batch) > 0 else (batch,)
     x_0, *context = (values.to(device) if isinstance(values, Tensor) else values for values in (x_0, *context))
     return x_0, tuple(context)
 
 
-def _batch(diffusion: Diffusion, x_0: object, context: Sequence, keyword: str = "") -> Batch:
+def _batch(diffusion: Diffusion, x_0: Any, context: Sequence, keyword: str = "") -> Batch:
     diffusion.model.check(x_0)
     checks.context(context, len(x_0), x_0.device, keyword)
     return Batch(x_0, tuple(values.expand(len(x_0), *values.shape[1:]) for values in context))
@@ -296,7 +296,7 @@ def _called(diffusion: Diffusion, one: Batch) -> tuple[int, Distribution, list[s
 
 def _is_discrete(law: Distribution) -> bool:
     try:
-        return bool(law.support.is_discrete)
+        return law.support is not None and bool(law.support.is_discrete)
     except NotImplementedError:  # it does not say
         return False
 
@@ -347,7 +347,7 @@ def expect(bar: tqdm, x_0: Tensor | Iterable, rows: int) -> None:
         x_0: The data, or a loader.
         rows: The rows that the batch takes.
     """
-    if bar.total is None:
+    if bar.total is None and isinstance(x_0, Sized):
         try:
             bar.total = rows * (1 if isinstance(x_0, Tensor) else len(x_0))
         except TypeError:  # it does not know

@@ -21,7 +21,7 @@ References:
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,7 @@ class LangevinSampler:
         """
         x, num_updates = _checked_points(x), arguments.positive_int("num_updates", num_updates)
         start, scale = x, 0.0
-        is_module = isinstance(self.score, nn.Module)
-        mode = evaluation_mode(self.score) if is_module else nullcontext()
+        mode = evaluation_mode(self.score) if isinstance(self.score, nn.Module) else nullcontext()
         with seeded(generator, x.device), mode, torch.no_grad():
             for number in range(1, num_updates + 1):
                 s = self._score(x)
@@ -192,6 +191,10 @@ class AnnealedLangevinSampler(Sampler):
     def _schedule(self) -> Schedule:
         return self.chain.forward_process.schedule
 
+    @property
+    def _denoiser(self) -> nn.Module:
+        return cast(nn.Module, self.chain.reverse.denoiser)
+
     def step_sizes(self, t: int | Tensor) -> Tensor:
         r"""The step size :math:`\alpha_t = \epsilon \sigma_t^2 / \sigma_1^2` at times of the chain.
 
@@ -213,12 +216,12 @@ class AnnealedLangevinSampler(Sampler):
     def last(self, x_1: Tensor, t: Tensor, *context: Tensor) -> Tensor:
         r"""The states after the updates of t = 1, and the data :math:`\hat x_0` in these where they are denoised."""
         x = self.step(x_1, t, *context)
-        return self.chain.reverse.denoiser(x, t, *context) if self.denoise else x
+        return self._denoiser(x, t, *context) if self.denoise else x
 
     def _score(self, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-        x_0 = self.chain.reverse.denoiser(x_t, t, *context)
+        x_0 = self._denoiser(x_t, t, *context)
         checks.returned("denoiser", x_0, x_t.shape, x_t)
-        return self.chain.forward_process.score(x_t, x_0, t)
+        return cast(GaussianForward, self.chain.forward_process).score(x_t, x_0, t)
 
     def _choose(self, num_steps: int | None) -> None:
         super()._choose(num_steps)

@@ -229,7 +229,7 @@ class Sampler(ABC):
     def _choose(self, num_steps: int | None) -> None:
         """Take so many steps from here on, or as many as the sampler was made for; of the parts as they are now."""
         times = self._wanted(num_steps)
-        is_other = (times is not None) != self._is_cut or (self._is_cut and tuple(times) != self._times)
+        is_other = self._is_cut if times is None else not self._is_cut or tuple(times) != self._times
         if is_other or (self._is_cut and not self._made_of.holds()):
             self._cut(times)
 
@@ -264,7 +264,9 @@ class Sampler(ABC):
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)
-        step, start, memory, self._contexts = self._as_a_function, x, (), len(context)
+        step: Callable[..., Sequence[Tensor]] = self._as_a_function
+        memory: Sequence[Tensor] = ()
+        start, compiled, self._contexts = x, self._compiled, len(context)
         for t in range(T, 1, -1):
             with validated(x.device) if t == T else nullcontext():
                 x, *memory = step(x, times[t], *context, *memory)
@@ -272,10 +274,10 @@ class Sampler(ABC):
                 _check_states("step", x, start)
             bar.update(num_samples)
             yield t - 1, x
-            if step is self._compiled:  # nothing changes from here on, so that its graph need not ask
-                step = self._compiled.graph_for(x, times[t], *context, *memory) or step
-            elif t == T and self._compiled is not None:
-                step = self._compiled
+            if compiled is not None and step is compiled:  # nothing changes from here on: its graph need not ask
+                step = compiled.graph_for(x, times[t], *context, *memory) or step
+            elif t == T and compiled is not None:
+                step = compiled
         with validated(x.device) if T == 1 else nullcontext():
             x = self.last(x, times[1], *context)
         _check_states("last", x, start)
@@ -288,7 +290,7 @@ class Sampler(ABC):
         return x, *memory
 
 
-def _check_states(name: str, x: object, like: Tensor) -> None:
+def _check_states(name: str, x: Tensor, like: Tensor) -> None:
     """States as a step returns them."""
     checks.returned(name, x, like.shape, like)
     if x.dtype != like.dtype:

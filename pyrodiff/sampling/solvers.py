@@ -19,7 +19,7 @@ The last step of a solver, from t = 1, is :math:`\hat x_0`. For quantised data t
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ..base.arguments import ArgumentError
 from ..base.precision import coefficients
 from ..pair.diffusion import Diffusion
 from ..process.forward import GaussianForward
-from ..process.schedules import Schedule
+from ..process.schedules import Schedule, SubSchedule
 from .sampler import Sampler, drawn
 
 __all__ = ["DDIMSampler", "DPMSolverSampler", "HeunSampler", "PredictorCorrectorSampler"]
@@ -82,7 +82,7 @@ class _LogSNRSampler(_FlowSampler):
 
 def _estimate(diffusion: Diffusion, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
     """The denoiser's estimate of x_0, checked where the first step is."""
-    denoiser = diffusion.reverse.denoiser
+    denoiser = cast(nn.Module, diffusion.reverse.denoiser)
     checks.takes_context("denoiser", denoiser, context)
     x_0 = denoiser(x_t, t, *context)
     checks.returned("denoiser", x_0, x_t.shape, x_t)
@@ -193,6 +193,8 @@ class DPMSolverSampler(_LogSNRSampler):
         >>> pyrodiff.DPMSolverSampler(diffusion, num_steps=10)(num_samples=5).shape
         torch.Size([5, 2])
     """
+
+    order: int
 
     def __init__(self, diffusion: Diffusion, order: int = 2, **options: Any) -> None:
         if not (arguments.is_int(order) and order in (1, 2)):
@@ -308,8 +310,8 @@ class HeunSampler(_LogSNRSampler):
 
     def _whole_time(self, t: Tensor) -> Tensor:
         """The time of the whole chain, whose denoiser is asked: churn leads between the times of the steps."""
-        schedule = self.chain.forward_process.schedule
-        return t if self.chain is self.diffusion else schedule.times_at(t).to(t.device)
+        schedule, is_whole = self.chain.forward_process.schedule, self.chain is self.diffusion
+        return schedule.times_at(t).to(t.device) if isinstance(schedule, SubSchedule) and not is_whole else t
 
     def _churned(self, schedule: Schedule, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The state with more noise, and its time."""
@@ -397,7 +399,7 @@ class PredictorCorrectorSampler(_GaussianSampler):
         return x
 
     def _corrected(self, x: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-        process = self.chain.forward_process
+        process = cast(GaussianForward, self.chain.forward_process)
         score = process.score(x, _estimate(self.chain, x, t, *context), t)
         norm, length = (y.reshape(len(x), -1).norm(dim=1).mean() for y in (score, x))
         ratio = process.schedule.signal(t) / process.schedule.signal(t - 1)

@@ -110,7 +110,9 @@ class Programs:
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Within, the programs work on copies of buffers and counts, and modules that functions call are noted."""
-        seen, before, copies = set(), [], {}
+        seen: set[nn.Module] = set()
+        before: list[tuple[dict, str, Any]] = []
+        copies: dict[Tensor, Tensor] = {}
 
         def set_aside(root: nn.Module, args: tuple = ()) -> None:
             if root in seen:
@@ -123,7 +125,7 @@ class Programs:
                 before.extend(_swapped(module, copies))
                 if isinstance(module, Drawing):
                     before.append((vars(module), "share", module.share))
-                    module.share, module.tell = copy.deepcopy(module.share), lambda *args: None
+                    module.share, vars(module)["tell"] = copy.deepcopy(module.share), lambda *args: None
             seen.update(root.modules())
             set_aside(root, args)  # it may be lazy itself
 
@@ -184,7 +186,8 @@ class Gradient:
         compile: bool,
         validate: bool | None,
     ) -> None:
-        self.programs, self.learn, self.loss = programs, learn, loss
+        self.programs, self.learn = programs, learn
+        self.loss: Any = loss  # which has a differentiable_loss, though Pyro's class of all ELBOs does not say so
         self.autocast, self.compile, self.validate = autocast, compile, validate
         self.parameters: dict[Tensor, None] = {}
         self.compiled: Compiled | None = None
@@ -280,7 +283,7 @@ class Gradient:
             for parameter, total in zip(plain, ranks.together(gradients), strict=True):
                 parameter.grad = total
             for parameter in learned:
-                if ranks.is_sharded(parameter) and parameter.grad is not None:
+                if parameter.grad is not None and ranks.is_sharded(parameter.grad):
                     parameter.grad.to_local().mul_(ranks.count())  # fully_shard has taken the mean
         ranks.agree(self.programs.tensors("_buffers"))
 
@@ -290,8 +293,9 @@ class Gradient:
         Arguments:
             args: What the programs are called with.
         """
-        ready = self.compiled is not None and self._is_settled() and not is_listened_to()
-        return self.compiled.graph_for(None, None, *args) if ready else None  # without a scale, nor keywords
+        if self.compiled is None or not self._is_settled() or is_listened_to():
+            return None
+        return self.compiled.graph_for(None, None, *args)  # without a scale, nor keywords
 
     # The loss and its gradient
 
@@ -450,7 +454,7 @@ def _kind(args: tuple, kwargs: dict) -> Hashable:
     return kind
 
 
-def _swapped(module: nn.Module, copies: dict[Tensor, Tensor]) -> list[tuple[dict, str, Tensor | None]]:
+def _swapped(module: nn.Module, copies: dict[Tensor, Tensor]) -> list[tuple[dict, str, Any]]:
     """The buffers of a module, and where they are put back, after copies have taken their places."""
     before = [(module._buffers, name, buffer) for name, buffer in module._buffers.items()]
     for buffers, name, buffer in before:

@@ -191,6 +191,12 @@ class SVI:
         """What scales the loss where ``autocast`` is ``torch.float16``; None otherwise, and before the first step."""
         return self._gradient.scaler
 
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            raise ArgumentError("svi", "must have taken a step to have an optimizer, but there was none yet")
+        return self.optimizer
+
     # The average
 
     @contextmanager
@@ -221,12 +227,14 @@ class SVI:
         self._refuse_averages()
         if self._make_average is None:
             raise ArgumentError("average", "must be given to SVI for the weights to be averaged, but it is None")
-        if self.num_steps == 0:
+        model, average = self.model, self.average
+        if average is None or self.num_steps == 0 or not isinstance(model, nn.Module):
             raise ValueError("the weights must have taken a step to be averaged, but there was none yet")
-        ours, means = (dict(program.named_parameters()) for program in (self.model, self.average.module))
-        if self.average.use_buffers:
-            ours.update(self.model.named_buffers())
-            means.update(self.average.module.named_buffers())
+        ours: dict[str, Tensor] = dict(model.named_parameters())
+        means: dict[str, Tensor] = dict(average.module.named_parameters())
+        if average.use_buffers:
+            ours.update(model.named_buffers())
+            means.update(average.module.named_buffers())
         return ours, means
 
     def _refuse_averages(self) -> None:
@@ -265,24 +273,24 @@ class SVI:
             return
         scaler, is_looked_at = self.scaler, self.nonfinite is not None and self.scaler is None
         if scaler is not None:
-            scaler.unscale_(self.optimizer)
+            scaler.unscale_(self._optimizer)
         norm = self._clip() if self.clip_norm is not None or is_looked_at else None
         if scaler is not None:
             before = scaler.get_scale()
-            scaler.step(self.optimizer)
+            scaler.step(self._optimizer)
             scaler.update()
             if scaler.get_scale() < before:  # the gradient was not finite, and no step taken
                 return
-        elif is_looked_at and not self._is_finite(norm, "norm of the gradient"):
+        elif norm is not None and is_looked_at and not self._is_finite(norm, "norm of the gradient"):
             return
         else:
-            self.optimizer.step()
+            self._optimizer.step()
         self._after_step(loss)
 
     def _clip(self) -> Tensor:
         """The norm of the gradient, which is clipped to what it may be."""
         parameters = [parameter for parameter in self._gradient.parameters if parameter.grad is not None]
-        norm = ranks.total_norm([parameter.grad for parameter in parameters])
+        norm = ranks.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.clip_norm is not None:
             ranks.clip(parameters, self.clip_norm, norm)
         return norm
@@ -291,7 +299,7 @@ class SVI:
         self.num_steps += 1
         if self.scheduler is not None:
             self.scheduler.step(*((float(loss),) if isinstance(self.scheduler, ReduceLROnPlateau) else ()))
-        if self.average is not None:
+        if self.average is not None and isinstance(self.model, nn.Module):
             self.average.update_parameters(self.model)
 
     def _is_finite(self, value: Tensor, name: str) -> bool:
@@ -314,7 +322,7 @@ class SVI:
             return None
         settings = [
             {key: value for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
-            for group in self.optimizer.param_groups
+            for group in self._optimizer.param_groups
         ]
         runs, replayed, captured = self._replays.get(graph, (0, None, settings))
         if captured != settings:
@@ -335,7 +343,7 @@ class SVI:
         loss = self._gradient.add(args, {}, self._accepts)
         if self.clip_norm is not None:
             self._clip()
-        self.optimizer.step()
+        self._optimizer.step()
         return loss
 
     def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
@@ -421,7 +429,7 @@ class SVI:
             **_of_modules(programs.roots()),
             "stored": {name: tensor.detach() for name, tensor in programs.stored().items()},
             "names": [found.get(parameter, "") for parameter in self._gradient.parameters],
-            "groups": [[found.get(p, "") for p in group["params"]] for group in self.optimizer.param_groups],
+            "groups": [[found.get(p, "") for p in group["params"]] for group in self._optimizer.param_groups],
             "shares": drawn,  # of several ranks, what times are drawn from: a key, and how often it was
             "counts": {"num_steps": self.num_steps, "calls": self._calls},
             **{name: [type(kept).__name__, kept.state_dict()] for name, kept in keepers.items() if kept is not None},
@@ -434,11 +442,11 @@ class SVI:
         for name, module in programs.roots().items():
             module.load_state_dict(state["modules"][name])
         _put(programs.stored(), state["stored"])
-        settings = [dict(group) for group in self.optimizer.param_groups]
+        settings = [dict(group) for group in self._optimizer.param_groups]
         for name in _KEEPERS:
             if name in state:
                 getattr(self, name).load_state_dict(state[name][1])
-        for group, before in zip(self.optimizer.param_groups, settings, strict=True):
+        for group, before in zip(self._optimizer.param_groups, settings, strict=True):
             for key, value in before.items():  # a learning rate may be a tensor on the device
                 if isinstance(value, Tensor) and isinstance(group[key], Tensor):
                     group[key] = group[key].to(value.device)
@@ -580,6 +588,9 @@ def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedModel]:
     r"""An exponential moving average of the weights, that soon forgets the first ones: an ``average`` for :class:`SVI`.
 
@@ -603,8 +614,8 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
     """
     decay = arguments.probability("decay", decay)
 
-    def update(means: list[Tensor], weights: list[Tensor], number: Tensor) -> None:
-        if number.device.type == "cpu":
+    def update(means: _Tensors, weights: _Tensors, number: Tensor | int) -> None:
+        if not isinstance(number, Tensor) or number.device.type == "cpu":
             torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
         else:  # nobody is to wait for it
             changes = torch._foreach_sub(weights, means)

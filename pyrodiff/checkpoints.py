@@ -180,7 +180,7 @@ def _refuse_records(file: Path) -> None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         content = records.read(next(info for info in infos if info.filename.endswith("/data.pkl")))
     for operation, called, _ in pickletools.genops(content):
-        if operation.name == "GLOBAL" and not _CALLED.fullmatch(called):
+        if operation.name == "GLOBAL" and not _CALLED.fullmatch(str(called)):
             raise pickle.UnpicklingError(f"it calls {called}")
 
 
@@ -188,6 +188,7 @@ def _plain(name: str, value: Any) -> Any:
     """What a file can hold without code: the value itself, or with numbers of NumPy's, say, as Python's."""
     if type(value) in _PLAIN:
         return value
+    parts: dict | list | tuple
     if isinstance(value, dict):
         for key in value:
             if type(key) not in (str, int):

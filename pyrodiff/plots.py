@@ -5,12 +5,14 @@ Each function draws on matplotlib axes or makes a figure, and returns it; none s
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from pyro import poutine
 from torch import Tensor
 
@@ -70,8 +72,8 @@ def diffusion_process(
     if not all(arguments.is_int(t) and 0 <= t <= T for t in times):
         raise ArgumentError("times", f"must be ints in 0..{T}, but they are {times}")
     diffusion.model.check(x_0)  # refuse what cannot be data
-    trace = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
-    undiffused = {t: trace.nodes[f"x_{t}"]["value"] for t in times}
+    nodes: dict[str, Any] = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0)).nodes
+    undiffused = {t: nodes[f"x_{t}"]["value"] for t in times}
     diffused = {t: diffusion.forward_process.marginal(x_0, t).sample() if t > 0 else x_0 for t in times}
     if extent is None:
         extent = 1.15 * max(float(x.abs().quantile(0.995)) for x in diffused.values())
@@ -89,8 +91,8 @@ def diffusion_process(
 
 
 def _scatter(axes: Axes, x: Tensor, color: str, extent: float) -> None:
-    x = x.cpu().numpy()
-    axes.scatter(x[:, 0], x[:, 1], s=max(0.5, min(6, 6000 / len(x))), color=color, linewidths=0, alpha=0.6)
+    points = x.cpu().numpy()
+    axes.scatter(points[:, 0], points[:, 1], s=max(0.5, min(6, 6000 / len(x))), color=color, linewidths=0, alpha=0.6)
     _frame(axes, extent)
 
 
@@ -101,8 +103,9 @@ def _drift(axes: Axes, diffusion: Diffusion, t: int, extent: float) -> None:
     drift = diffusion.model.kernel(grid, t).mean - grid
     longest = drift.norm(dim=-1).quantile(0.98).clamp(min=1e-9)
     arrows = (drift / longest * float(line[1] - line[0])).cpu().numpy()
-    grid = grid.cpu().numpy()
-    axes.quiver(*grid.T, *arrows.T, angles="xy", scale_units="xy", scale=0.8, color="#444444", width=0.004)
+    axes.quiver(
+        *grid.cpu().numpy().T, *arrows.T, angles="xy", scale_units="xy", scale=0.8, color="#444444", width=0.004
+    )
     _frame(axes, extent)
 
 
@@ -303,15 +306,15 @@ def trajectory(
     if rows is not None:
         arguments.positive_int("rows", rows)
     if form == "points":
-        columns, extent, width, height = states.detach(), _extent(states), 1.3, 1.3
+        columns, extent, width, height = list[Any](states.detach()), _extent(states), 1.3, 1.3
     else:
         shown = states[:, : rows or {"pictures": 6, "sequences": 24}[form]]
         columns = [_drawn(x, form, limits, columns=1) for x in shown]
         high, wide = columns[0].shape[:2]
         width = 1.0 if form == "pictures" else min(max(wide / 30, 1), 4)  # in inches
         height = max(width * high / wide, 0.25)
-    figure = Figure(figsize=(width * len(times) + 0.1, height + 0.28), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    figure = Figure(figsize=(width * len(times) + 0.1, height + 0.28), layout=layout)
     for axes, column, t in zip(figure.subplots(1, len(times), squeeze=False)[0], columns, times, strict=True):
         if form == "points":
             _scatter(axes, column, _MODEL, extent)
@@ -369,7 +372,7 @@ def animation(
         return [title, *axes.collections, *axes.images]
 
     order = [*range(len(times)), *[len(times) - 1] * round(1000 / interval)]
-    return FuncAnimation(axes.figure, draw, frames=order, interval=interval)
+    return FuncAnimation(cast(Figure, axes.figure), draw, frames=order, interval=interval)
 
 
 def curves(records: Sequence[Mapping[str, float]], axes: Axes | None = None) -> Axes:
@@ -407,8 +410,10 @@ def curves(records: Sequence[Mapping[str, float]], axes: Axes | None = None) -> 
     if len(bounds):
         error = 2 * np.nan_to_num(bounds[:, 2])
         label = "bound, held out" + " ± 2 s.e." * bool(error.any())
-        style = {"fmt": "o-", "markersize": 3.5, "linewidth": 1.2, "capsize": 2}
-        axes.errorbar(*bounds.T[:2], yerr=error, color=_MODEL, label=label, **style)
+        steps, means = bounds[:, 0], bounds[:, 1]
+        axes.errorbar(
+            steps, means, error, fmt="o-", color=_MODEL, markersize=3.5, linewidth=1.2, capsize=2, label=label
+        )
     values = np.concatenate([losses[:, 1], bounds[:, 1]])
     if values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")
@@ -428,9 +433,9 @@ def _column(records: Sequence[Mapping[str, float]], *keys: str) -> np.ndarray:
         for key, value in zip(("step", *keys), row, strict=True):
             if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
                 raise ArgumentError("records", f"must have numbers, but number {number} has {key} = {value!r}")
-        row = [math.nan if value is None else float(value) for value in row]
-        if math.isfinite(row[0]) and math.isfinite(row[1]):
-            rows.append(row)
+        numbers = [math.nan if value is None else float(value) for value in row]
+        if math.isfinite(numbers[0]) and math.isfinite(numbers[1]):
+            rows.append(numbers)
     return np.array(rows, dtype=float).reshape(-1, 1 + len(keys))
 
 

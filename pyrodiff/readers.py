@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -282,17 +282,19 @@ def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]
     def refuse(error: OSError) -> None:
         raise ArgumentError("folder", f"must be one that can be read, but {error.filename} cannot: {error}") from error
 
-    found, others, seen = [], [], {folder.resolve()}
+    found: list[Path] = []
+    beside: list[Path] = []
+    seen = {folder.resolve()}
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         inside = {name: Path(place, name).resolve() for name in sorted(folders)}
         folders[:] = [
             name for name, real in inside.items() if name[0] != "." and real not in seen
         ]  # links go in circles
         seen.update(inside.values())
-        others += [Path(place, name, "") for name in inside if name not in folders]
+        beside += [Path(place, name, "") for name in inside if name not in folders]
         for path in (Path(place, name) for name in names):
-            (found if path.name[0] != "." and _is_picture(path) else others).append(path)
-    others = sorted(str(path.relative_to(folder)) + "/" * path.is_dir() for path in others)
+            (found if path.name[0] != "." and _is_picture(path) else beside).append(path)
+    others = sorted(str(path.relative_to(folder)) + "/" * path.is_dir() for path in beside)
     if not found:
         held = sorted([*others, *(f"{name}/" for name in _folders(folder))])
         raise ArgumentError(
@@ -343,16 +345,16 @@ def _whole(must: tuple[str, str], where: object) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(must: tuple[str, str], file: Path) -> Iterator[BinaryIO]:
+def _opened(must: tuple[str, str], file: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unzipped if it is gzipped."""
     with file.open("rb") as plain:
         zipped = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         with _whole(must, file), gzip.GzipFile(fileobj=plain) if zipped else plain as stream:
-            yield stream
+            yield cast(IO[bytes], stream)  # as good as: GzipFile is one in all but name
 
 
-def _idx_header(must: tuple[str, str], file: Path, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
+def _idx_header(must: tuple[str, str], file: Path, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
     """The dtype and the shape that an IDX file says it has."""
     first = stream.read(4)
     if len(first) < 4 or first[:2] != b"\0\0":
@@ -402,7 +404,7 @@ def _idx_shape(file: Path, kind: str) -> tuple[int, ...]:
 def _numbers(
     must: tuple[str, str],
     where: object,
-    stream: BinaryIO,
+    stream: IO[bytes],
     dtype: np.dtype,
     shape: tuple[int, ...],
     fortran: bool = False,
@@ -429,20 +431,20 @@ def _numbers(
     return numbers.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
 
 
-def _npy_header(must: tuple[str, str], where: object, stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...], bool]:
+def _npy_header(must: tuple[str, str], where: object, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], bool]:
     """The dtype and the shape that an array says it has, and whether its first index runs fastest."""
     magic = stream.read(8)
     length = stream.read(2 if magic[6:7] == b"\1" else 4)
     header = stream.read(min(int.from_bytes(length, "little"), 10_000))  # NumPy takes no longer one, but would read it
-    header = io.BytesIO(magic + length + header)
+    whole = io.BytesIO(magic + length + header)
     try:
-        version = np.lib.format.read_magic(header)
+        version = np.lib.format.read_magic(whole)
         if version not in ((1, 0), (2, 0), (3, 0)):
             raise ValueError(f"there is no format version {version}")
         if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(whole)
         else:  # 3.0 differs from 2.0 by names of fields alone, and an array with fields is refused
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(header)
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(whole)
     except Exception as error:  # a damaged header makes NumPy raise almost anything
         reason = str(error) or type(error).__name__
         raise ArgumentError(
@@ -451,7 +453,7 @@ def _npy_header(must: tuple[str, str], where: object, stream: BinaryIO) -> tuple
     return dtype, shape, fortran
 
 
-def _from_npy(must: tuple[str, str], where: object, stream: BinaryIO, mapped: bool = False) -> Tensor:
+def _from_npy(must: tuple[str, str], where: object, stream: IO[bytes], mapped: bool = False) -> Tensor:
     dtype, shape, fortran = _npy_header(must, where, stream)
     if dtype.name not in _TORCH_TYPES:
         pickled = ": a pickle, which may run code when loaded" * dtype.hasobject
@@ -468,7 +470,7 @@ def _from_npy(must: tuple[str, str], where: object, stream: BinaryIO, mapped: bo
     return _numbers(must, where, stream, dtype, shape, fortran)
 
 
-def _from_npz(file: Path, stream: BinaryIO, name: str | None) -> Tensor:
+def _from_npz(file: Path, stream: IO[bytes], name: str | None) -> Tensor:
     with _whole(("path", "must be"), file), zipfile.ZipFile(stream) as archive:
         names = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
         if not names:

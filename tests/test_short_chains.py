@@ -239,6 +239,22 @@ def test_a_discretised_decoder_has_a_least_variance_of_the_step_to_the_data():
     close(wrong, [-2 * math.log(math.erfc(4 / math.sqrt(2)) / 2)] * 50, rtol=1e-4)
 
 
+class Counts(nn.Module):
+    """A decoder of counts, of which there is no greatest."""
+
+    levels = math.inf
+
+    def forward(self, kernel, x_1):
+        return dist.Poisson(kernel.mean.exp()).to_event(1)
+
+
+def test_counts_without_end_have_no_bins_to_take_a_least_variance_from():
+    x_0 = torch.randint(5, (50, 2)).double()
+    variance = analytic_variance(off(SCHEDULES["beta"][0], decoder=Counts()), x_0, x_0)
+    close(variance.errors, np.square(OFFSETS))
+    assert float(variance.least) == 0
+
+
 def test_the_least_variance_is_that_of_the_step_to_the_data_alone():
     q, t = pyrodiff.GaussianForward(SCHEDULES["beta"][0]), torch.arange(1, T + 1)
     free, held = (AnalyticVariance([0.2] * T, least)(q, t) for least in (0.0, 50.0))

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
@@ -153,11 +153,11 @@ def variance_account(
             for name, pair in pairs.items():
                 halves[name].append(_half_squares(*(_estimate(pair, data.rows(half)) for half in i)))
                 bar.update(2 * batch_size)
-    value, gradient = (
+    of_value, of_gradient = (
         {name: _mean(torch.tensor(halves[name], dtype=torch.float64)[:, which] * batch_size) for name in drawings}
         for which in (0, 1)
     )
-    return VarianceAccount(costs.mean(1), costs.std(1), drawings, value, gradient, batch_size)
+    return VarianceAccount(costs.mean(1), costs.std(1), drawings, of_value, of_gradient, batch_size)
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ class _Fixed(Drawing):
         super().__init__()
         self.drawing = drawing
 
-    def uniforms(self, like: Tensor) -> Distribution:
+    def uniforms(self, like: Tensor) -> TorchDistribution:
         return self.drawing.uniforms(like)
 
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ class Bound(Likelihood):
     denoising: Tensor
     reconstruction: Tensor
     event_shape: torch.Size
-    levels: int | None = None
+    levels: int | float | None = None
     prior_entropy: float | None = None
     global_kl: Tensor | None = None
     times: Tensor | None = None
@@ -265,7 +265,8 @@ def bound(
     rank, count = (ranks.number(), ranks.count()) if sharded else (0, 1)
     evaluated = evaluating(diffusion, generator, sharded, guide, guided(x_0, context))
     with evaluated as (seed, global_kl), progress_bar(progress, "bound") as bar:
-        bounds, first, start, squares = [], None, 0, 0.0
+        bounds, first, start = [], None, 0
+        squares: Tensor | float = 0.0
         for batch in batches(diffusion, x_0, context, "num_particles"):
             first = first or look(memory_budget, diffusion, batch)
             squares = squares + batch.x_0.detach().float().square().sum()
@@ -279,7 +280,7 @@ def bound(
     return found
 
 
-def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor) -> None:
+def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor | float) -> None:
     r"""Warn where one step holds much of the bound, because its estimate of x_0 is far beyond the data.
 
     Of a Gaussian step :math:`L_{t-1} = c_t + w_0^2 E\|x_0 - \hat x_0\|^2 / 2 \sigma_t^2`, with the weight w_0 of x_0 in
@@ -318,11 +319,9 @@ def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, cou
         blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
         drawn = (block() for block in islice(blocks, rank, None, count))
         whole = draws.look.rows // draws.rows * draws.rows  # as many blocks as fit, so that none is cut
-        for i, t, size, draw, *states in _joined(drawn, whole or draws.look.rows):
-            data = batch.rows(i)
-            costs = step_costs(
-                diffusion.model, data.x_0, t, states[0], data.context, *states[1:], first=first, later=not first
-            )
+        for i, t, size, draw, x_t, *rest in _joined(drawn, whole or draws.look.rows):
+            data, x_s = batch.rows(i), rest[0] if rest else None
+            costs = step_costs(diffusion.model, data.x_0, t, x_t, data.context, x_s, first=first, later=not first)
             terms.add(i, t, draw, costs * size, first)
             bar.update(len(i) * count)
     return Bound(
@@ -386,13 +385,13 @@ class _Group(NamedTuple):
 
     Arguments:
         number: Which of all groups it is.
-        index: Their indices in the batch; of one that is not there, that of another.
+        indices: Where they are in the batch; of one that is not there, that of another.
         inside: Which of the group are in the batch.
         data: Which of the batch they are.
     """
 
     number: int
-    index: Tensor
+    indices: Tensor
     inside: slice
     data: slice
 
@@ -447,8 +446,8 @@ class _Draws:
     ) -> tuple[Tensor, ...]:
         """Of each row of a block: the index of the datum, t, the size of the part that t is of, which draw of the datum
         it is, x_t and maybe x_s."""
-        device, q, parts, data = self.x_0.device, self.model.forward_process, len(first), len(group.index)
-        i = group.index.repeat_interleave(parts)
+        device, q, parts, data = self.x_0.device, self.model.forward_process, len(first), len(group.indices)
+        i = group.indices.repeat_interleave(parts)
         t, size, draw = first.repeat(data), size.repeat(data), draw.repeat(data)
         seed_draws(seed, device)
         with precisely():
@@ -466,7 +465,7 @@ class _Draws:
         """L_T, the mean over particles, with shape (B,)."""
         found = []
         for group in self.groups(self.rows):
-            x_0, costs = self.x_0[group.index], []
+            x_0, costs = self.x_0[group.indices], []
             for particle in range(self.num_particles):
                 seed_draws(seed_of(self.seed, particle, 0, group.number), x_0.device)
                 x_T = self.model.forward_process.marginal(x_0, self.model.num_steps).sample()
@@ -513,7 +512,7 @@ class ImportanceBound(Likelihood):
 
     log_weights: Tensor
     event_shape: torch.Size
-    levels: int | None = None
+    levels: int | float | None = None
     num_steps: int | None = None
     global_kl: Tensor | None = None
 
@@ -676,8 +675,8 @@ class _Trajectory:
 
     def __init__(self, draws: _Draws, particles: slice, group: _Group) -> None:
         self.draws, self.particles, self.group = draws, particles, group
-        self.shape = particles.stop - particles.start, len(group.index)
-        self.index = group.index.repeat(self.shape[0])
+        self.shape = particles.stop - particles.start, len(group.indices)
+        self.index = group.indices.repeat(self.shape[0])
         self.x_0 = draws.x_0[self.index]
         model = draws.model
         law = model.forward_process.marginal(self.x_0, model.num_steps)

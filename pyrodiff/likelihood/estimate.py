@@ -20,7 +20,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import numpy as np
 import torch
@@ -45,12 +45,20 @@ class _Summary:
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self.function = function
 
-    def __get__(self, likelihood: "Likelihood | None", owner: type) -> Any:
+    @overload
+    def __get__(self, likelihood: None, owner: type) -> Callable[[Tensor], Any]: ...
+
+    @overload
+    def __get__(self, likelihood: "Likelihood", owner: type) -> "_Number": ...
+
+    def __get__(self, likelihood: "Likelihood | None", owner: type) -> "Callable[[Tensor], Any] | _Number":
         return self.function if likelihood is None else _Number(self.function, likelihood.nats)
 
 
 class _Number(float):
     """A number that is a function of some values, and can be called with others."""
+
+    function: Callable[[Tensor], Any]
 
     def __new__(cls, function: Callable[[Tensor], Any], values: Tensor) -> "_Number":
         number = super().__new__(cls, float(function(values)))
@@ -77,6 +85,7 @@ class Likelihood(ABC):
 
     event_shape: torch.Size
     levels: int | float | None
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # its classes are dataclasses
 
     @property
     @abstractmethod
@@ -224,12 +233,12 @@ class Likelihood(ABC):
         """
         if len(parts) == 1:
             return parts[0]
-        values = {}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             name, found = field.name, [part.held(field.name) for part in parts]
             if isinstance(found[0], Tensor) and found[0].dim() > 0:
                 shapes = [tuple(value.shape[:-1]) for value in found]  # the data are the last dimension
-                found, values[name] = shapes, torch.cat(found, -1) if len(set(shapes)) == 1 else None
+                values[name], found = torch.cat(found, -1) if len(set(shapes)) == 1 else None, shapes
             else:
                 values[name] = found[0]
             for value in found:
@@ -251,7 +260,8 @@ class Likelihood(ABC):
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path must lie in a folder that is there, but {path.parent} is not one")
-        arrays, rest = {}, {"class": type(self).__name__}
+        arrays: dict[str, Any] = {}
+        rest: dict[str, Any] = {"class": type(self).__name__}
         for field in dataclasses.fields(self):
             value = self.held(field.name)
             if isinstance(value, Tensor):

@@ -49,7 +49,7 @@ class FlowLikelihood(Likelihood):
     estimates: Tensor
     is_bound: bool
     event_shape: torch.Size
-    levels: int | None
+    levels: int | float | None
     num_steps: int
     num_probes: int
     num_evaluations: Tensor
@@ -187,7 +187,8 @@ def ode_log_prob(
 
 def _costs(flow: Flow, data: Batch, datum: Tensor, is_bound: bool, bar: tqdm) -> tuple[Tensor, Tensor]:
     """Costs, with shape (probes, R), and evaluations, with shape (R,), of R rows of data of the given numbers."""
-    diffusion, x_0, context, start, extra = flow.diffusion, data.x_0, data.context, 0, 0.0
+    diffusion, x_0, context, start = flow.diffusion, data.x_0, data.context, 0
+    extra: Tensor | float = 0.0
     x = x_0
     if is_bound:
         q = diffusion.forward_process.marginal(x_0, 1)

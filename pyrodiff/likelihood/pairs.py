@@ -204,15 +204,19 @@ def pair_bound(
     """
     num_particles, pair = arguments.positive_int("num_particles", num_particles), _Pair(model, guide, plate)
     batches = _batches(x_0, context, arguments.positive_int("batch_size", batch_size))
-    costs, shared, runs = [], {}, 0
+    costs: list[dict[str, Tensor]] = []
+    shared: dict[str, float] = {}
+    runs = 0
     with pair.evaluated(), seeded(generator, _CPU) as seed, progress_bar(progress, "bound") as bar:
         for number, data in enumerate(batches):
             costs.append({})
             for particle in range(num_particles):
                 with _run(seed_of(seed, particle, number), data[0].device, validated=particle == 0):
                     for name, cost in pair.terms(data).items():
-                        into = shared if cost.dim() == 0 else costs[-1]
-                        into[name] = into.get(name, 0) + (float(cost) if cost.dim() == 0 else cost / num_particles)
+                        if cost.dim() == 0:
+                            shared[name] = shared.get(name, 0.0) + float(cost)
+                        else:
+                            costs[-1][name] = costs[-1].get(name, 0) + cost / num_particles
                 _tell(bar, x_0, num_particles, len(data[0]))
                 runs += 1
     names = [name for name in pair.kinds if any(name in block for block in costs)]  # a program may have sites at times
@@ -291,8 +295,8 @@ def pair_importance_bound(
                 with _run(seed_of(seed, particle, number), data[0].device, validated=False):
                     weights.append(pair.log_weights(data))
                 _tell(bar, x_0, K, len(data[0]))
-    weights = torch.cat([torch.stack(weights[i : i + K]) for i in range(0, len(weights), K)], 1)
-    return ImportanceBound(weights, data[0].shape[1:], pair.levels)
+    found = torch.cat([torch.stack(weights[i : i + K]) for i in range(0, len(weights), K)], 1)
+    return ImportanceBound(found, data[0].shape[1:], pair.levels)
 
 
 class _Heard:
@@ -311,11 +315,12 @@ class _Heard:
         self.trace = heard.trace
         return returned
 
-    def sites(self) -> dict[str, dict]:
+    def sites(self) -> dict[str, Any]:
         """The sites by name, without those that are functions of others."""
+        nodes: dict[str, Any] = prune_subsample_sites(self.trace).nodes
         return {
             name: site
-            for name, site in prune_subsample_sites(self.trace).nodes.items()
+            for name, site in nodes.items()
             if site["type"] == "sample" and not site["infer"].get("_deterministic")
         }
 
@@ -473,7 +478,8 @@ class _Pair:
 def _levels_of(name: str, law: Distribution) -> set[int | float | None]:
     """How many values the numbers of an observed site may take; None where the law has a density."""
     try:
-        supports, found = [law.support], set()
+        supports: list[Any] = [law.support]
+        found: set[int | float | None] = set()
         while supports:
             support = supports.pop()
             if hasattr(support, "cseq"):  # of several laws side by side
@@ -519,7 +525,8 @@ def _given(x_0: Tensor | Iterable, context: tuple) -> Iterator[tuple[Tensor, ...
         raise ArgumentError("context", "must come from the loader, which yields (x_0, y), but it is given beside one")
     for number, batch in enumerate(x_0):
         try:
-            yield _checked(*((batch[0], batch[1:]) if isinstance(batch, tuple | list) and batch else (batch, ())))
+            some, *known = batch if isinstance(batch, tuple | list) and batch else (batch,)
+            yield _checked(some, tuple(known))
         except ValueError as error:
             raise arguments.amended(error, f"(in batch {number} of the loader)") from None
 

@@ -123,7 +123,7 @@ def analytic_variance(
     mean, square = sums / (num_particles * start)
     _warn_of_few_data(diffusion, mean, (square - mean**2).clamp(min=0).sqrt() / start**0.5, start)
     levels = diffusion.levels
-    return AnalyticVariance(mean, 0.0 if levels is None else (bin_width(levels) / 8) ** 2)
+    return AnalyticVariance(mean, (bin_width(levels) / 8) ** 2 if arguments.is_int(levels) else 0.0)
 
 
 def _denoiser(diffusion: Diffusion) -> nn.Module:

@@ -191,7 +191,7 @@ def _of_means(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a step that holds much of it, which is no claim here
             bounds = torch.stack([_of_bound(bound(diffusion, *given, guide=guide)) for _ in range(num_repeats)])
-        learned = {name: parameter for name, parameter in diffusion.model.named_parameters() if parameter.requires_grad}
+        learned: dict[str, Tensor] = {name: p for name, p in diffusion.model.named_parameters() if p.requires_grad}
         signs = [torch.randint_like(parameter, 2) * 2 - 1 for parameter in learned.values()]
         sites, gradients = _estimates(diffusion, data, num_repeats, learned, signs)
         steps, step_gradients = _estimates(diffusion.one_step(), every, num_repeats, learned, signs)

@@ -1,6 +1,6 @@
 """Sphinx configuration: `sphinx-build -W --keep-going -b html docs docs/_build/html`, without a network.
 
-The programs in `docs/tutorials` run meanwhile (a minute or two), and an error in one of them is an error of the build.
+The programs in `docs/tutorials` run meanwhile (a few minutes), and an error in one of them is an error of the build.
 """
 
 import re
@@ -13,7 +13,8 @@ import pyrodiff
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-import gallery  # noqa: E402 - the file beside this one
+import gallery  # noqa: E402 - the files beside this one
+import pages  # noqa: E402
 
 project = "pyrodiff"
 author = "The pyrodiff authors"
@@ -64,7 +65,12 @@ sphinx_gallery_conf = {
 
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["tutorials.css"]
+html_css_files = ["pages.css"]
+mathjax_path = "mathjax/tex-svg.js"  # carried in _static: formulas are drawn without a network
+mathjax3_config = {
+    "options": {"enableMenu": False},  # the menu would load more files, which are not carried
+    "svg": {"fontCache": "global"},
+}
 html_title = f"pyrodiff {release}"
 html_copy_source = False
 
@@ -98,6 +104,8 @@ def no_empty_arguments(app: Sphinx, what: str, name: str, obj: object, options: 
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", gallery.plain_page)
+    app.connect("source-read", pages.trimmed)
+    app.connect("build-finished", pages.check_built)
     app.connect("build-finished", gallery.stamp)
     app.connect("autodoc-process-docstring", literal_shapes)
     app.connect("autodoc-skip-member", skip_private)

@@ -1,3 +1,3 @@
 """The pages of this folder are tests, its programs are not: building the docs runs the tutorials."""
 
-collect_ignore = ["conf.py", "gallery.py", "tutorials", "generated", "_build"]
+collect_ignore = ["conf.py", "gallery.py", "pages.py", "tutorials", "generated", "_build"]

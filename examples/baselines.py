@@ -1,6 +1,6 @@
 """Simple density models of pictures, which the examples hold their bounds against: each says -log p of a test picture.
 
-A factor a pixel, a mixture of such (fitted by EM, its size and its smoothing chosen on the validation split), a full
+A factor per pixel, a mixture of such (fitted by EM, its size and its smoothing chosen on the validation split), a full
 Gaussian. ``binary_digits.py`` and ``digits.py`` print them; there is nothing to run here.
 """
 
@@ -25,7 +25,7 @@ def of_bits(train_set: Tensor, validation_set: Tensor, test_set: Tensor) -> dict
     )
     mixture = max(fits, key=lambda fit: float(_log_bernoullis(validation, *fit).logsumexp(-1).mean()))
     return {
-        "Bernoulli a pixel": -_log_bernoullis(test, *bernoulli).logsumexp(-1),
+        "Bernoulli per pixel": -_log_bernoullis(test, *bernoulli).logsumexp(-1),
         f"mixture of {len(mixture[0])} Bernoullis": -_log_bernoullis(test, *mixture).logsumexp(-1),
     }
 
@@ -44,7 +44,7 @@ def of_levels(train_set: Tensor, validation_set: Tensor, test_set: Tensor, level
     return {
         "uniform": torch.full((len(test_set),), test_set[0].numel() * math.log(levels)),
         "full Gaussian": _gaussian_nats(train_set, test_set, levels, ridge),
-        "histogram a pixel": _categorical_nats(single, test_set, levels),
+        "histogram per pixel": _categorical_nats(single, test_set, levels),
         "mixture of 10 categoricals": _categorical_nats(ten, test_set, levels),
         f"mixture of {len(mixture[0])} categoricals": _categorical_nats(mixture, test_set, levels),
     }

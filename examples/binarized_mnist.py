@@ -1,6 +1,6 @@
-"""MNIST as bits, dynamic binarisation: binomial diffusion of 28 x 28 bits, in nats a picture.
+"""MNIST as bits, dynamic binarisation: binomial diffusion of 28 x 28 bits, in nats per picture.
 
-    python examples/binarized_mnist.py --data FOLDER --minutes 9    # again and again: each goes on where the last left
+    python examples/binarized_mnist.py --data FOLDER --minutes 9    # again and again: each resumes the last
     python examples/binarized_mnist.py --data FOLDER --small --steps 300    # a small one, on a CPU
 
 FOLDER holds the four IDX files of MNIST. Dynamic binarisation: each batch has fresh bits, a 1 as probable as the pixel
@@ -59,7 +59,7 @@ def build(grey: Tensor, size: scores.Size, device: torch.device) -> pyrodiff.Dif
 
 
 def main(arguments: argparse.Namespace, size: scores.Size) -> pyrodiff.Bound | None:
-    """Train as long as told; then print and keep the bounds on the test set. Returns the first, once it is there."""
+    """Train for as long as asked; then print and keep the bounds on the test set. Returns the first, once there."""
     pyro.set_rng_seed(0)
     device, k = arguments.device, datasets.idx_folder(arguments.data)
     held_out = datasets.binarize(k[-size.num_held_out :], generator=1).to(device)

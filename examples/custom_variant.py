@@ -42,7 +42,7 @@ class MixtureReverse(nn.Module):
 
 
 class LearnedVariance(pyrodiff.Variance):
-    """A variance a step, learned from that of the forward process on: the best that Gaussians of one scale can do."""
+    """A variance per step, learned from that of the forward process on: the best that Gaussians of one scale can do."""
 
     def __init__(self, schedule: pyrodiff.Schedule) -> None:
         super().__init__()

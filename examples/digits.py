@@ -44,7 +44,7 @@ def build(prediction: str, k: Tensor, schedule: pyrodiff.Schedule) -> pyrodiff.D
 
 
 def line(name: str, nats: Tensor) -> None:
-    """One line of the table, in bits a dimension."""
+    """One line of the table, in bits per dimension."""
     bits = nats / math.log(2) / 64
     print(
         f"  {name:44}{float(bits.mean()):8.4f} ± {float(pyrodiff.Bound.standard_error(bits)):.4f} bits/dim", flush=True

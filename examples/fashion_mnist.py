@@ -1,6 +1,6 @@
 """Fashion-MNIST, or MNIST, in its 256 grey levels: bits per dimension on the test set, 28 x 28 pixels.
 
-    python examples/fashion_mnist.py --data FOLDER --minutes 9      # again and again: each goes on where the last left
+    python examples/fashion_mnist.py --data FOLDER --minutes 9      # again and again: each resumes the last
     python examples/fashion_mnist.py --data FOLDER --small --steps 300      # a small one, on a CPU
 
 FOLDER holds the four IDX files, from https://github.com/zalandoresearch/fashion-mnist (or MNIST's, whose format is the
@@ -53,7 +53,7 @@ def build(k: Tensor, size: scores.Size, device: torch.device) -> pyrodiff.Diffus
 
 
 def main(arguments: argparse.Namespace, size: scores.Size) -> pyrodiff.Bound | None:
-    """Train as long as told; then print and keep the bounds on the test set. Returns the first, once it is there."""
+    """Train for as long as asked; then print and keep the bounds on the test set. Returns the first, once there."""
     pyro.set_rng_seed(0)
     device, k = arguments.device, datasets.idx_folder(arguments.data)
     k, held_out = k[: -size.num_held_out], k[-size.num_held_out :]

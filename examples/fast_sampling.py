@@ -1,4 +1,4 @@
-"""Samples for few network calls: how far the draws of each sampler are from the data, at 5 to 1000 calls a sample.
+"""Samples for few network calls: how far the draws of each sampler are from the data, at 5 to 1000 calls per sample.
 
     python examples/fast_sampling.py
 
@@ -56,7 +56,7 @@ def problems(num_steps: int) -> Iterator[tuple[str, pyrodiff.Diffusion, Callable
 
 
 def samplers(diffusion: pyrodiff.Diffusion) -> Iterator[tuple[str, pyrodiff.Sampler, int]]:
-    """The samplers, and how many calls each makes a step."""
+    """The samplers, and how many calls each makes per step."""
     yield "ancestral", pyrodiff.AncestralSampler(diffusion), 1
     yield "DDIM", pyrodiff.DDIMSampler(diffusion), 1
     yield "DDIM, eta = 1", pyrodiff.DDIMSampler(diffusion, eta=1.0), 1

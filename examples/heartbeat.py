@@ -5,8 +5,8 @@
 Two cores do it, and the digits and the roll of ``demo.py``, in under four minutes. Expect log2 p of at least -2.340 ±
 0.006 bits.
 
-The truth is log2(1/5) = -2.322 bits a sequence, the 2015 paper reached -2.414 at T = 2000, and no reverse process with
-independent bits can pass -2.325 at that T.
+The truth is log2(1/5) = -2.322 bits per sequence, the 2015 paper reached -2.414 at T = 2000, and no reverse process
+with independent bits can pass -2.325 at that T.
 """
 
 import math
@@ -36,7 +36,7 @@ def main(out: Path, num_steps: int = 3000) -> pyrodiff.Bound:
     bound = pyrodiff.bound(diffusion, datasets.heartbeat(500, seed=2))
     print(bound)
     error = float(bound.standard_error(bound.bits))
-    print(f"  log p in bits a sequence: at least {-float(bound.bits.mean()):.3f} ± {error:.3f}")
+    print(f"  log p in bits per sequence: at least {-float(bound.bits.mean()):.3f} ± {error:.3f}")
     print(f"  truth {-math.log2(5):.3f}; 2015, T = 2000: -2.414; best with independent bits: -2.325")
 
     samples = diffusion.model(num_samples=40)

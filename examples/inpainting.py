@@ -11,7 +11,7 @@ N(0, 0.1²), expect the second's mean (truth: 0) and deviation, and the log evid
     -1.40   -0.058      0.671   -1.191   -1.245 ± 0.031
      2.50    0.030      0.198  -11.675  -10.743 ± 0.232
 
-Of six digits of which the upper half is known, the lower half's mean has a squared error of 0.090 a pixel, where the
+Of six digits of which the upper half is known, the lower half's mean has a squared error of 0.090 per pixel, where the
 particles' spread says 0.099; the mean digit has 0.128. A score of outliers: the log evidence of their upper halves is
 -12 to -7 nats, and of the same pixels mixed -56 to -27.
 """

@@ -52,7 +52,7 @@ def gaussian(shift: float) -> tuple[pyrodiff.Diffusion, Tensor, Tensor]:
     top = forward.marginal(torch.tensor([[M]]).double(), T).mean[0, 0], forward.schedule.noise(T) ** 2
     mean, variance = top[0], top[1] + forward.schedule.alpha_bar(T) * V
     prior = dist.Normal(mean.expand(2), variance.sqrt()).to_event(1)
-    for t in range(T, 0, -1):  # E[x_{t-1} | x_t] is linear in x_t: two points tell the line
+    for t in range(T, 0, -1):  # E[x_{t-1} | x_t] is linear in x_t: two points determine the line
         at = [float(reverse(torch.full((1, 2), x).double(), t).mean[0, 0]) for x in (0.0, 1.0)]
         slope, scale = at[1] - at[0], variances[t - 1].sqrt()
         mean, variance = slope * mean + at[0] + shift * scale, slope**2 * variance + scale**2

@@ -1,4 +1,4 @@
-"""Training in parts, for the scripts of MNIST: a run that is left after some minutes, and goes on where it was left.
+"""Training in parts, for the scripts of MNIST: a run that stops after some minutes, and resumes where it stopped.
 
 Its checkpoint holds all that the run is, the random states included, so that a chain of parts is one run. Nothing in
 the loop waits for a GPU but a line of print every 200 steps, and the held-out bound twenty times a run. There is
@@ -27,7 +27,7 @@ def options(description: str, out: str, num_steps: int, batch_size: int) -> argp
     parser = training.options(description, num_steps, out)
     cuda = torch.cuda.is_available()
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files, gzipped or not")
-    parser.add_argument("--batch", type=int, default=batch_size, help=f"pictures a step (default: {batch_size})")
+    parser.add_argument("--batch", type=int, default=batch_size, help=f"pictures per step (default: {batch_size})")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="train so long, and leave (default: to the end)"
     )
@@ -97,7 +97,7 @@ def train(
     draw_curve(curve, arguments.out, unit)
     ready = svi.num_steps >= arguments.steps and arguments.minutes == math.inf
     if not ready:
-        print(f"left at step {svi.num_steps} of {arguments.steps}: the same command goes on", flush=True)
+        print(f"left at step {svi.num_steps} of {arguments.steps}: the same command resumes", flush=True)
     return ready
 
 

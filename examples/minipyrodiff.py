@@ -147,7 +147,7 @@ def column(values: Tensor, x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """ε_θ(x_t, t), as large as the plane needs; it is told t by sines and cosines."""
+    """ε_θ(x_t, t), as large as the plane needs; it is given t by sines and cosines."""
 
     def __init__(self, T: int, hidden: int = 64) -> None:
         super().__init__()

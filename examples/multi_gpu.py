@@ -6,7 +6,7 @@
 Half a minute on two cores, by two processes or one, and 1.283 ± 0.023 nats. It was run on CPUs alone, by gloo.
 
 All learn the same parameters, from all batches together: SVI sums what they find, and a step takes 256 data whatever
-their number. A checkpoint is left every 500 steps; started again, the script goes on where it was left. The test
+their number. A checkpoint is left every 500 steps; started again, the script resumes where it stopped. The test
 set's bound is shared out, and is the one that a process alone would get. Only the first and the last lines of ``main``
 say that there are several.
 """
@@ -51,7 +51,7 @@ def fit(x_0: torch.Tensor, num_steps: int, batch_size: int, path: Path) -> pyrod
         average=pyrodiff.exponential_average(0.99),
     )
     if path.exists():
-        print(f"goes on at step {checkpoints.restore(path, svi)['step']}")
+        print(f"resumes at step {checkpoints.restore(path, svi)['step']}")
     while svi.num_steps < num_steps:
         svi.step(x_0[torch.randint(len(x_0), (batch_size,), device=x_0.device)])
         if svi.num_steps % 500 == 0 or svi.num_steps == num_steps:

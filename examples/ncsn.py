@@ -46,7 +46,7 @@ def exact_score(x: Tensor, variance: float | Tensor = VARIANCE) -> Tensor:
 
 
 class Exact(nn.Module):
-    """The score of the mixture with the noise of time t, in the place of a network."""
+    """The score of the mixture with the noise of time t, instead of a network."""
 
     def __init__(self, schedule: pyrodiff.Schedule) -> None:
         super().__init__()

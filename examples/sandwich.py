@@ -64,7 +64,7 @@ def draw(axes: Axes, name: str, estimates: dict[str, Tensor]) -> None:
 
 
 def main(out: Path) -> dict[str, dict[str, Tensor]]:
-    """Print the table, draw the picture; returns the estimates, a datum each."""
+    """Print the table, draw the picture; returns the estimates, one per datum."""
     torch.manual_seed(0)
     cases: dict[str, Callable] = {
         "exact kernels, T = 12": lambda: gaussian(0.0),

@@ -32,7 +32,7 @@ def train(
         diffusion: The model, trained in place.
         x_0: The data, with shape (N, *event_shape); or a function that draws so many.
         num_steps: The number of gradient steps.
-        batch_size: The number of data a step, drawn with replacement.
+        batch_size: The number of data per step, drawn with replacement.
         lr: The learning rate at the start.
         weight_decay: AdamW's.
         name: What the progress bar is called.

@@ -71,6 +71,14 @@ def test_the_swiss_roll(example, tmp_path, capsys):
     assert f"K = {float(bound.K.mean()):.2f}" in printed
 
 
+def test_the_picture(example, tmp_path, capsys):
+    bounds = example("picture").main(tmp_path, 10)
+    printed = capsys.readouterr().out
+    for name, bound in bounds.items():
+        assert re.search(rf"^{name} +{float(bound.mean):.2f} ± \d\.\d\d nats$", printed, re.MULTILINE)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_short_chains(example, monkeypatch, tmp_path, capsys):
     module = example("short_chains")
     monkeypatch.setattr(module, "T", 16)
@@ -105,7 +113,7 @@ def test_the_binary_digits_beside_simple_models(example, tmp_path, capsys):
     printed = check(example("binary_digits").main(tmp_path, 10), tmp_path, capsys, "binary_digits.png")
     found = {name: float(nats) for name, nats in re.findall(r"test split, (.*?) +(\d+\.\d+) ±", printed)}
     mixture = next(nats for name, nats in found.items() if name.startswith("mixture"))
-    assert 15 < mixture < 20 < found["Bernoulli a pixel"] < 28  # of few pictures; 17.3 and 25.2 of all
+    assert 15 < mixture < 20 < found["Bernoulli per pixel"] < 28  # of few pictures; 17.3 and 25.2 of all
 
 
 @pytest.mark.parametrize("prediction", ["level", "velocity"])
@@ -117,7 +125,7 @@ def test_the_digits_in_their_levels(example, tmp_path, capsys, monkeypatch, pred
     found = {name: float(bits) for name, bits in re.findall(r"^  (\S.*?) +(\d+\.\d+) ±", printed, re.MULTILINE)}
     assert found[f"bound, T = 100, {prediction} prediction"] == round(float(bound.bits_per_dim.mean()), 4)
     if prediction == "level":
-        assert found["mixture of 10 categoricals"] < found["histogram a pixel"] < found["uniform"] == 4.0875
+        assert found["mixture of 10 categoricals"] < found["histogram per pixel"] < found["uniform"] == 4.0875
     assert found["T = 3"] > found["T = 10"] > found["T = 30"]
 
 
@@ -194,7 +202,7 @@ def test_two_processes_get_what_one_gets(example, tmp_path, capsys):
     assert done.stdout.count("bound on -log p(x_0)") == 1
     bound = example("multi_gpu").main(tmp_path, 3)  # from the checkpoint, on other data
     alone = capsys.readouterr().out
-    assert "goes on at step 3" in alone
+    assert "resumes at step 3" in alone
     assert numbers_of(bound) in alone
 
 

@@ -15,7 +15,7 @@ Sohl-Dickstein et al. (2015), who learn :math:`\beta_1, \dots, \beta_T` themselv
 # -------------------
 #
 # The data are eight Gaussians on a circle, so the best guess of a network, :math:`E[x_0 \mid x_t]`, has a closed form.
-# With it in the place of a network, nothing is left to learn but the noise, and all numbers of the first half are those
+# With it instead of a network, nothing is left to learn but the noise, and all numbers of the first half are those
 # of a model that is trained to the end.
 
 import math
@@ -64,7 +64,7 @@ def known(schedule, variance=None):
 # One term at a time: Eq. 100
 # ---------------------------
 #
-# Eq. 100 trains on one t a datum, drawn uniformly from 2..T, in the place of the sum over all of them. Here that is
+# Eq. 100 trains on one t per datum, drawn uniformly from 2..T, instead of the sum over all of them. Here that is
 # ``diffusion.one_step()``. It scales its term by :math:`1 / p(t)`, so that its mean is the sum itself:
 #
 # .. math:: \sum_{t=2}^T L_{t-1} = (T - 1) \, \mathbb{E}_{t \sim U\{2..T\}} \left[ L_{t-1} \right], \qquad
@@ -77,7 +77,7 @@ elbo = pyrodiff.DiffusionELBO()
 
 
 def at_random_times(diffusion, x_0, draws=1):
-    """Estimates of the sum of all L_{t-1}, of one t a datum."""
+    """Estimates of the sum of all L_{t-1}, of one t per datum."""
     pair, x_0 = diffusion.one_step(), x_0.repeat(draws, 1)
     with torch.no_grad():
         return elbo.terms(pair.model, pair.guide, x_0)["x_s"]
@@ -234,7 +234,7 @@ print("entropy of the data: 2.830")
 # not count. By the whole bound they move as well, but for a price: the first step to the data may have more noise, and
 # the last one leave a little signal, of which :math:`L_T` says what it costs. With few steps it pays.
 #
-# In between, the times gather where the eight places are told from each other, and from t = 4 on the :math:`L_{t-1}`
+# In between, the times gather where the eight places are distinguished, and from t = 4 on the :math:`L_{t-1}`
 # level out at a third of a nat. The first two cost more, and may: there it is known in which of the eight a datum lies,
 # and among the data of one Gaussian a step back is nearly a Gaussian too, however long it is.
 
@@ -575,7 +575,7 @@ _ = chains("network, by the hybrid loss", train(network_of(fixed), 800, hybrid))
 # ----
 #
 # The schedule and the variance each take a part of the same gap, and together more than either: the schedule learned
-# above goes on learning with a variance of its own. Shorter chains of it are not what it was learned for.
+# above continues to learn with a variance of its own. Shorter chains of it are not what it was learned for.
 
 both = train(with_v(pyrodiff.DiagonalVariance(), learned.forward_process.schedule))
 _ = chains("schedule and variance", both)

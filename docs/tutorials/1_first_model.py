@@ -115,7 +115,7 @@ axes.plot(
     color="#b5452c",
     label="mean of 50",
 )
-axes.set(xlabel="step", ylabel="nats a datum", ylim=(0.5, 5))
+axes.set(xlabel="step", ylabel="nats per datum", ylim=(0.5, 5))
 axes.legend(frameon=False)
 
 # %%

@@ -60,7 +60,7 @@ print(bound)
 # The three terms
 # ---------------
 #
-# Each is a cost, one number a datum, and their sum is the bound on :math:`-\log p_\theta(x_0)`.
+# Each is a cost, one number per datum, and their sum is the bound on :math:`-\log p_\theta(x_0)`.
 #
 # - :math:`L_T`, the *prior's* term: how far :math:`q(x_T \mid x_0)` is from the noise that the model starts from. With
 #   as good as no signal left at T it is close to 0, and no training changes it.
@@ -68,7 +68,7 @@ print(bound)
 #   :math:`p_\theta(x_{t-1} \mid x_t)` is from the posterior that knows the data.
 # - :math:`L_0`, the *reconstruction*: minus the log density of the data given :math:`x_1`. It is negative here, since
 #   :math:`x_1` all but says where the datum is, and a density may be as large as it likes. The denoising terms pay for
-#   it. Neither means anything by itself.
+#   it. Neither means anything alone.
 
 terms = bound.prior, bound.denoising, bound.reconstruction
 print("a datum each:", *(tuple(term.shape) for term in terms))
@@ -93,9 +93,9 @@ axes = plots.terms(bound)
 
 nats = float(bound.nats.mean())
 per_dim = nats / math.log(2) / 2
-print(f"{nats:.4f} nats = {2 * per_dim:.4f} bits = {per_dim:.4f} bits a dimension")
+print(f"{nats:.4f} nats = {2 * per_dim:.4f} bits = {per_dim:.4f} bits per dimension")
 bits, bits_per_dim = float(bound.bits.mean()), float(bound.bits_per_dim.mean())
-print(f"the same:     {bits:.4f} bits = {bits_per_dim:.4f} bits a dimension")
+print(f"the same:     {bits:.4f} bits = {bits_per_dim:.4f} bits per dimension")
 
 # %%
 # How sure it is
@@ -222,7 +222,7 @@ for axes, name, nats in ((left, "bound", bound.nats[:200]), (right, "flow", flow
 left.set_ylabel("nats")
 
 # %%
-# A single datum's bound is mostly noise; it is the mean that counts. The flow is right datum by datum.
+# A single datum's bound is mostly noise; it is the mean that counts. The flow is right for each datum.
 #
 # Fewer steps
 # -----------

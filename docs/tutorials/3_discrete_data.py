@@ -144,20 +144,20 @@ bound = pyrodiff.bound(digits, few, num_times=30, generator=0)
 print(bound)
 
 # %%
-# A probability of levels can be compared with any other, such as an even guess, and the histogram a pixel that the
+# A probability of levels can be compared with any other, such as an even guess, and the histogram per pixel that the
 # network started from. This is a short training; ``examples/digits.py`` trains ten times as long, with more pictures
-# made of these, and comes to 1.716 bits a dimension.
+# made of these, and comes to 1.716 bits per dimension.
 
 alone = -pyrodiff.LevelCategorical(histogram.log()).log_prob(few).sum((-1, -2))
 costs = {
     "even guess": torch.full((len(few),), 64 * math.log(LEVELS)),
-    "histogram a pixel": alone,
+    "histogram per pixel": alone,
     "bound of the diffusion": bound.nats,
 }
 for name, nats in costs.items():
     bits = nats / math.log(2) / 64
     error = float(bound.standard_error(bits))
-    print(f"{name:24}{float(bits.mean()):6.3f} ± {error:.3f} bits a dimension")
+    print(f"{name:24}{float(bits.mean()):6.3f} ± {error:.3f} bits per dimension")
 
 # %%
 # Samples of the model have levels too, since the decoder draws them. A shorter chain of 100 of the 1000 times, with the

@@ -75,7 +75,7 @@ line(*list(bounds.items())[-1])
 # :math:`\sigma_t^2`. Nichol and Dhariwal (2021) learn where it lies between :math:`\tilde\beta_t` and
 # :math:`\beta_t`, in logarithms. Here it is one number for each t, which begins at
 # :math:`\beta_t` and may leave the interval. Theirs is a network's, of the state as well:
-# ``pyrodiff.RangeVariance()`` is that, and ``DiagonalVariance()`` any variance, in the place of the class below, with
+# ``pyrodiff.RangeVariance()`` is that, and ``DiagonalVariance()`` any variance, instead of the class below, with
 # ``networks.MLP(..., outputs=2)``. One of your own that reads the network is a ``pyrodiff.LearnedVariance``, called
 # with its second output v too (:doc:`10_learned_noise`).
 

@@ -85,7 +85,7 @@ def train(svi, num_steps):
 diffusion = build()
 svi = svi_of(diffusion)
 losses = train(svi, 150)
-print(f"{svi.num_steps} steps, the last loss is {float(losses[-1]):.3f} nats a datum")
+print(f"{svi.num_steps} steps, the last loss is {float(losses[-1]):.3f} nats per datum")
 
 # %%
 # ``svi.step`` returns a tensor that is still on the device. To read its value is to wait for the device, so read it now
@@ -94,9 +94,9 @@ print(f"{svi.num_steps} steps, the last loss is {float(losses[-1]):.3f} nats a d
 # Stop, and go on
 # ---------------
 #
-# A checkpoint holds all that a run is: weights and their average, optimizer, scheduler, counts, and the state of every
-# source of random numbers. It is written whole or not at all, and to load one cannot run code. Here a run goes on for
-# 150 steps; another, in a new model, goes on from the checkpoint; on a CPU they are the same bit for bit.
+# A checkpoint holds all that a run is: weights and their average, optimizer, scheduler, counts, and the RNG
+# states. It is written whole or not at all, and to load one cannot run code. Here a run continues for
+# 150 steps; another, in a new model, resumes from the checkpoint; on a CPU they are the same bit for bit.
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder, "run.pt")
@@ -125,7 +125,7 @@ axes.plot(
     range(151, 301), gone_on.cpu(), ":", color="#b5452c", label="from the checkpoint"
 )
 axes.axvline(150, color="#888888", linewidth=1)
-axes.set(xlabel="step", ylabel="nats a datum", ylim=(0, 5))
+axes.set(xlabel="step", ylabel="nats per datum", ylim=(0, 5))
 axes.legend(frameon=False)
 
 # %%

@@ -231,7 +231,7 @@ for name, diffusion in (
 # %%
 # The standard errors are those of the 200 test data. Two trainings differ by more, and these are short. The first two
 # are one loss, with other random numbers. The third trains the very thing that is scored, and yet it is behind after so
-# few steps: in the bound, the squared error of the noise weighs far more at small t, and one random t a datum makes a
+# few steps: in the bound, the squared error of the noise weighs far more at small t, and one random t per datum makes a
 # noisy gradient of that (Nichol and Dhariwal, 2021, section 3.3; ``LossSecondMoment`` draws t by what it costs, for
 # this reason). The picture shows what a squared error weighs in either.
 
@@ -413,7 +413,7 @@ for axes, (name, diffusion) in zip(
 #    * - ``variance_type="fixed_large"``
 #      - ``ForwardVariance()``, the default; ``FIXED_LARGE`` of OpenAI's code is ``FixedLargeVariance()``
 #    * - ``variance_type="learned"``
-#      - a reverse process of one's own: ``LearnedRange`` with ``v`` as the variance (OpenAI's code: its logarithm)
+#      - a reverse process of your own: ``LearnedRange`` with ``v`` as the variance (OpenAI's code: its logarithm)
 #    * - ``variance_type="learned_range"``
 #      - ``LearnedRange(forward, network)``
 #    * - ``set_timesteps(n)``, ``timestep_spacing="linspace"``

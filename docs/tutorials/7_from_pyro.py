@@ -31,7 +31,7 @@ data, x_0 = (
 # T = 1 is a VAE
 # --------------
 #
-# Take a latent of the shape of the data, and in the place of a learned encoder a fixed one, which shrinks the data
+# Take a latent of the shape of the data, and instead of a learned encoder a fixed one, which shrinks the data
 # and adds noise. That is a diffusion of one step. Here it is by hand, beside the package's own, with the same
 # network:
 
@@ -82,7 +82,7 @@ for name, model, guide in (
 #      - :math:`p(x_T)`, fixed noise
 #    * - transition
 #      - :math:`p(z_t \mid z_{t-1})`, a network
-#      - :math:`p_\theta(x_{t-1} \mid x_t)`, a network that is told t
+#      - :math:`p_\theta(x_{t-1} \mid x_t)`, a network that is given t
 #    * - observed
 #      - something at each t
 #      - the last state, :math:`x_0`
@@ -96,7 +96,7 @@ for name, model, guide in (
 #      - T calls of the network
 #      - T calls, or one: the one-step pair
 #
-# The order is the one trap. A diffusion is told as noise being *added*, from :math:`x_0` to :math:`x_T`. But
+# The order is the one trap. A diffusion is often described as noise being *added*, from :math:`x_0` to :math:`x_T`. But
 # ``TraceMeanField_ELBO`` takes a KL at each site, and that is a term of the bound only if the guide's site has the same
 # parents as the model's: so the guide draws :math:`x_T` first.
 
@@ -133,7 +133,7 @@ svi = pyro.infer.SVI(
 )
 losses = [svi.step(data[torch.randint(len(data), (128,))]) / 128 for _ in range(150)]
 first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-print(f"first 10 steps {first:.3f}, last 10 steps {last:.3f} nats a datum")
+print(f"first 10 steps {first:.3f}, last 10 steps {last:.3f} nats per datum")
 
 # %%
 # The parameters are in the store, as always:
@@ -149,7 +149,7 @@ print(len(stored), "tensors in the store,", len(owned), "in the module")
 # one call of the network. It is two more programs, with the time as an auxiliary site, and plain Pyro trains those as
 # well.
 #
-# *DiffusionELBO.* Pyro's ELBO is one number. This one has ``terms``, a cost a site and datum. And it refuses pairs
+# *DiffusionELBO.* Pyro's ELBO is one number. This one has ``terms``, a cost per site and datum. And it refuses pairs
 # that Pyro would take with a warning, or without one, and get wrong: a guide in the other order, a scale in one
 # program only.
 

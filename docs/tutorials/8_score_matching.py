@@ -109,7 +109,7 @@ for name, score in candidates.items():
 print(f"{'the constant':37}{half_square():.3f}")
 
 # %%
-# The losses are one number a datum, to be averaged and given to any optimiser. (The line of 002 with a trace inside
+# The losses are one number per datum, to be averaged and given to any optimiser. (The line of 002 with a trace inside
 # the square has slipped, see :doc:`/errata`.)
 #
 # Two limits are named there. The trace takes D gradients for data of D numbers, so pictures cost too much. And the
@@ -309,7 +309,7 @@ print(f"least possible with noise: {floor:.1f}")
 # Where there are no data
 # -----------------------
 #
-# A loss is a mean over data, so that nothing is said of a score where there are none. Figure 5 has the true score of
+# A loss is a mean over data, so that it does not constrain a score where there are none. Figure 5 has the true score of
 # the two Gaussians, and the learned one.
 
 learned, _ = match(draw(20000))
@@ -610,9 +610,9 @@ axes.axhline(1, color=GREY, linewidth=0.8)
 axes.legend(frameon=False)
 
 # %%
-# *Technique 3*: the network is not told the noise; it is divided by it, :math:`s(x, \sigma) = f(x) / \sigma`. That is
+# *Technique 3*: the network is not given the noise; it is divided by it, :math:`s(x, \sigma) = f(x) / \sigma`. That is
 # :class:`pyrodiff.networks.DividedByNoise`. It works since in many dimensions x shows by its length how much noise it
-# has, which in the plane it does not: there the network had better be told.
+# has, which in the plane it does not: there the network had better be given it.
 #
 # *Technique 5*: draw with an exponential average of the weights, ``average=pyrodiff.exponential_average(0.995)``. It
 # stands in for a learning rate that falls: so the rate stays here.

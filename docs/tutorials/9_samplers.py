@@ -60,7 +60,7 @@ diffusion = pyrodiff.Diffusion(
 # Paths
 # -----
 #
-# Each sampler is made of a diffusion, and told at the call in how many steps to draw. ``trajectory`` also keeps states
+# Each sampler is made of a diffusion, and is called with the number of steps to draw. ``trajectory`` also keeps states
 # on the way. Here are four. Two of them draw noise in every step, and two solve the probability flow, which moves the
 # same laws into each other along smooth curves. With the same seed all start from the same points (grey). Each ends at
 # its other dot; the law of the data is blue.
@@ -121,7 +121,7 @@ for other in ("DDIM, 60 steps", "ancestral, 60 steps"):
 # and can be measured: here by the mean distance at t = 1 to where the flow leads from the same :math:`x_T`, as Heun's
 # method in all 2049 steps says, to about a millionth.
 #
-# :class:`pyrodiff.DPMSolverSampler` is of order 2 for one call a step, since it remembers what the network said in the
+# :class:`pyrodiff.DPMSolverSampler` is of order 2 for one call per step, since it remembers what the network said one
 # step before.
 
 (reference,) = pyrodiff.HeunSampler(diffusion).trajectory(400, times=(1,), generator=1)
@@ -166,8 +166,8 @@ axes.legend(frameon=False)
 #
 # .. math:: 2 E|x - y| - E|x - x'| - E|y - y'| ,
 #
-# say, which is 0 only for equal laws, and has an unbiased estimate. Of as many exact draws it is 0, but for noise, of
-# which the first line tells the size.
+# say, which is 0 only for equal laws, and has an unbiased estimate. Of as many exact draws it is 0, but for noise: the
+# first line shows how much.
 
 
 def distances(x, y):
@@ -200,7 +200,7 @@ for name, (sampler, each) in judged.items():
     print(f"{name:22}" + "".join(f"{error:10.4f}" for error in found))
 
 # %%
-# With 48 calls all are as good as exact draws, as far as 4000 samples can tell. With a trained network its error is
+# With 48 calls all are as good as exact draws, as far as 4000 samples can show. With a trained network its error is
 # left then. What is drawn anew in each step, or put back in by corrections or by Heun's ``churn``, makes the chain
 # forget errors that were made before, which may help. :doc:`/samplers` has the numbers for a trained Swiss roll and
 # for digits.

@@ -1,6 +1,6 @@
-"""Several ranks, processes at one task, on torch.distributed: who one is, what all agree on, what all have together.
+"""Ranks, the processes of one run, on torch.distributed: which one this is, and what all agree on and share.
 
-A process that was started alone is the only rank: then nothing here does anything. Under ``torchrun`` a script calls
+With a single process these are no-ops. Under ``torchrun`` a script calls
 ``torch.distributed.init_process_group()``, and is one of many.
 """
 
@@ -173,11 +173,7 @@ def _shards(module: nn.Module) -> TypeGuard["FSDPModule"]:
 
 
 def set_apart() -> int:
-    """Let the random draws of this rank be others than those of the rest; a number that all know is returned.
-
-    Ranks that were seeded alike would draw the same noise, and be worth one. Those whose source is another already keep
-    theirs.
-    """
+    """Give each rank its own seed, unless the ranks already differ; returns a number that all ranks know."""
     if count() == 1:
         return 0
     next_draw = int(torch.randint(2**31 - 1, (), generator=copied_source(), device="cpu"))

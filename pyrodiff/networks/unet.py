@@ -16,10 +16,11 @@ __all__ = ["UNet"]
 class UNet(nn.Module):
     r"""A convolutional network for pictures: residual blocks at each of a few sizes, each half the one before.
 
-    Each block is normed, told the time by a scale and a shift of its channels, and left out at the start of training;
-    where asked for, self-attention over all places follows, left out at first too. At the smallest size a layer of
-    hidden units sees the whole picture. The place of a pixel is known to it, so that it need not be the same
-    everywhere. Where there is context, a :class:`ContextEmbedding` is added to the embedded time.
+    Blocks are group-normalised, FiLM-conditioned on time (a scale and a shift of each channel) and zero-initialised.
+    Self-attention over all places, zero-initialised too, follows each block at the sizes that ask for it. At the
+    smallest size a layer of hidden units sees the whole picture. The coordinates of each pixel are two more input
+    channels, so that the network need not be the same everywhere. A :class:`ContextEmbedding` of
+    the context, if there is any, is added to the embedded time.
 
     Arguments:
         event_shape: The shape of one picture, (H, W) or (C, H, W).

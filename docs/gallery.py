@@ -4,6 +4,7 @@ sphinx-gallery runs ``docs/tutorials/*.py`` when the docs are built; ``conf.py``
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,11 @@ def _title(figure: Figure) -> str:
 
 
 def start_afresh(gallery_conf: dict[str, Any], name: str) -> None:
-    """Begin every tutorial with the same seed, an empty parameter store, float32 and Pyro's validation."""
+    """Begin every tutorial with the same seed, an empty parameter store, float32 and Pyro's validation.
+
+    Warnings are shown as a reader needs them, without the path of the file that they come from.
+    """
+    warnings.formatwarning = lambda message, category, *place, **line: f"{category.__name__}: {message}\n"
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     pyro.enable_validation(True)

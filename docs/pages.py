@@ -1,9 +1,10 @@
-"""What the built pages have to be: whole without a network, and code blocks without an empty last line.
+"""What the built pages have to be: whole without a network, the same anywhere, and without empty lines in code.
 
 ``conf.py`` names the functions here; ``tests/test_docs.py`` tries them.
 """
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -41,17 +42,18 @@ def foreign(html: str) -> list[str]:
 
 
 def check_built(app: Sphinx, exception: Exception | None) -> None:
-    """Fail if a built page or style sheet would load anything from another machine."""
+    """Fail if a built page or style sheet would load anything from another machine, or shows a path of this one."""
     if exception is not None or app.builder.format != "html":
         return
-    found = []
+    own, found = {sys.prefix, str(Path(__file__).parents[1])} - {"/", "/usr"}, []
     for path in sorted(Path(app.outdir).rglob("*")):
         if path.suffix in (".html", ".css"):
             text = path.read_text(encoding="utf-8")
-            text = f"<style>{text}</style>" if path.suffix == ".css" else text
-            found += [f"{path.relative_to(app.outdir)} loads {address}" for address in foreign(text)]
+            page = f"<style>{text}</style>" if path.suffix == ".css" else text
+            found += [f"{path.relative_to(app.outdir)} loads {address}" for address in foreign(page)]
+            found += [f"{path.relative_to(app.outdir)} shows {place}" for place in own if place in text]
     if found:
-        raise ExtensionError("pages must be whole without a network, but " + "; ".join(found))
+        raise ExtensionError("pages must be whole without a network and the same anywhere, but " + "; ".join(found))
 
 
 def trimmed(app: Sphinx, name: str, source: list[str]) -> None:

@@ -64,6 +64,9 @@ def test_nothing_that_is_built_loads_from_elsewhere(pages, tmp_path):
     (tmp_path / "a.html").write_text('<script src="https://cdn.example/a.js"></script>')
     with pytest.raises(pages.ExtensionError, match=r"a\.html loads https://cdn\.example/a\.js"):
         pages.check_built(app, None)
+    (tmp_path / "a.html").write_text(f"<pre>{ROOT}/pyrodiff/api.py:1: UserWarning</pre>")
+    with pytest.raises(pages.ExtensionError, match=rf"a\.html shows {ROOT}"):
+        pages.check_built(app, None)
 
 
 @every_page

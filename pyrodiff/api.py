@@ -1,6 +1,6 @@
 """What the package offers: its public names, each from the module that it lives in."""
 
-from . import checkpoints, datasets, networks, plots, scores
+from . import checkpoints, datasets, networks, plots, scores, streaming
 from .base.arguments import ArgumentError
 from .inference.approximations import perturbed, replacement
 from .inference.distribution import DiffusionDistribution
@@ -193,6 +193,7 @@ __all__ = [
     "quantize",
     "replacement",
     "scores",
+    "streaming",
     "variance_account",
     "verify",
 ]

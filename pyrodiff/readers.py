@@ -26,7 +26,17 @@ from torch import Tensor
 from .base import arguments
 from .base.arguments import ArgumentError
 
-__all__ = ["array", "idx", "idx_folder", "idx_place", "image_folder", "picture_files"]
+__all__ = [
+    "array",
+    "array_place",
+    "idx",
+    "idx_folder",
+    "idx_place",
+    "image_folder",
+    "picture",
+    "picture_files",
+    "picture_labels",
+]
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_STEMS = {"images": "images{}idx3-ubyte", "labels": "labels{}idx1-ubyte"}
@@ -199,6 +209,42 @@ def array(path: str | os.PathLike[str], name: str | None = None, mapped: bool = 
         return _from_npy(("path", "must be"), file, stream, mapped)
 
 
+def array_place(path: str | os.PathLike[str]) -> tuple[int, tuple[int, ...], np.dtype, str]:
+    """Where the numbers of an .npy file lie, one datum after another, so that some can be read without the rest.
+
+    Arguments:
+        path: The file.
+
+    Returns:
+        The byte that they begin at; their shape; their dtype in the file; the name of the one that :func:`array`
+        gives them.
+
+    Raises:
+        ValueError: If :func:`array` would refuse the file; if it is an .npz file, or its first index runs fastest, so
+            that a datum does not lie in one piece.
+    """
+    file, must = _existing("path", path, "file"), ("path", "must be")
+    with file.open("rb") as stream:
+        first = stream.read(6)
+        if first != b"\x93NUMPY":
+            packed = ": save its array by itself, numpy.save" * (first[:2] == b"PK")
+            raise ArgumentError("path", f"must be a .npy file as NumPy saves it, but {file} is none{packed}")
+        stream.seek(0)
+        dtype, shape, fortran = _npy_header(must, file, stream)
+        start = stream.tell()
+        held = stream.seek(0, os.SEEK_END) - start
+    _check_dtype(must, file, dtype, shape)
+    _check_shape(must, file, shape)
+    if fortran and len(shape) > 1:
+        raise ArgumentError(
+            "path",
+            f"must hold one datum after another, but in {file} the first index runs fastest: save "
+            f"numpy.ascontiguousarray(x)",
+        )
+    _check_size(must, file, dtype, shape, held)
+    return start, shape, dtype, _TORCH_TYPES[dtype.name]
+
+
 def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor:
     """All pictures in a folder and its sub-folders, in the order of their sorted names, or the numbers of those.
 
@@ -240,13 +286,8 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
     held = _existing("folder", folder, "folder")
     files, _ = picture_files(held)
     if kind == "labels":
-        return _folder_numbers(held, files)
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("image_folder needs Pillow: pip install 'pyrodiff[images]'") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return picture_labels(held, files)
+    with _pillow("image_folder") as Image:
         heads = [_of_picture(Image, file, _head) for file in files]
         (width, height), _ = heads[0]
         for file, (size, _) in zip(files, heads, strict=True):
@@ -262,6 +303,48 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
         for row, file in zip(levels, files, strict=True):
             row.copy_(_of_picture(Image, file, _pixels_in("RGB" if colour else "L")))
     return levels
+
+
+def picture(file: str | os.PathLike[str]) -> Tensor:
+    """One picture, as :func:`image_folder` reads it, opened once.
+
+    Arguments:
+        file: The file.
+
+    Returns:
+        Levels 0..255, uint8, with shape (height, width) if it is grey and (3, height, width) if not.
+
+    Raises:
+        ValueError: If it is none, is cut short or corrupt, or has to be changed first.
+        ImportError: If Pillow is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "a.pgm")
+        ...     _ = path.write_bytes(b"P5 2 1 255 " + bytes([255, 7]))
+        ...     pyrodiff.readers.picture(path)
+        tensor([[255,   7]], dtype=torch.uint8)
+    """
+
+    def whole(image: Any) -> Tensor | str:
+        head = _head(image)
+        return head if isinstance(head, str) else _pixels_in("RGB" if head[1] in _COLOUR else "L")(image)
+
+    with _pillow("picture") as Image:
+        return _of_picture(Image, Path(file), whole)
+
+
+@contextmanager
+def _pillow(reader: str) -> Iterator[Any]:
+    """Pillow's ``Image``; within, a picture of a size that Pillow warns of is refused."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"{reader} needs Pillow: pip install 'pyrodiff[images]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield Image
 
 
 def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]]:
@@ -303,6 +386,39 @@ def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]
             f"{folder} holds {_few(held)}",
         )
     return sorted(found, key=lambda path: path.relative_to(folder).parts), others
+
+
+def picture_labels(folder: str | os.PathLike[str], files: list[Path]) -> Tensor:
+    """The number, of each picture, of the sub-folder that it lies in, as ``image_folder(folder, "labels")`` has it.
+
+    Arguments:
+        folder: The folder.
+        files: The pictures in it, as :func:`picture_files` returns them.
+
+    Returns:
+        Numbers from 0 on, int64, with shape (n,).
+
+    Raises:
+        ValueError: If a picture lies in no sub-folder, or a sub-folder is without pictures.
+    """
+    folder = Path(folder)
+    loose = [file for file in files if file.parent == folder]
+    if loose:
+        raise ArgumentError(
+            "folder",
+            f"must hold pictures in sub-folders alone, for kind='labels', but {len(loose)} of {len(files)} lie "
+            f"directly in it, the first {loose[0]}",
+        )
+    names = [file.relative_to(folder).parts[0] for file in files]
+    empty = sorted(set(_folders(folder)) - set(names))
+    if empty:
+        raise ArgumentError(
+            "folder",
+            f"must hold sub-folders with a picture each, for kind='labels', but in {folder} there is none in "
+            f"{_few(empty)}",
+        )
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return torch.tensor([numbers[name] for name in names])
 
 
 def _is_picture(path: Path) -> bool:
@@ -410,25 +526,45 @@ def _numbers(
     fortran: bool = False,
 ) -> Tensor:
     """The rest of a stream as a tensor, read in pieces and to at most a byte beyond what the shape needs."""
-    if not shape or min(shape) < 1:
-        raise ArgumentError(
-            must[0], f"{must[1]} an array with a dimension and an element, but {where} has shape {shape}"
-        )
+    _check_shape(must, where, shape)
     needed = math.prod(shape) * dtype.itemsize
     data = bytearray()
     while len(data) <= needed and (piece := stream.read(min(needed + 1 - len(data), 2**20))):
         data += piece
-    if len(data) != needed:
-        got = f"is too long and has at least {len(data)}" if len(data) > needed else f"is cut short and has {len(data)}"
+    _check_size(must, where, dtype, shape, len(data))
+    numbers = torch.from_numpy(np.frombuffer(data, dtype).astype(_TORCH_TYPES[dtype.name], copy=False))
+    if not fortran:
+        return numbers.reshape(shape)
+    return numbers.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
+
+
+def _check_shape(must: tuple[str, str], where: object, shape: tuple[int, ...]) -> None:
+    if not shape or min(shape) < 1:
+        raise ArgumentError(
+            must[0], f"{must[1]} an array with a dimension and an element, but {where} has shape {shape}"
+        )
+
+
+def _check_size(must: tuple[str, str], where: object, dtype: np.dtype, shape: tuple[int, ...], held: int) -> None:
+    """Refuse an array with more or fewer bytes of data than its header says."""
+    needed = math.prod(shape) * dtype.itemsize
+    if held != needed:
+        got = f"is too long and has at least {held}" if held > needed else f"is cut short and has {held}"
         raise ArgumentError(
             must[0],
             f"{must[1]} an array with {needed} bytes of data, for shape {shape} and dtype {dtype.name}, but {where} "
             f"{got}",
         )
-    numbers = torch.from_numpy(np.frombuffer(data, dtype).astype(_TORCH_TYPES[dtype.name], copy=False))
-    if not fortran:
-        return numbers.reshape(shape)
-    return numbers.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
+
+
+def _check_dtype(must: tuple[str, str], where: object, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    if dtype.name not in _TORCH_TYPES:
+        pickled = ": a pickle, which may run code when loaded" * dtype.hasobject
+        raise ArgumentError(
+            must[0],
+            f"{must[1]} an array with a dtype among {', '.join(_TORCH_TYPES)}, but {where} has shape {shape} and dtype "
+            f"{dtype}{pickled}",
+        )
 
 
 def _npy_header(must: tuple[str, str], where: object, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], bool]:
@@ -455,13 +591,7 @@ def _npy_header(must: tuple[str, str], where: object, stream: IO[bytes]) -> tupl
 
 def _from_npy(must: tuple[str, str], where: object, stream: IO[bytes], mapped: bool = False) -> Tensor:
     dtype, shape, fortran = _npy_header(must, where, stream)
-    if dtype.name not in _TORCH_TYPES:
-        pickled = ": a pickle, which may run code when loaded" * dtype.hasobject
-        raise ArgumentError(
-            must[0],
-            f"{must[1]} an array with a dtype among {', '.join(_TORCH_TYPES)}, but {where} has shape {shape} and dtype "
-            f"{dtype}{pickled}",
-        )
+    _check_dtype(must, where, dtype, shape)
     if mapped and dtype.isnative and dtype.name == _TORCH_TYPES[dtype.name] and min(shape, default=0) > 0:
         start = stream.tell()
         if stream.seek(0, os.SEEK_END) - start == math.prod(shape) * dtype.itemsize:
@@ -497,27 +627,6 @@ def _described(file: Path, archive: zipfile.ZipFile, name: str) -> str:
 
 def _folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _folder_numbers(folder: Path, files: list[Path]) -> Tensor:
-    """The number, of each picture, of the sub-folder of ``folder`` that it lies in."""
-    loose = [file for file in files if file.parent == folder]
-    if loose:
-        raise ArgumentError(
-            "folder",
-            f"must hold pictures in sub-folders alone, for kind='labels', but {len(loose)} of {len(files)} lie "
-            f"directly in it, the first {loose[0]}",
-        )
-    names = [file.relative_to(folder).parts[0] for file in files]
-    empty = sorted(set(_folders(folder)) - set(names))
-    if empty:
-        raise ArgumentError(
-            "folder",
-            f"must hold sub-folders with a picture each, for kind='labels', but in {folder} there is none in "
-            f"{_few(empty)}",
-        )
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    return torch.tensor([numbers[name] for name in names])
 
 
 def _of_picture(pillow: Any, file: Path, read: Callable[[Any], tuple | Tensor | str]) -> Any:

@@ -122,7 +122,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "total_norm",
     "write",
 }
-OFFERED_WHOLE = {"checkpoints", "datasets", "plots", "readers", "scores"}  # as modules, as ``networks`` is
+OFFERED_WHOLE = {"checkpoints", "datasets", "plots", "readers", "scores", "streaming"}  # as modules, as ``networks`` is
 MODULES = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts)
     for path in FOLDER.rglob("*.py")

@@ -1,7 +1,8 @@
 """Simple density models of pictures, which the examples hold their bounds against: each says -log p of a test picture.
 
-A factor per pixel, a mixture of such (fitted by EM, its size and its smoothing chosen on the validation split), a full
-Gaussian. ``binary_digits.py`` and ``digits.py`` print them; there is nothing to run here.
+The package's yardsticks, a factor per pixel and a full Gaussian; and mixtures of such factors, fitted by EM, their size
+and smoothing chosen on the validation split. ``binary_digits.py`` and ``digits.py`` print them; there is nothing to run
+here.
 """
 
 import itertools
@@ -18,14 +19,13 @@ import pyrodiff
 def of_bits(train_set: Tensor, validation_set: Tensor, test_set: Tensor) -> dict[str, Tensor]:
     """-log p of each test picture in nats, with shape (N,), under models of bits; the sets have shape (n, H, W)."""
     x, validation, test = (data.flatten(1).double() for data in (train_set, validation_set, test_set))
-    bernoulli = x.new_ones(1), ((x.sum(0) + 0.5) / (len(x) + 1))[None]
     fits = itertools.chain.from_iterable(
         _bernoullis(x, size, smoothing)
         for size, smoothing, _ in itertools.product((40, 80, 120, 200), (0.5, 1.0, 2.0), range(2))
     )
     mixture = max(fits, key=lambda fit: float(_log_bernoullis(validation, *fit).logsumexp(-1).mean()))
     return {
-        "Bernoulli per pixel": -_log_bernoullis(test, *bernoulli).logsumexp(-1),
+        "Bernoulli per pixel": pyrodiff.yardsticks(train_set, test_set, levels=2)["Bernoulli"].nats,
         f"mixture of {len(mixture[0])} Bernoullis": -_log_bernoullis(test, *mixture).logsumexp(-1),
     }
 
@@ -38,13 +38,15 @@ def of_levels(train_set: Tensor, validation_set: Tensor, test_set: Tensor, level
     def best(some: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return min(some, key=lambda fit: float(_categorical_nats(fit, validation_set, levels).mean()))
 
-    single, ten, mixture = best(fits[:3]), best(fits[3:6]), best(fits)
-    ridges = (1e-4, 1e-3, 1e-2, 1e-1)
-    ridge = min(ridges, key=lambda ridge: float(_gaussian_nats(train_set, validation_set, levels, ridge).mean()))
+    ten, mixture = best(fits[3:6]), best(fits)
+    simple = pyrodiff.yardsticks(train_set, test_set, levels)
+    noisy = [pyrodiff.dequantize(k, levels, uniform=True, generator=0) for k in (train_set, test_set)]
+    in_bins = test_set[0].numel() * math.log(pyrodiff.bin_width(levels))  # a density there, less this, is a probability
     return {
-        "uniform": torch.full((len(test_set),), test_set[0].numel() * math.log(levels)),
-        "full Gaussian": _gaussian_nats(train_set, test_set, levels, ridge),
-        "histogram per pixel": _categorical_nats(single, test_set, levels),
+        "uniform": simple["uniform"].nats,
+        "full Gaussian": pyrodiff.yardsticks(*noisy)["full Gaussian"].nats - in_bins,
+        "normal law per pixel": simple["discretized Gaussian"].nats,
+        "histogram per pixel": simple["histogram"].nats,
         "mixture of 10 categoricals": _categorical_nats(ten, test_set, levels),
         f"mixture of {len(mixture[0])} categoricals": _categorical_nats(mixture, test_set, levels),
     }
@@ -89,11 +91,3 @@ def _categorical_nats(fit: tuple[Tensor, Tensor], k: Tensor, levels: int) -> Ten
     """-log p of each picture, with shape (N,)."""
     x = one_hot(k.long().flatten(1), levels).double().flatten(1)
     return -(fit[0] + x @ fit[1].T).logsumexp(-1)
-
-
-def _gaussian_nats(train_set: Tensor, k: Tensor, levels: int, ridge: float) -> Tensor:
-    """-log p of each picture with uniform noise in its bins, under the Gaussian of the train split."""
-    x, y = (pyrodiff.dequantize(given, levels, uniform=True).double().flatten(1) for given in (train_set, k))
-    covariance = x.T.cov() + ridge * torch.eye(x.shape[1], dtype=torch.float64)
-    law = torch.distributions.MultivariateNormal(x.mean(0), covariance)
-    return -law.log_prob(y) - x.shape[1] * math.log(pyrodiff.bin_width(levels))

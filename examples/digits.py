@@ -3,7 +3,7 @@
     python examples/digits.py
 
 Trained on 1,000 pictures of 8 x 8, scored on the 447 of the test split: six minutes on two cores, and 1.715 ± 0.011
-bits/dim (a mixture of categoricals has 2.231, a full Gaussian 2.972, even levels 4.087). The network predicts the level
+bits/dim (a mixture of categoricals has 2.231, a full Gaussian 2.965, even levels 4.087). The network predicts the level
 of each pixel from the others (:class:`pyrodiff.LevelPrediction`), pictures are turned and moved a little
 (:class:`pyrodiff.datasets.Strokes`), times are drawn by how much they cost (:class:`pyrodiff.LossSecondMoment`), and
 weights are averaged; settings were chosen on the validation split. Below stands how the bound of one and the same

@@ -17,6 +17,7 @@ from .likelihood.flows import FlowLikelihood, ode_log_prob
 from .likelihood.pairs import PairBound, pair_bound, pair_importance_bound
 from .likelihood.shortening import analytic_variance, best_subchain
 from .likelihood.verification import Claim, Verification, verify
+from .likelihood.yardsticks import Yardstick, Yardsticks, yardsticks
 from .model.clipping import Clipped, Thresholded
 from .model.decoders import Decoder, DiscretizedDecoder, GaussianDecoder, SoftmaxDecoder, TransitionDecoder
 from .model.denoisers import (
@@ -168,6 +169,8 @@ __all__ = [
     "VarianceAccount",
     "VelocityPrediction",
     "Verification",
+    "Yardstick",
+    "Yardsticks",
     "adopt_stored",
     "analytic_variance",
     "best_subchain",
@@ -196,4 +199,5 @@ __all__ = [
     "streaming",
     "variance_account",
     "verify",
+    "yardsticks",
 ]

@@ -15,6 +15,7 @@ from .likelihood.bounds import Bound, ImportanceBound, bound, importance_bound
 from .likelihood.estimate import Likelihood
 from .likelihood.flows import FlowLikelihood, ode_log_prob
 from .likelihood.pairs import PairBound, pair_bound, pair_importance_bound
+from .likelihood.psis import pareto_k
 from .likelihood.shortening import analytic_variance, best_subchain
 from .likelihood.verification import Claim, Verification, verify
 from .likelihood.yardsticks import Yardstick, Yardsticks, yardsticks
@@ -189,6 +190,7 @@ __all__ = [
     "ode_log_prob",
     "pair_bound",
     "pair_importance_bound",
+    "pareto_k",
     "perturbed",
     "plots",
     "posterior",

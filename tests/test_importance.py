@@ -248,6 +248,7 @@ class Mixture(nn.Module):
         return dist.MixtureSameFamily(even, dist.Normal(means, 0.65))
 
 
+@pytest.mark.filterwarnings("ignore:Pareto k")
 def test_the_density_of_any_kernel_integrates_to_one():
     forward = pyrodiff.GaussianForward(pyrodiff.BetaSchedule([0.6, 0.6]))
     diffusion = pyrodiff.Diffusion(forward, Mixture(), ())

@@ -44,6 +44,7 @@ from ..pair.programs import Generative
 from ..pair.terms import prior_cost, runs, step_costs
 from ..running.evaluation import Batch, Look, batches, evaluating, expect, guided, look, progress_bar
 from .estimate import Likelihood
+from .psis import pareto_k, pareto_words, warn_of_tails
 
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
 
@@ -541,6 +542,12 @@ class ImportanceBound(Likelihood):
         r""":math:`(\sum_k w_k)^2 / \sum_k w_k^2`, in 1..K, with shape (B,): near 1, the bound is loose still."""
         return (2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp()
 
+    @property
+    def pareto_k(self) -> Tensor:
+        """Pareto's k of the tail of the weights, with shape (B,): above 0.7 neither their mean nor the effective sample
+        size is to be trusted; NaN where K is below 21 (:func:`pareto_k`)."""
+        return pareto_k(self.log_weights)
+
     def at(self, num_particles: int) -> Tensor:
         """The bound with fewer particles, the mean over as many groups of so many as there are: less noisy than fresh.
 
@@ -564,7 +571,9 @@ class ImportanceBound(Likelihood):
     def title(self) -> str:
         size = f"effective sample size {float(self.effective_sample_size.mean()):.3g} of K = {self.num_particles}"
         steps = "" if self.num_steps is None else f", T = {self.num_steps}"
-        return f"importance-weighted bound on -log p(x_0), {size}{steps}"
+        return (
+            f"importance-weighted bound on -log p(x_0), {size}{pareto_words(self.pareto_k, self.num_particles)}{steps}"
+        )
 
     def rows(self) -> dict[str, Tensor]:
         smaller = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k < self.num_particles]
@@ -604,6 +613,7 @@ def importance_bound(
 
     Raises:
         ValueError: As :func:`bound`.
+        UserWarning: If K is at least 100 and Pareto's k (:func:`pareto_k`) of the weights of some data above 0.7.
 
     References:
         Importance Weighted Autoencoders (Burda et al., 2016), Eq. 8, https://arxiv.org/abs/1509.00519
@@ -628,7 +638,9 @@ def importance_bound(
             expect(bar, x_0, K * len(batch) * T)
             weights.append(_log_weights(_Draws(diffusion.model, batch, start, seed, K, first), bar))
             start += len(batch)
-    return ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T, global_kl)
+    found = ImportanceBound(torch.cat(weights, 1), diffusion.event_shape, diffusion.levels, T, global_kl)
+    warn_of_tails(found.pareto_k, K)
+    return found
 
 
 def _log_weights(draws: _Draws, bar: tqdm) -> Tensor:

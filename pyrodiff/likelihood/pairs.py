@@ -48,6 +48,7 @@ from ..running.compilation import as_written
 from ..running.evaluation import expect, progress_bar, seeded
 from .bounds import ImportanceBound
 from .estimate import Likelihood
+from .psis import warn_of_tails
 
 __all__ = ["PairBound", "pair_bound", "pair_importance_bound"]
 
@@ -266,6 +267,7 @@ def pair_importance_bound(
 
     Raises:
         ValueError: As :func:`pair_bound`; if a site with a cost stands outside of the plate, or has a scale.
+        UserWarning: If K is at least 100 and Pareto's k (:func:`pareto_k`) of the weights of some data above 0.7.
 
     References:
         Importance Weighted Autoencoders (Burda et al., 2016), Eq. 8, https://arxiv.org/abs/1509.00519
@@ -295,8 +297,10 @@ def pair_importance_bound(
                 with _run(seed_of(seed, particle, number), data[0].device, validated=False):
                     weights.append(pair.log_weights(data))
                 _tell(bar, x_0, K, len(data[0]))
-    found = torch.cat([torch.stack(weights[i : i + K]) for i in range(0, len(weights), K)], 1)
-    return ImportanceBound(found, data[0].shape[1:], pair.levels)
+    together = torch.cat([torch.stack(weights[i : i + K]) for i in range(0, len(weights), K)], 1)
+    found = ImportanceBound(together, data[0].shape[1:], pair.levels)
+    warn_of_tails(found.pareto_k, K)
+    return found
 
 
 class _Heard:

@@ -189,14 +189,16 @@ def _of_means(
     every = data.rows(rows)  # spread over these, every t is drawn each time
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a step that holds much of it, which is no claim here
+            warnings.simplefilter("ignore", UserWarning)  # of a step that holds much, or heavy tails: no claims here
             bounds = torch.stack([_of_bound(bound(diffusion, *given, guide=guide)) for _ in range(num_repeats)])
+            weights, groups = (
+                importance_bound(diffusion, *given, num_particles=number, guide=guide).log_weights.double()
+                for number in (num_repeats, 10 * num_particles)
+            )
         learned: dict[str, Tensor] = {name: p for name, p in diffusion.model.named_parameters() if p.requires_grad}
         signs = [torch.randint_like(parameter, 2) * 2 - 1 for parameter in learned.values()]
         sites, gradients = _estimates(diffusion, data, num_repeats, learned, signs)
         steps, step_gradients = _estimates(diffusion.one_step(), every, num_repeats, learned, signs)
-        weights = importance_bound(diffusion, *given, num_particles=num_repeats, guide=guide).log_weights.double()
-        groups = importance_bound(diffusion, *given, num_particles=10 * num_particles, guide=guide).log_weights.double()
     except Exception as error:
         return [Claim("its bounds can be evaluated", False, _said(error))]
     terms = [f"L_{t}" + f" (t = {t + 1})" * (t < T) for t in range(T + 1)]

@@ -17,8 +17,8 @@ they are tables. For any other chain they are guessed, by a :class:`Twist`, and 
 :func:`posterior`.
 
 References:
-    Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section 2.5, Eqs.
-    17-23, https://arxiv.org/abs/1503.03585
+    Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section 2.5,
+    https://arxiv.org/abs/1503.03585
 """
 
 import copy

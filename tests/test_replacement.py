@@ -42,18 +42,22 @@ def affine(diffusion, t):
     return (law.mean[1:] - law.mean[0]).T, law.mean[0], law.variance[0].diag()
 
 
-def composed(diffusion, known=None):
+def composed(diffusion, known=None, repeats=1):
     """Mean and covariance of x_0 of the chain; with what is known put in place, if it is, by the affine kernels."""
-    T, q = diffusion.num_steps, diffusion.forward_process.schedule
-    mean, covariance = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    T, q, eye = diffusion.num_steps, diffusion.forward_process.schedule, torch.eye(3, dtype=torch.float64)
+    mean, covariance = torch.zeros(3, dtype=torch.float64), eye
     for s in range(T, -1, -1):
-        if s < T:
-            F, c, own = affine(diffusion, s + 1)
-            mean, covariance = F @ mean + c, F @ covariance @ F.T + own
-        if known is not None:
+        for again in range(repeats if 0 < s < T else 1):
             a, b = q.scales(s).tolist() if s else (1.0, 0.0)
-            mean = torch.where(MASK, a * known, mean)
-            covariance = torch.where(MASK[:, None] | MASK, 0.0, covariance) + b**2 * MASK.double().diag()
+            if again:  # back to s + 1
+                step = q.signal(s + 1) / a
+                mean, covariance = step * mean, step**2 * covariance + (q.noise(s + 1) ** 2 - step**2 * b**2) * eye
+            if s < T:
+                F, c, own = affine(diffusion, s + 1)
+                mean, covariance = F @ mean + c, F @ covariance @ F.T + own
+            if known is not None:
+                mean = torch.where(MASK, a * known, mean)
+                covariance = torch.where(MASK[:, None] | MASK, 0.0, covariance) + b**2 * MASK.double().diag()
     return mean, covariance
 
 
@@ -102,6 +106,16 @@ def test_the_bias_does_not_go_away_with_more_steps_and_does_with_more_repeats():
         for u in (1, 10)
     )
     assert abs(float(often)) < abs(float(once)) / 2
+
+
+def test_steps_that_are_taken_again_go_back_by_the_forward_process():
+    diffusion = correlated(6)
+    with torch.no_grad():
+        mean, covariance = composed(diffusion, Y, repeats=3)
+    x_0 = replacement(diffusion, Inpainting(MASK, Y), num_samples=40000, num_repeats=3, generator=0)
+    assert not far(x_0, mean)
+    off = x_0 - mean
+    assert not far(off[:, :, None] * off[:, None], covariance)
 
 
 def test_values_with_noise_are_drawn_with_it():

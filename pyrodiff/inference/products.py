@@ -149,7 +149,7 @@ class _Gaussians(_Messages):
         self.log_evidence = log_normal(off, cholesky(R + (H * top.variance.flatten()) @ H.T))
 
     def times(self, law: Any, s: int | Tensor) -> Updated:
-        mean, H = innermost(law).mean, self.H[s]  # type: ignore[attr-defined]
+        mean, H = innermost(law).mean, self.H[s]
         mu = mean.reshape(*mean.shape[: mean.dim() - len(law.event_shape)], -1)
         return Updated(law, self.y - self.g[s] - (H @ mu[..., None])[..., 0], H, self.R[s])
 

@@ -63,7 +63,7 @@ class Posterior:
 
     @property
     def log_evidence(self) -> Tensor:
-        """log p(y) in nats, with shape (): of the mean over the islands of unbiased estimates of p(y)."""
+        """log p(y) in nats, with shape (), of the mean over the islands of unbiased estimates of p(y)."""
         return log_mean(self.islands)
 
     @property

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -73,6 +74,7 @@ def test_all_weights_are_equal_and_the_evidence_is_exact_for_gaussian_data(sched
     close(found.log_evidence, evidence)
     close(found.standard_error, 0.0)
     close(found.effective_sample_size, torch.full((schedule.num_steps + 1,), 400.0, dtype=torch.float64), atol=1e-6)
+    close(found.pareto_k, 0.0)
     assert not far(found.samples, mean)
     off = found.samples - mean
     assert not far(off[:, :, None] * off[:, None], covariance)
@@ -457,7 +459,9 @@ def levels(marginals):
 def test_levels_that_are_known_exactly(marginals):
     diffusion, network = levels(marginals)
     observation = Inpainting(torch.tensor([True, False]), torch.tensor([0.5, 7.0], dtype=torch.float64))
-    found = posterior(diffusion, observation, num_particles=4000, num_islands=40, generator=0)
+    # A Gaussian around the estimate is a poor guess of a level, and that is said.
+    with nullcontext() if marginals else pytest.warns(UserWarning, match="Pareto k of the weights is 0..., above 0.7"):
+        found = posterior(diffusion, observation, num_particles=4000, num_islands=40, generator=0)
     assert torch.equal(found.samples[:, 0], torch.full((4000,), 0.5, dtype=torch.float64))
     torch.manual_seed(0)
     x = drawn(diffusion, 20000)

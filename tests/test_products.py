@@ -254,6 +254,21 @@ def test_weights_make_the_factor_at_every_step_good():
     assert abs(float(found.mean) - (1.4 - 0.6 / 2.25) / (2 + 1 / 2.25)) < 0.02
 
 
+def test_weights_without_a_variance_are_told_by_their_tail():
+    """Those of x_T under r(x_T) p(x_T) have the tail 1 - q for q, the part of its variance that the factor leaves."""
+    diffusion, observation = one_number(2)
+    q = 0.09 / 1.09
+    with pytest.warns(UserWarning, match="Pareto k of the weights is .*, above 0.7, with RepeatedTwist"):
+        found = posterior(
+            diffusion, observation, num_particles=20000, num_islands=1, twist=RepeatedTwist(), generator=0
+        )
+    assert abs(float(found.pareto_k) - (1 - q)) < 0.15
+    assert "Pareto k, the largest" in str(found)
+    few = posterior(diffusion, observation, num_particles=20, num_islands=1, generator=0)
+    assert math.isnan(float(few.pareto_k))
+    assert "Pareto" not in str(few)
+
+
 def test_guidance_by_tweedies_moments_is_exact_for_gaussian_data():
     diffusion, law = gaussian_diffusion(SCHEDULES["vp"], M, V), truth()[0]
     x_0 = perturbed(diffusion, Linear(A, Y, NOISE), num_samples=4000, twist=pyrodiff.GaussianTwist(), generator=0)

@@ -42,6 +42,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "refuse_callers",
     "refuse_in_guide",
     "log_mean",
+    "needs_resampling",
     "log_normal",
     "resampled",
     "systematic",

@@ -1,11 +1,13 @@
-"""Particles and their weights: the mean weight, the effective sample size, systematic resampling."""
+"""Particles and their weights: the mean weight, and systematic resampling where it is needed."""
 
 import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["effective_size", "log_mean", "resampled", "systematic"]
+from ..likelihood.psis import effective_size
+
+__all__ = ["log_mean", "needs_resampling", "resampled", "systematic"]
 
 
 def resampled(x: Tensor, psi: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,11 +22,20 @@ def resampled(x: Tensor, psi: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Te
         The three, of the particles that go on.
     """
     islands, m = log_w.shape
-    needs = (effective_size(log_w) < m / 2)[:, None]
+    needs = needs_resampling(log_w)[:, None]
     index = torch.where(needs, systematic(log_w, m), torch.arange(m, device=x.device))
     log_w = torch.where(needs, log_mean(log_w)[:, None], log_w)
     rows = (index + m * torch.arange(islands, device=x.device)[:, None]).flatten()
     return x[rows], psi.gather(1, index), log_w
+
+
+def needs_resampling(log_w: Tensor) -> Tensor:
+    """Which islands have an effective sample size below a half.
+
+    Arguments:
+        log_w: Log weights, with shape (islands, m).
+    """
+    return effective_size(log_w, -1) < log_w.shape[-1] / 2
 
 
 def systematic(log_w: Tensor, m: int) -> Tensor:
@@ -51,12 +62,3 @@ def log_mean(log_w: Tensor) -> Tensor:
         log_w: Log weights, with shape (..., m).
     """
     return log_w.logsumexp(-1) - math.log(log_w.shape[-1])
-
-
-def effective_size(log_w: Tensor) -> Tensor:
-    """The effective sample size over the last dimension, in 1..m; 0 where there is no weight.
-
-    Arguments:
-        log_w: Log weights, with shape (..., m).
-    """
-    return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)

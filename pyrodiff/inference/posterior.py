@@ -30,10 +30,11 @@ from torch import Tensor
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
+from ..likelihood.psis import FEWEST, LIMIT, effective_size, pareto_k
 from ..pair.diffusion import Diffusion
 from ..running.evaluation import seeded
 from .observations import Conditioned, conditioning
-from .particles import effective_size, log_mean, resampled, systematic
+from .particles import log_mean, needs_resampling, resampled, systematic
 from .twists import GaussianTwist, KnownTwist, Twist
 
 __all__ = ["Posterior", "posterior"]
@@ -49,12 +50,16 @@ class Posterior:
         effective_sample_size: Of x_T, ..., x_0, before particles were resampled, summed over the islands; with shape
             (T + 1,), in 1..n.
         num_islands: How many groups of particles walked by themselves.
+        pareto_k: Of the weights that the evidence is made of, those before each resampling and the last, the largest
+            :func:`pareto_k`, with shape (); NaN of fewer than 21 particles, and of bits. Above 0.7 their variance may
+            be infinite, and neither the evidence nor its standard error is to be trusted.
     """
 
     samples: Tensor
     log_weights: Tensor
     effective_sample_size: Tensor
     num_islands: int
+    pareto_k: Tensor
 
     @property
     def islands(self) -> Tensor:
@@ -108,6 +113,8 @@ class Posterior:
             f"{'effective sample size at t = 0':34}{float(ess[-1]):10.1f} of {n}",
             f"{f'the least, at t = {len(ess) - 1 - int(ess.argmin())}':34}{float(ess.min()):10.1f}",
         ]
+        if n >= FEWEST and not bool(self.pareto_k.isnan()):
+            lines.append(f"{'Pareto k, the largest':34}{float(self.pareto_k):10.2f}")
         if len(self.mean.flatten()) <= 8:
             for i, moments in enumerate(torch.stack([self.mean, self.standard_deviation]).flatten(1).T.tolist()):
                 lines.append("{:34}{:10.4f}, {:.4f}".format(f"x_0[{i}], mean and deviation", *moments))
@@ -151,7 +158,8 @@ def posterior(
             law, the twist is not made for the observation or the chain, or there is none by default.
 
     Warns:
-        UserWarning: If the effective sample size collapsed: then neither samples nor evidence are to be trusted.
+        UserWarning: If the effective sample size collapsed, or Pareto's k of at least 100 particles is above 0.7: then
+            neither samples nor evidence are to be trusted.
 
     References:
         Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023), Algorithm 1,
@@ -176,7 +184,8 @@ def posterior(
         checks.instance("twist", twist, Twist)
         twist.check(given)
         found = _run(given, twist, n, islands, rows)
-    _warn_of_collapse(found, twist)
+    if not _warn_of_collapse(found, twist):
+        _warn_of_tails(found, twist)
     return found
 
 
@@ -198,9 +207,11 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
     floats = given.dtype if given.dtype.is_floating_point else torch.get_default_dtype()
     psi = log_w = torch.zeros((islands, n // islands), dtype=floats, device=device)
     before: Tensor | None = None  # the states at s + 1
-    sizes = []
+    sizes, tails = [], []
     for s in range(given.diffusion.num_steps, -1, -1):
         if before is not None:
+            if bool(needs_resampling(log_w).any()):
+                tails.append(_tail(given, log_w))
             before, psi, log_w = resampled(before, psi, log_w)
         law = given.law(s, before, n, *context)
         q = twist.proposal(given, law, s, before, *context)
@@ -212,8 +223,22 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
         now = now.view_as(log_w)
         log_w = torch.where(log_w.isneginf(), log_w, log_w + ratio + now - psi)
         psi = now
-        sizes.append(effective_size(log_w).sum())
-    return Posterior(x, log_w.flatten(), torch.stack(sizes), islands)
+        sizes.append(effective_size(log_w, -1).sum())
+    k = torch.stack([*tails, _tail(given, log_w)]).amax()
+    return Posterior(x, log_w.flatten(), torch.stack(sizes), islands, k)
+
+
+def _tail(given: Conditioned, log_w: Tensor) -> Tensor:
+    """Pareto's k of the weights of all islands, each island's relative to their mean.
+
+    Those of bits take few values, and those that are alike up to rounding none but one: neither have a tail.
+    """
+    mean = log_mean(log_w)[:, None]
+    relative = torch.where(mean.isneginf(), log_w, log_w - mean)
+    k = pareto_k(relative.flatten()[:, None])[0]
+    if not given.is_gaussian:
+        return torch.full_like(k, math.nan)
+    return torch.where(relative.amax() < 1e-3, 0 * k, k)
 
 
 def _check_twist(value: object, n: int, s: int) -> None:
@@ -226,12 +251,25 @@ def _check_twist(value: object, n: int, s: int) -> None:
         raise ArgumentError(name, f"must have finite log probabilities, but at t = {s} some are {float(value.amax())}")
 
 
-def _warn_of_collapse(found: Posterior, twist: Twist) -> None:
+def _warn_of_tails(found: Posterior, twist: Twist) -> None:
+    """Warn where weights that the evidence is a mean of may have no variance, whatever the particles look like."""
+    if len(found.samples) >= FEWEST and bool(found.pareto_k > LIMIT):
+        warnings.warn(
+            f"Pareto k of the weights is {float(found.pareto_k):.2f}, above {LIMIT}, with {type(twist).__name__}: they "
+            f"may have no variance, so that neither the evidence nor its standard error can be trusted, and more "
+            f"particles help little: give another twist",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_collapse(found: Posterior, twist: Twist) -> bool:
     """Warn where an island's particles were as good as one, or where the islands contradict each other."""
     ess, m = found.effective_sample_size, len(found.samples) // found.num_islands
     worst, spread = int(ess.argmin()), float(found.islands.std()) if found.num_islands > 1 else 0.0
     each = float(ess[worst]) / found.num_islands
-    if each < min(2.0, m / 4) or not (spread <= 1 or float(found.standard_error) <= 0.25):
+    collapsed = each < min(2.0, m / 4) or not (spread <= 1 or float(found.standard_error) <= 0.25)
+    if collapsed:
         warnings.warn(
             f"the effective sample size collapsed, with {type(twist).__name__}: at t = {len(ess) - 1 - worst} it was "
             f"{each:.1f} of the {m} particles of an island, and the islands' log evidence differs by {spread:.1f} "
@@ -239,3 +277,4 @@ def _warn_of_collapse(found: Posterior, twist: Twist) -> None:
             UserWarning,
             stacklevel=3,
         )
+    return collapsed

@@ -44,7 +44,7 @@ from ..pair.programs import Generative
 from ..pair.terms import prior_cost, runs, step_costs
 from ..running.evaluation import Batch, Look, batches, evaluating, expect, guided, look, progress_bar
 from .estimate import Likelihood
-from .psis import pareto_k, pareto_words, warn_of_tails
+from .psis import effective_size, pareto_k, pareto_words, warn_of_tails
 
 __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
 
@@ -540,7 +540,7 @@ class ImportanceBound(Likelihood):
     @property
     def effective_sample_size(self) -> Tensor:
         r""":math:`(\sum_k w_k)^2 / \sum_k w_k^2`, in 1..K, with shape (B,): near 1, the bound is loose still."""
-        return (2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp()
+        return effective_size(self.log_weights, 0)
 
     @property
     def pareto_k(self) -> Tensor:

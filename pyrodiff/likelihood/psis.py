@@ -24,9 +24,19 @@ from ..base import arguments
 from ..base.arguments import ArgumentError
 from ..base.precision import float64
 
-__all__ = ["pareto_k", "pareto_words", "warn_of_tails"]
+__all__ = ["effective_size", "pareto_k", "pareto_words", "warn_of_tails"]
 
-_LIMIT, _FEWEST = 0.7, 100  # of k, and of weights: of fewer, k is too uncertain to speak of
+LIMIT, FEWEST = 0.7, 100  # of k, and of weights: of fewer, k is too uncertain to speak of
+
+
+def effective_size(log_weights: Tensor, dim: int) -> Tensor:
+    r"""The effective sample size :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, in 1..K; 0 where there is no weight.
+
+    Arguments:
+        log_weights: Logarithms of the weights.
+        dim: The dimension of the K weights.
+    """
+    return (2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)).exp().nan_to_num(0.0)
 
 
 @torch.no_grad()
@@ -89,10 +99,10 @@ def pareto_words(k: Tensor, num_particles: int) -> str:
         k: What :func:`pareto_k` returned.
         num_particles: The number of weights.
     """
-    if num_particles < _FEWEST or k.is_meta or bool(k.isnan().all()):
+    if num_particles < FEWEST or k.is_meta or bool(k.isnan().all()):
         return ""
-    heavy = int((k > _LIMIT).sum())
-    return f", Pareto k {float(k.nanmedian()):.2f}" + f" (above {_LIMIT} for {heavy})" * (heavy > 0)
+    heavy = int((k > LIMIT).sum())
+    return f", Pareto k {float(k.nanmedian()):.2f}" + f" (above {LIMIT} for {heavy})" * (heavy > 0)
 
 
 def warn_of_tails(k: Tensor, num_particles: int) -> None:
@@ -102,10 +112,10 @@ def warn_of_tails(k: Tensor, num_particles: int) -> None:
         k: What :func:`pareto_k` returned.
         num_particles: The number of weights.
     """
-    heavy = k > _LIMIT
-    if num_particles >= _FEWEST and not k.is_meta and bool(heavy.any()):
+    heavy = k > LIMIT
+    if num_particles >= FEWEST and not k.is_meta and bool(heavy.any()):
         warnings.warn(
-            f"Pareto k of the importance weights is above {_LIMIT} for {int(heavy.sum())} of {len(k)} data, "
+            f"Pareto k of the importance weights is above {LIMIT} for {int(heavy.sum())} of {len(k)} data, "
             f"{float(k[heavy].max()):.2f} at most: their variance may be infinite, and neither their mean nor the "
             f"effective sample size is to be trusted. It is a bound still, but more particles help little: bring the "
             f"model's kernels nearer to the posteriors, and see result.pareto_k",

@@ -126,6 +126,8 @@ def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
     """
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2 and x.shape[1] == 2):
         raise ArgumentError("x", f"must be floats with shape (B, 2), but it is {arguments.described(x)}")
+    if not checks.holds(x.isfinite()):
+        raise ArgumentError("x", f"must be finite, but {int((~x.isfinite()).sum())} of its values are not")
     if not (arguments.is_number(noise) and 0 < noise < math.inf):
         raise ArgumentError("noise", f"must be a number above 0 for a density, but it is {noise!r}")
     scale = math.sqrt(1 + noise**2)
@@ -258,6 +260,7 @@ def digits(split: str = "train", binary: bool = False) -> Tensor:
         (torch.Size([447, 8, 8]), tensor([0., 1.]))
     """
     bounds = {"train": (0, 1000), "validation": (1000, 1350), "test": (1350, 1797)}
+    arguments.one_of("binary", binary, (False, True))
     if split not in bounds:
         raise ArgumentError("split", f"must be one of {', '.join(bounds)}, but it is {split!r}")
     with resources.files(__package__).joinpath("data/digits.npz").open("rb") as file:

@@ -47,6 +47,14 @@ class Prior(Reverse):
         return self.output
 
 
+def categorical(values, dtype=torch.float32):
+    return pyrodiff.LevelCategorical(torch.tensor(values).to(dtype), validate_args=True)
+
+
+def shaped(event_shape):
+    return pyrodiff.Diffusion(Q, REVERSE, event_shape)
+
+
 def normal(*shape):
     return dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape) - 1)
 
@@ -472,6 +480,53 @@ TABLE = [
     *[
         (f"heartbeat(period={n!r})", functools.partial(datasets.heartbeat, 5, period=n), ("period", repr(n)))
         for n in (0, -5, 2.5, "5")
+    ],
+    ("digits, binary or not", lambda: datasets.digits(binary="no"), ("binary", "'no'")),
+    ("a roll's density at NaN", lambda: datasets.swiss_roll_log_prob(filled(NAN)), ("x", "1 of its values")),
+    # numbers that a cast would let pass
+    *[
+        (
+            f"quantize({value})",
+            functools.partial(pyrodiff.quantize, filled(value), 5),
+            ("x", "finite", "1 of", repr(value)),
+        )
+        for value in (INF, -INF, NAN)
+    ],
+    ("quantize complex", lambda: pyrodiff.quantize(filled(0.5) + 0j, 5), ("x", "complex64")),
+    ("dequantize to 'float32'", lambda: pyrodiff.dequantize(filled(1), 5, dtype="float32"), ("dtype", "'float32'")),
+    ("dequantize uniform=2", lambda: pyrodiff.dequantize(filled(1), 5, uniform=2), ("uniform", "2")),
+    *[
+        (f"logits {values}", functools.partial(categorical, values), ("logits", "must be log probabilities"))
+        for values in ([NAN, 0.0], [INF, 0.0], [-INF, -INF])
+    ],
+    *[
+        (f"logits of {dtype}", functools.partial(categorical, [0, 1], dtype), ("logits", "floats", str(dtype)))
+        for dtype in (torch.int64, torch.bool, torch.complex64)
+    ],
+    *[
+        (
+            f"{name} of {dtype}",
+            functools.partial(make, torch.ones(4).to(dtype)),
+            (name.strip(), "real numbers", str(dtype)),
+        )
+        for name, make in {
+            "betas": pyrodiff.BetaSchedule,
+            "betas ": pyrodiff.LearnedBetaSchedule,
+            "variances": pyrodiff.FixedVariance,
+            "rate": functools.partial(pyrodiff.BinomialForward, RECIPROCAL),
+        }.items()
+        for dtype in (torch.complex64, torch.bool)
+    ],
+    ("betas True", lambda: pyrodiff.BetaSchedule([True, True]), ("betas", "real numbers", "bool")),
+    *[
+        (f"event_shape {shape!r} of {make.__name__}", functools.partial(make, shape), ("event_shape", repr(shape)))
+        for make in (shaped, networks.MLP, networks.UNet)
+        for shape in ((True,), (True, 8, 8), {2, 3}, {2: 1})
+    ],
+    *[
+        (f"progress={value!r}", functools.partial(evaluate, DIFFUSION, X, progress=value), ("progress", repr(value)))
+        for evaluate in (pyrodiff.bound, functools.partial(pyrodiff.importance_bound, num_particles=2))
+        for value in ("no", 2, None)
     ],
     ("digits of no split", lambda: datasets.digits("valid"), ("split", "'valid'")),
     ("digits of no split at all", lambda: datasets.digits(None), ("split", "None")),

@@ -30,7 +30,7 @@ def validating() -> bool:
 
 
 def numbers(name: str, value: object) -> Tensor:
-    """Numbers that are fixed, as a copy in float64, on the device that they are on."""
+    """Real numbers that are fixed, as a copy in float64, on the device that they are on."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ArgumentError(
             name,
@@ -38,9 +38,14 @@ def numbers(name: str, value: object) -> Tensor:
             f"{name}.detach(), or write a module of your own with parameters",
         )
     try:
+        dtype = (value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).dtype
+        if dtype.is_complex or dtype == torch.bool:  # whose cast would drop a part, or make numbers of them
+            raise ArgumentError(name, f"must be real numbers, but the dtype is {dtype}")
         if isinstance(value, Tensor):
             return value.detach().to(home(value.device)).to(torch.float64, copy=True)
         return torch.tensor(value, dtype=torch.float64, device=default_home())
+    except ArgumentError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(name, f"must be numbers, but it is {arguments.described(value)}") from error
 
@@ -51,7 +56,8 @@ def event_shape(value: Sequence[int]) -> torch.Size:
         shape = torch.Size(value)
     except TypeError:
         shape = None
-    if shape is None or any(size < 1 for size in shape):
+    is_ordered = isinstance(value, Sequence | Tensor | np.ndarray)
+    if shape is None or not is_ordered or any(isinstance(n, bool) for n in value) or any(n < 1 for n in shape):
         raise ArgumentError(
             "event_shape", f"must be a sequence of ints of at least 1, but it is {arguments.described(value)}"
         )

@@ -81,8 +81,9 @@ def dequantize(
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     width = bin_width(levels)
-    if not dtype.is_floating_point:
-        raise ArgumentError("dtype", f"must be a floating dtype, but it is {dtype}")
+    arguments.one_of("uniform", uniform, (False, True))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError("dtype", f"must be a floating dtype, but it is {dtype!r}")
     if torch.finfo(dtype).eps > width / 4:
         raise ArgumentError("levels", f"must be few enough for {dtype} to tell them apart, but there are {levels}")
     if uniform and torch.finfo(dtype).eps > 1e-3 * width:
@@ -101,7 +102,7 @@ def dequantize(
 
 
 def quantize(x: Tensor, levels: int) -> Tensor:
-    r"""The levels of the bins that numbers lie in; the first and the last bin are open to infinity.
+    r"""The levels of the bins that numbers lie in; the first and the last bin hold all that lies beyond them.
 
     Arguments:
         x: Numbers, with a floating dtype and any shape.
@@ -111,7 +112,7 @@ def quantize(x: Tensor, levels: int) -> Tensor:
         Integers in 0..levels-1, with the shape of ``x``.
 
     Raises:
-        ValueError: If ``x`` is not a floating tensor or is NaN somewhere, or ``levels`` is below 2.
+        ValueError: If ``x`` is not a floating tensor or not finite somewhere, or ``levels`` is below 2.
 
     Example:
         >>> pyrodiff.quantize(torch.tensor([-3.0, 0.01, 0.07, 1.0]), levels=17)
@@ -120,8 +121,9 @@ def quantize(x: Tensor, levels: int) -> Tensor:
     arguments.levels(levels)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ArgumentError("x", f"must be a tensor with a floating dtype, but it is {arguments.described(x)}")
-    if not checks.holds(~x.isnan()):
-        raise ArgumentError("x", f"must be a number everywhere, but {int(x.isnan().sum())} of its values are NaN")
+    if not checks.holds(x.isfinite()):
+        wrong = x[~x.isfinite()]
+        raise ArgumentError("x", f"must be finite, but {len(wrong)} of its values are not, the first {wrong[0].item()}")
     return _nearest(x, levels)
 
 
@@ -327,7 +329,8 @@ class LevelCategorical(_OnLevels):
         validate_args: Whether values are checked; as Pyro is set, if not given.
 
     Raises:
-        ValueError: If there are fewer than 2 levels, or, under validation, if a value is no level.
+        ValueError: If ``logits`` are no floats, or of fewer than 2 levels; under validation, if they give no
+            probabilities (NaN, infinity, minus infinity for all levels), or if a value is no level.
 
     Example:
         >>> law = pyrodiff.LevelCategorical(torch.tensor([0.2, 0.3, 0.5]).log())
@@ -336,9 +339,15 @@ class LevelCategorical(_OnLevels):
     """
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise ArgumentError("logits", f"must be a tensor of floats, but it is {arguments.described(logits)}")
         arguments.levels(logits.shape[-1] if logits.dim() else 0)
         self.logits = logits.log_softmax(-1)
         super().__init__(logits.shape[-1], logits.shape[:-1], validate_args)
+        if self._validate_args and not checks.holds(~self.logits.isnan()):
+            raise ArgumentError(
+                "logits", "must be log probabilities, below infinity and not all minus infinity, but some are not"
+            )
 
     def expand(self, batch_shape: Shape, _instance: None = None) -> "LevelCategorical":
         return type(self)(self.logits.expand((*batch_shape, self.levels)), self._validate_args)

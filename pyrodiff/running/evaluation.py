@@ -362,6 +362,7 @@ def progress_bar(progress: bool, description: str) -> Iterator[tqdm]:
         progress: Whether it is asked for.
         description: What stands before it.
     """
+    arguments.one_of("progress", progress, (False, True))
     with tqdm(desc=description, unit="row", unit_scale=True, disable=None if progress else True) as bar:
         yield bar
         bar.total = bar.n  # a last batch may have been shorter

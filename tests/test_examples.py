@@ -304,3 +304,41 @@ def test_what_is_missing(example, tmp_path, capsys, monkeypatch):
     assert all(f"{float(one.log_evidence):9.3f} ± {float(one.standard_error):.3f}" in printed for one in eight.values())
     assert all(f"{float(one.log_evidence):6.1f}" in printed for one in found)
     assert (tmp_path / "inpainting.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_diffusion_as_the_prior_of_a_vae(example, tmp_path, pictures, capsys, monkeypatch, given):
+    latent, autoencoders = example("latent_diffusion"), example("autoencoders")
+    monkeypatch.setattr(autoencoders, "T", 6)
+    gains = latent.main(tmp_path, 4, str(pictures) if given else None, num_seeds=1)
+    printed = capsys.readouterr().out
+    assert f"paired:  {float(gains[0].mean()):7.3f} ± " in printed
+    assert len(gains[0]) == (8 if given else 40)
+    assert (tmp_path / "latent_diffusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_steps_of_a_latent_diffusion_cost_what_one_that_is_drawn_says(example, monkeypatch):
+    latent, autoencoders = example("latent_diffusion"), example("autoencoders")
+    monkeypatch.setattr(autoencoders, "T", 6)
+    x = latent.datasets.digits("test", binary=True)
+    vae = autoencoders.VAE(x.shape[1:], 20, autoencoders.latent_prior())
+    autoencoders.fit(vae, x, 30, "VAE")
+    whole = torch.stack([sum(latent.costs(vae, x, seed).values()).mean() for seed in range(40)])
+    drawn = torch.tensor([pyrodiff.pair_bound(vae.model, vae.guide, x).mean for _ in range(40)])
+    error = ((whole.var() + drawn.var()) / 40).sqrt()
+    assert abs(float(whole.mean() - drawn.mean())) < 5 * float(error)
+    assert float(error) < 0.3
+
+
+def test_random_weights_and_their_evidence(example, tmp_path, capsys, monkeypatch):
+    bayesian = example("bayesian_diffusion")
+    monkeypatch.setattr(bayesian, "DRAWS", 4)
+    monkeypatch.setattr(bayesian, "SCALES", (0.3,))
+    found = bayesian.main(tmp_path, 60)
+    printed = capsys.readouterr().out
+    for (_, name), costs in found.items():
+        row = next(row for row in printed.splitlines() if row.strip().startswith(name))
+        assert f"all data {float(costs['all data'].mean()):8.2f} ± " in row
+        assert all(bool(nats.isfinite().all()) for nats in costs.values())
+    assert len(found) == 3
+    assert (tmp_path / "bayesian_diffusion.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,8 @@ biased), and the log evidence of data (in closed form) and chain:
     -1.40    0.611      0.625     0.822   -1.191   -1.216 ± 0.010
      2.50    0.224      0.232     0.453  -11.675  -10.876 ± 0.104
 
+2.5 is an outlier: Pareto's k of its weights is 0.72, and a warning says that they may have no variance.
+
 Of six digits of which the upper half is known, the lower half's mean has a squared error of 0.090 per pixel, where the
 particles' spread says 0.099; the mean digit has 0.128. A score of outliers: the log evidence of their upper halves is
 -12 to -7 nats, and of the same pixels mixed -56 to -27.

@@ -19,7 +19,7 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 
 docs: $(VENV)/installed-docs
-	$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: $(VENV)/installed

@@ -1,9 +1,11 @@
 """What the examples share: a loop of SVI with a progress bar, the command line, pictures in a grid; nothing to run."""
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import pyro
 import torch
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -53,6 +55,7 @@ def train(
         average=pyrodiff.exponential_average(average) if average > 0 else None,
         compile=compile,
     )
+    choose_threads(copy.deepcopy(diffusion).one_step(drawing, weighting), draw, batch_size)
     diffusion.train()
     running = None
     with trange(num_steps, desc=name, unit="step", mininterval=0.5) as bar:
@@ -64,6 +67,19 @@ def train(
     diffusion.eval()
     if average > 0:
         svi.adopt_average()
+
+
+def choose_threads(pair: pyrodiff.OneStep, draw: Callable[[int], torch.Tensor], batch_size: int) -> None:
+    """Compute with the number of threads that a step of this pair, a copy, is fastest with; say so where it matters."""
+
+    def work() -> None:
+        pyrodiff.DiffusionELBO().differentiable_loss(pair.model, pair.guide, draw(batch_size)).backward()
+
+    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
+        number, most = pyrodiff.fastest_threads(work), torch.get_num_threads()
+    if most > 1:
+        print(f"threads: {number} of {most}, the fastest for this network")
+    torch.set_num_threads(number)
 
 
 def options(description: str, num_steps: int | None = None, out: str = "out") -> argparse.ArgumentParser:

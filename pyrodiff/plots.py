@@ -13,6 +13,7 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from pyro import poutine
 from torch import Tensor
 
@@ -24,9 +25,11 @@ from .pair.diffusion import Diffusion
 
 __all__ = [
     "animation",
+    "beside",
     "bits",
     "curves",
     "diffusion_process",
+    "histograms",
     "pictures",
     "samples",
     "terms",
@@ -276,6 +279,101 @@ def samples(x: Tensor, axes: Axes | None = None, limits: tuple[float, float] | N
     return axes
 
 
+def beside(samples: Tensor, data: Tensor | None = None, limits: tuple[float, float] | None = None) -> Figure:
+    """Samples, and data beside them to one scale, each under a title that says how many there are of which.
+
+    Arguments:
+        samples: Samples as in :func:`samples`: points, sequences or pictures.
+        data: Data of the same shape; samples alone are drawn if not given.
+        limits: As of :func:`samples`; if not given, by both.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If one of them has another shape or is not finite somewhere, or ``limits`` is something else.
+
+    Example:
+        >>> figure = pyrodiff.plots.beside(torch.randn(300, 2), pyrodiff.datasets.swiss_roll(500))
+        >>> [axes.get_title() for axes in figure.axes]
+        ['300 samples', '500 data']
+    """
+    shown = _named(samples, data)
+    form = _checked_form("samples", samples, "B", 1)
+    both = torch.cat([x.detach().flatten() for x in shown.values()])
+    limits, extent = _limits(both, limits), max(map(_extent, shown.values()))
+    tiles = {} if form == "points" else {title: _drawn(x, form, limits) for title, x in shown.items()}
+    sizes = [_size_for(one) for one in tiles.values()] or [(4.0, 4.3)] * len(shown)
+    size = (sum(width for width, _ in sizes), max(height for _, height in sizes))
+    figure = Figure(figsize=size, layout="constrained")
+    for column, (title, x) in enumerate(shown.items()):
+        axes = figure.add_subplot(1, len(shown), 1 + column)
+        if form == "points":
+            _scatter(axes, x.detach(), _MODEL if x is samples else _DATA, extent)
+            axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.set(xlabel="$x_1$", ylabel="$x_2$")
+        else:
+            _show(axes, tiles[title], form)
+            if form == "sequences":
+                axes.set(xlabel="dimension", ylabel="one below the other")
+        axes.set_title(title, fontsize=11)
+    return figure
+
+
+def histograms(samples: Tensor, data: Tensor, most: int = 12) -> Figure:
+    """Samples of vectors beside data, dimension by dimension: a histogram of each in one frame.
+
+    Arguments:
+        samples: Samples with shape (B, length).
+        data: Data of the same length.
+        most: How many dimensions are drawn at most, spread evenly.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If one of them has another shape or is not finite somewhere, or ``most`` is not a positive int.
+
+    Example:
+        >>> figure = pyrodiff.plots.histograms(torch.randn(300, 3), torch.randn(500, 3))
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['$x_1$', '$x_2$', '$x_3$']
+    """
+    shown, most = _named(samples, data), arguments.positive_int("most", most)
+    if samples.dim() != 2 or not samples.numel():
+        raise ArgumentError("samples", f"must have shape (B, length), but it is {arguments.described(samples)}")
+    dimensions = torch.linspace(0, samples.shape[1] - 1, min(most, samples.shape[1])).round().int().tolist()
+    rows = -(-len(dimensions) // 4)
+    columns = -(-len(dimensions) // rows)
+    figure = Figure(figsize=(2.4 * columns, 2.1 * rows + 0.4), layout="constrained")
+    for place, i in enumerate(dimensions):
+        axes = figure.add_subplot(rows, columns, 1 + place)
+        ends = [float(end) for end in torch.cat([x[:, i].detach().cpu() for x in shown.values()]).aminmax()]
+        for (title, x), color in zip(shown.items(), (_MODEL, _DATA), strict=True):
+            values, style = x[:, i].detach().cpu().numpy(), {"histtype": "step", "density": True, "bins": 30}
+            axes.hist(values, range=ends, color=color, label=title, **style)
+        axes.set(xlabel=f"$x_{{{i + 1}}}$" if i > 8 else f"$x_{i + 1}$", yticks=[])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _named(samples: Tensor, data: Tensor | None) -> dict[str, Tensor]:
+    """Samples and data by their titles."""
+    for name, x in (("samples", samples), ("data", data)):
+        if x is None and name == "data":
+            continue
+        if not isinstance(x, Tensor) or not x.numel() or not bool(x.isfinite().all()):
+            raise ArgumentError(name, f"must be a tensor of finite numbers, but it is {arguments.described(x)}")
+        if x.shape[1:] != samples.shape[1:]:
+            raise ArgumentError(
+                name, f"must have the shape of samples, {tuple(samples.shape[1:])}, but it is {tuple(x.shape[1:])}"
+            )
+    return {f"{len(samples)} samples": samples, **({} if data is None else {f"{len(data)} data": data})}
+
+
 def trajectory(
     states: Tensor, times: Sequence[int], rows: int | None = None, limits: tuple[float, float] | None = None
 ) -> Figure:
@@ -375,16 +473,20 @@ def animation(
     return FuncAnimation(cast(Figure, axes.figure), draw, frames=order, interval=interval)
 
 
-def curves(records: Sequence[Mapping[str, float]], axes: Axes | None = None) -> Axes:
+def curves(
+    records: Sequence[Mapping[str, float]], axes: Axes | None = None, scale: float = 1.0, unit: str = "nats per datum"
+) -> Axes:
     """What a training wrote down: the loss of each record, thin, its mean over those around it, and a held-out bound.
 
     The vertical axis is logarithmic where all is positive and the greatest is over 30 times the least.
 
     Arguments:
         records: Mappings, such as lines of JSON, with a number "step" and, each where there is one, a "loss" and a
-            "bound", in nats a datum, with its standard error "bound_se". What is missing, None or not finite is not
+            "bound", in nats per datum, with its standard error "bound_se". What is missing, None or not finite is not
             drawn, nor is any other key.
         axes: Where to draw; axes of a new figure if not given.
+        scale: What the values are multiplied by: 1 / (D log 2) for bits per dimension of D numbers.
+        unit: What the vertical axis then is called.
 
     Returns:
         The axes. The bars of the bound are two standard errors up and down.
@@ -397,7 +499,10 @@ def curves(records: Sequence[Mapping[str, float]], axes: Axes | None = None) -> 
         >>> [text.get_text() for text in pyrodiff.plots.curves(records).get_legend().get_texts()]
         ['loss', 'loss, mean of 5', 'bound, held out']
     """
+    scale = arguments.number("scale", scale, 0, math.inf)
     losses, bounds = _column(records, "loss"), _column(records, "bound", "bound_se")
+    losses[:, 1:] *= scale
+    bounds[:, 1:] *= scale
     if not (len(losses) or len(bounds)):
         raise ArgumentError("records", f"must hold a step with a loss or a bound, but none of the {len(records)} does")
     axes = Figure(figsize=(6, 3.4), layout="constrained").subplots() if axes is None else axes
@@ -417,7 +522,7 @@ def curves(records: Sequence[Mapping[str, float]], axes: Axes | None = None) -> 
     values = np.concatenate([losses[:, 1], bounds[:, 1]])
     if values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="nats a datum")
+    axes.set(xlabel="step", ylabel=unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return axes
@@ -519,9 +624,14 @@ def _tiled(tiles: np.ndarray, columns: int | None, gap: float) -> np.ndarray:
 
 def _axes_for(tiles: np.ndarray) -> Axes:
     """Axes of a new figure, about as wide and high as an array is to be drawn."""
+    return Figure(figsize=_size_for(tiles), layout="constrained").subplots()
+
+
+def _size_for(tiles: np.ndarray) -> tuple[float, float]:
+    """How wide and high an array is to be drawn, in inches."""
     height, width = tiles.shape[:2]
     scale = min(max(4.5, max(height, width) / 100), 10) / max(height, width)
-    return Figure(figsize=(max(scale * width, 1), max(scale * height, 1) + 0.3), layout="constrained").subplots()
+    return max(scale * width, 1), max(scale * height, 1) + 0.3
 
 
 def _square_axes() -> Axes:

@@ -20,7 +20,7 @@ TINY = {
     **{"evaluate_every": 2, "evaluate_on": 4, "log_every": 2, "checkpoint_every": 2, "average": 0.9},
 }
 SAVEFIG, NO_FIGURE = Figure.savefig, Figure()
-DRAWN = {name: getattr(plots, name) for name in ("samples", "terms", "curves")}
+DRAWN = {name: getattr(plots, name) for name in ("samples", "beside", "histograms", "terms", "curves")}
 PIXEL = bytes.fromhex(  # a picture of one pixel
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8ffff3f0005fe02fe0d"
     "c23a2d0000000049454e44ae426082"
@@ -96,7 +96,8 @@ def without_pictures(put: Callable[[Any, str, Any], None] = setattr) -> None:
     """Let pictures cost nothing, that nobody looks at: neither their axes are drawn nor their pixels."""
     put(Figure, "savefig", blank)
     for name in DRAWN:
-        put(plots, name, lambda *args, **options: SimpleNamespace(figure=NO_FIGURE))
+        figure = NO_FIGURE if name in ("beside", "histograms") else SimpleNamespace(figure=NO_FIGURE)
+        put(plots, name, lambda *args, figure=figure, **options: figure)
 
 
 def with_pictures(put: Callable[[Any, str, Any], None]) -> None:

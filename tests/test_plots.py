@@ -273,7 +273,7 @@ def test_the_curves_are_the_loss_its_mean_and_the_bound():
     np.testing.assert_allclose(segments, [[[500, 2.7], [500, 3.5]], [[1000, 2.5], [1000, 2.5]]])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["loss", "loss, mean of 11", "bound, held out ± 2 s.e."]
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "nats a datum", "linear")
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "nats per datum", "linear")
 
 
 def test_few_losses_are_not_smoothed_and_either_curve_may_be_missing():

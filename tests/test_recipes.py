@@ -530,6 +530,8 @@ ELSEWHERE = {  # the tests that see what they do
     "array": "test_an_array_of_several",
     "compile": "test_compile",
     "labels": "test_labels.py",
+    "stream": "test_command_streaming.py",
+    "workers": "test_command_streaming.py",
     "device": "test_a_gpu_that_is_not_there, of test_cli.py",
     "threads": "test_threads",
     "samples": "test_samples_and_final_times",

@@ -8,6 +8,7 @@ stopped it.
 
 import argparse
 import difflib
+import math
 import os
 import re
 import shlex
@@ -71,29 +72,12 @@ def _run(line: argparse.Namespace) -> int:
     from .use import bound, plot, sample
 
     _listen()
-    run = {"run": line.run, "checkpoint": line.checkpoint, "device": line.device, "seed": line.seed}
+    more = {name: value for name, value in vars(line).items() if name not in ("command", "parser", "text")}
     if line.command == "bound":
-        return bound(
-            **run,
-            data=line.data,
-            split=line.split,
-            number=line.number,
-            times=line.times,
-            chain_steps=line.chain_steps,
-            particles=line.particles,
-            save=line.save,
-        )
-    if line.command == "plot":
-        return plot(**run, data=line.data)
-    return sample(
-        **run,
-        number=line.number,
-        batch_size=line.batch_size,
-        name=line.sampler,
-        sample_steps=line.sample_steps,
-        save=line.save,
-        trajectory=line.trajectory,
-    )
+        return bound(**more)
+    if line.command == "sample":
+        return sample(**more)
+    return plot(**more)
 
 
 def _listen() -> None:
@@ -236,6 +220,17 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--save", type=Path, help=place)
     way = "the way from noise to data too, as a strip or an animation"
     parser.add_argument("--trajectory", choices=("strip", "gif"), help=way)
+    parser.add_argument("--label", type=_natural, help="of which label (default: one after the other)")
+    given = parser.add_argument_group("given a part of a datum")
+    datum = "a datum of which a part is known: an .npy file of the shape of one, or a picture"
+    given.add_argument("--given", type=Path, metavar="FILE", help=datum)
+    which = "which of its numbers are known: an .npy file of bools, zeros and ones, or a picture, white where known"
+    given.add_argument("--mask", type=Path, metavar="FILE", help=which)
+    noise = "the deviation of noise on what is known, as a part of the data's; above 0 for numbers (default: 0)"
+    given.add_argument("--noise", type=_positive, default=0.0, help=noise)
+    given.add_argument("--particles", type=_count, default=64, help="particles of sequential Monte Carlo (default: 64)")
+    fast = "by replacement, which is fast and biased, in the place of sequential Monte Carlo"
+    given.add_argument("--replacement", action="store_true", help=fast)
 
 
 def _add_train(commands: Any) -> None:
@@ -291,6 +286,22 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"must be an int in 0..{2**32 - 1}, but it is {text!r}")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an int of at least 0, but it is {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, but it is {text!r}")
+    return value
 
 
 def _count(text: str) -> int:

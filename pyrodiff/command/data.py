@@ -8,7 +8,7 @@ likelihood is a density, as *levels*, whole numbers whose likelihood is a probab
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .. import datasets, readers
 from ..base.arguments import ArgumentError
 from ..likelihood.estimate import Likelihood
 from ..process.quantization import dequantize, quantize
+from ..streaming import ArrayFile, PictureFolder, Stream
 from .grids import stands_evenly
 from .options import BUILT_IN, Reading
 
@@ -104,6 +106,11 @@ class Form:
         return nats if self.unit == "nats" else nats / (math.log(2) * self.event_shape.numel())
 
     @property
+    def outcomes(self) -> int | None:
+        """How many values a number has, where its likelihood is a probability; None where it is a density."""
+        return 2 if self.read_as == "bits" else self.levels
+
+    @property
     def unit(self) -> str:
         """The unit that people are shown: "bits/dim" for levels, "nats" per datum otherwise."""
         return "bits/dim" if self.read_as == "levels" else "nats"
@@ -120,32 +127,73 @@ class Form:
         return (x_0 + 1) / 2 if self.read_as == "levels" else x_0
 
 
-class Part:
-    """A part of the data: rows of a tensor that is held once, or left in its file, whatever its parts.
+class Rows:
+    """Data that are read as their rows are asked for; to whom indexes it, a tensor.
 
     Arguments:
-        whole: The tensor.
-        rows: The numbers of its rows that are the part; all if not given.
-        labels: The label of each row of the tensor, where the data are read with theirs.
+        dataset: A data set of tensors of one shape.
     """
 
-    def __init__(self, whole: Tensor, rows: Tensor | None = None, labels: Tensor | None = None) -> None:
-        self.whole, self.labels = whole, labels
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset: Any = dataset
+        first = self.dataset[0]
+        self.dtype, self.device, self.shape = first.dtype, torch.device("cpu"), torch.Size((len(self), *first.shape))
+        self.shape = self.shape if first.dim() else torch.Size((len(self), 1))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        indices = rows.tolist()
+        together = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
+        return torch.stack(list(together(indices))).reshape(len(indices), *self.shape[1:])
+
+
+class Part(Dataset):
+    """A part of the data: rows of a tensor that is held once, or left in its file, whatever its parts.
+
+    To torch's loader it is a data set of tuples of a datum, and its label where there are labels.
+
+    Arguments:
+        whole: The tensor, or what is read as it is asked for.
+        rows: The numbers of its rows that are the part; all if not given.
+        labels: The label of each row of the tensor, where the data are read with theirs.
+        change: What is done to the rows that are read; nothing if not given.
+    """
+
+    def __init__(
+        self,
+        whole: Tensor | Rows,
+        rows: Tensor | None = None,
+        labels: Tensor | None = None,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.whole, self.labels, self.change = whole, labels, change
         self.rows = torch.arange(len(whole), device=whole.device) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: Tensor | slice) -> Tensor:
-        return self.whole[self.rows[i]]
+        raw = self.whole[self.rows[i]]
+        return raw if self.change is None else self.change(raw)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        i = torch.tensor(indices, device="cpu")
+        return list(zip(self[i], *self.context(i), strict=True))
 
     def blocks(self) -> Iterator[Tensor]:
         """All of it, in blocks of about 2 ** 19 numbers."""
-        for rows in self.rows.split(max(1, 2**19 // self.whole[0].numel())):
-            yield self.whole[rows]
+        size = max(1, 2**19 // self.whole.shape[1:].numel())
+        for start in range(0, len(self), size):
+            yield self[slice(start, start + size)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Part":
-        """A part with something else in the place of each block."""
+        """A part with something else in the place of each row; what is read as it is asked for is changed then."""
+        if isinstance(self.whole, Rows):
+            before = self.change
+            both = change if before is None else lambda raw: change(before(raw))
+            return Part(self.whole, self.rows, self.labels, both)
         changed = map(change, self.blocks())
         first = next(changed)
         whole, start = first.new_empty((len(self), *first.shape[1:])), 0
@@ -268,7 +316,8 @@ class Data:
         self.parts = {
             name: part if name in kept else self._bits(part, seed) for seed, (name, part) in enumerate(parts.items())
         }
-        if device.type != "cpu":
+        self.is_streamed = reading.stream
+        if device.type != "cpu" and not self.is_streamed:
             self.parts["train"] = self.parts["train"].each(lambda raw: raw.to(device))
 
     def _bits(self, part: Part, seed: int) -> Part:
@@ -287,11 +336,30 @@ class Data:
             raw = torch.cat([raw[: size // 3], self._strokes(i[size // 3 :].cpu()).to(self.device)])
         if self.binarize == "dynamic":
             raw = datasets.binarize(raw, self.levels)
-        x_0 = self.form.encoded(raw)
-        if self.augment == "flip":
-            flipped = torch.rand(size, device=self.device) < 0.5
-            x_0 = torch.where(flipped.reshape(-1, *(1,) * (x_0.dim() - 1)), x_0.flip(-1), x_0)
+        x_0 = self._flipped(self.form.encoded(raw.to(self.device)))
         return (x_0, *(y.to(self.device) for y in self.parts["train"].context(i)))
+
+    def _flipped(self, x_0: Tensor) -> Tensor:
+        """Half of them, drawn anew, left to right, where that is asked for."""
+        if self.augment != "flip":
+            return x_0
+        flipped = torch.rand(len(x_0), device=self.device) < 0.5
+        return torch.where(flipped.reshape(-1, *(1,) * (x_0.dim() - 1)), x_0.flip(-1), x_0)
+
+    def drawn(self, size: int, start: int, seed: int, workers: int) -> Generator[tuple[Tensor, ...], None, None]:
+        """Batches without end, as :meth:`draw` draws them, or, where they are streamed, by their numbers.
+
+        Arguments:
+            size: The number of data in a batch.
+            start: How many batches were drawn before.
+            seed, workers: Of :class:`~pyrodiff.streaming.Stream`.
+        """
+        if not self.is_streamed:
+            while True:
+                yield self.draw(size)
+        stream = Stream(self.parts["train"], size, seed=seed, num_workers=workers)
+        for raw, *labels in stream.batches(start=start):
+            yield (self._flipped(self.form.encoded(raw.to(self.device))), *(y.to(self.device) for y in labels))
 
     def split(self, name: str, size: int | None = None) -> Tensor:
         """The first so many data of a part, as the model has them.
@@ -308,11 +376,17 @@ class Data:
         Arguments:
             name, size: As of :meth:`split`.
         """
+        return Batches(self.raw(name, size), self.form, self.device)
+
+    def raw(self, name: str, size: int | None = None) -> Part:
+        """The first so many data of a part, as they are given; bits that are drawn anew each time are drawn once.
+
+        Arguments:
+            name, size: As of :meth:`split`.
+        """
         part = self.parts[name]
-        part = Part(part.whole, part.rows[:size], part.labels)
-        if name == "train" and self.binarize == "dynamic":
-            part = self._bits(part, 0)
-        return Batches(part, self.form, self.device)
+        part = Part(part.whole, part.rows[:size], part.labels, part.change)
+        return self._bits(part, 0) if name == "train" and self.binarize == "dynamic" else part
 
     def often(self) -> Tensor:
         """How often each number has each level, a little evened out, with shape (*event_shape, levels)."""
@@ -365,7 +439,7 @@ def find(reading: Reading) -> Found:
 def _fingerprint(parts: dict[str, Part]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, part in parts.items():
-        digest.update(f"{name} {part.whole.dtype} {(len(part), *part.whole.shape[1:])}".encode())
+        digest.update(f"{name} {part[:1].dtype} {(len(part), *part.whole.shape[1:])}".encode())
         for block in part.blocks():
             digest.update(block.contiguous().numpy().data)
         for labels in part.context():
@@ -405,6 +479,8 @@ def _from_path(reading: Reading) -> Found:
     if not path.exists():
         raise ArgumentError("data", f"must be one of {', '.join(BUILT_IN)}, or a path, but there is no {path}")
     try:
+        if reading.stream:
+            return _streamed(reading, path)
         if path.is_file():
             y = _labels(datasets.array(path, "y")) if labels else None
             x = datasets.array(path, reading.array or ("x" if labels else None), mapped=True)
@@ -417,6 +493,18 @@ def _from_path(reading: Reading) -> Found:
     except ArgumentError as error:
         called = {"name": "array", "path": "data", "folder": "data"}
         raise ArgumentError(called.get(error.argument, error.argument), error.said) from error
+
+
+def _streamed(reading: Reading, path: Path) -> Found:
+    """Data of which no more is held than what is asked for."""
+    if path.is_file() and path.suffix == ".npy" and not reading.labels:
+        return Found(reading.data, _divided(Rows(ArrayFile(path)), reading.holdout))
+    if path.is_file() or readers.idx_place(path)[0] is not None:
+        labelled = " without --labels" * reading.labels
+        raise ArgumentError("stream", f"must be left out but for an .npy file or a folder of pictures{labelled}")
+    pictures = PictureFolder(path)
+    y = datasets.image_folder(path, "labels") if reading.labels else None
+    return Found(reading.data, _divided(Rows(pictures), reading.holdout, y), pictures.passed_over)
 
 
 def _labels(y: Tensor) -> Tensor:
@@ -438,7 +526,7 @@ def _idx_parts(folder: Path, holdout: float, labels: bool) -> dict[str, Part]:
     return {"train": Part(train, rows[0], y), "validation": Part(train, rows[1], y), "test": Part(test, None, y_test)}
 
 
-def _divided(raw: Tensor, holdout: float, labels: Tensor | None = None) -> dict[str, Part]:
+def _divided(raw: Tensor | Rows, holdout: float, labels: Tensor | None = None) -> dict[str, Part]:
     """Three parts of data that have none, always the same ones."""
     if labels is not None and len(labels) != len(raw):
         raise ArgumentError("labels", f"must be as many as the data, {len(raw)}, but there are {len(labels)}")
@@ -450,7 +538,7 @@ def _divided(raw: Tensor, holdout: float, labels: Tensor | None = None) -> dict[
     if len(raw) - 2 * size < 5:
         raise ArgumentError("holdout", f"must leave at least 5 of {len(raw)} data to learn from, but it is {holdout}")
     rows = torch.randperm(len(raw), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    raw = raw[:, None] if raw.dim() == 1 else raw
+    raw = raw[:, None] if isinstance(raw, Tensor) and raw.dim() == 1 else raw
     sizes = {"train": rows[2 * size :], "validation": rows[:size], "test": rows[size : 2 * size]}
     return {name: Part(raw, rows, labels) for name, rows in sizes.items()}
 

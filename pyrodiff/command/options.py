@@ -111,6 +111,9 @@ class Reading:
     augment: Literal["none", "strokes", "flip"] = _option(
         "other pictures like them: strokes (digits only) or flip (left to right)", "none", varies=True
     )
+    stream: bool = _option(
+        "read each batch as it is needed, of an .npy file or a folder of pictures that memory does not hold", False
+    )
     holdout: float = _option(
         "the part held out for validation, and again for testing, where data have no splits", 0.1, _between(0, 0.5)
     )
@@ -175,6 +178,7 @@ class Training:
     )
     weighting: Literal["bound", "simple"] = _option("what a step weighs: bound, or simple as in DDPM", "bound")
     autocast: Literal["none", "bfloat16", "float16"] = _option("the precision that networks compute in", "none")
+    workers: int = _option("processes that read batches ahead, with --stream", 0, _natural, changes=True)
     compile: bool = _option("compile the step into one graph", False, changes=True)
     seed: int = _option("the seed of all random numbers", 0, _seed)
     device: str = _option("auto, cpu, cuda, cuda:1, ...", "auto", changes=True)

@@ -158,6 +158,14 @@ def _wrong(plan: Plan, found: Found) -> Iterator[tuple[str, bool, str]]:
     yield "augment", plan.reading.augment == "strokes" and not strokes, "none or flip but for the levels of digits"
     yield "augment", plan.reading.augment == "flip" and not _is_picture(found), "none but for pictures"
     yield "final_times", (plan.watching.final_times or 0) >= model.T, f"below --T {model.T}"
+    drawn = plan.reading.binarize in ("static", "dynamic")
+    yield "stream", plan.reading.stream and found.is_built_in, "left out for a built-in data set"
+    yield (
+        "binarize",
+        plan.reading.stream and drawn,
+        "none or threshold with --stream: bits that are drawn have to be held",
+    )
+    yield "workers", training.workers > 0 and not plan.reading.stream, "0 without --stream"
     yield "array", plan.reading.array is not None and found.is_built_in, "left out for a built-in data set"
 
 

@@ -17,38 +17,40 @@ from torch import Tensor
 from .. import plots
 from ..base.files import write
 from ..likelihood.bounds import Bound
-from .data import Data
+from ..likelihood.yardsticks import Yardsticks
 from .info import versions
 from .options import BUILT_IN
-from .runs import Metrics, Run, spelled
+from .runs import Metrics, Run, curves, picture, spelled
 
 __all__ = ["report"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem }
+       padding: 0 1rem; overflow-wrap: anywhere }
 h1, h2 { font-weight: 600; line-height: 1.2 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 pre, code { font: 14px/1.45 ui-monospace, monospace } pre { background: #f6f6f4; padding: .8rem 1rem; overflow: auto }
 table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
 figure { margin: 1rem 0 } figure img { max-width: 100% } figcaption { color: #666; font-size: 14px }
-.number { font-size: 1.5rem } .beside { display: flex; gap: 1.5rem } .beside figure { flex: 1 }
+.number { font-size: 1.5rem } .run td:first-child { white-space: nowrap }
+@media (max-width: 40rem) { body { margin: 1rem auto } pre { font-size: 10px; padding: .6rem .4rem } }
 """
 
 
-def report(run: Run, found: Bound, samples: Tensor, data: Data, commands: Sequence[str]) -> Path:
+def report(run: Run, found: Bound, beside: Yardsticks, samples: Tensor, x_0: Tensor, commands: Sequence[str]) -> Path:
     """Write ``report.html`` into the folder of a run.
 
     Arguments:
         run: The run.
         found: The bound on the test data.
+        beside: What simple laws cost on the same data.
         samples: Samples, as the model has them.
-        data: The data.
+        x_0: As many test data, likewise.
         commands: The commands that made the run.
 
     Returns:
         The file.
     """
-    records, plan, x_0 = Metrics.read(run.folder), run.plan, data.split("test", len(samples))
+    records, plan, form = Metrics.read(run.folder), run.plan, run.form
     name = plan.reading.data if plan.reading.data in BUILT_IN else Path(plan.reading.data).stem
     trained = f"{run.state['seconds'] / 60:.1f} minutes of training, {run.svi.num_steps} steps"
     number = sum(parameter.numel() for parameter in run.diffusion.parameters())
@@ -58,15 +60,17 @@ def report(run: Run, found: Bound, samples: Tensor, data: Data, commands: Sequen
         f"<p>The bound on &minus;log p(x<sub>0</sub>) of {len(found.nats)} test data; {_text(found.convention)}. The "
         f"weights are those of step {run.state['best_step']}, the best on held-out data"
         f"{', averaged' * (plan.training.average > 0)}; {number:,} parameters; {trained}.</p>",
-        f"<pre>{_text(str(found))}</pre>",
+        f"<pre>{_text(found)}</pre>",
+        "<p>For comparison, what simple laws cost that are fitted to the training data:</p>",
+        _table({"this model, at most": spelled(found), **{law: spelled(one) for law, one in beside.items()}}),
         *_samples(run, samples, x_0),
         "<h2>Training</h2>",
-        _picture(plots.curves(records).figure, "the loss, and the bound on held-out data")
-        if any("loss" in one or "bound" in one for one in records)
+        _picture(curves(form, records), "the loss, and the bound on held-out data")
+        if any(one.get("loss", one.get("bound")) is not None for one in records)
         else "",
         "<h2>Where the bound is spent</h2>",
         _picture(plots.terms(found).figure, "the terms over t") if plan.model.T > 1 else "",
-        f"<p>{_text(run.form.contents)}</p>",
+        f"<p>{_text(form.contents)}</p>",
         "<h2>Commands</h2>",
         f"<pre>{_text(chr(10).join(commands))}</pre>",
         "<h2>Options</h2>",
@@ -75,7 +79,8 @@ def report(run: Run, found: Bound, samples: Tensor, data: Data, commands: Sequen
         _table(versions(run.device)),
     ]
     title = f"<title>{_text(name)}: {_text(spelled(found))}</title>"
-    head = f"<!doctype html><html lang=en><meta charset=utf-8>{title}<style>{_STYLE}</style>"
+    phone = '<meta name=viewport content="width=device-width, initial-scale=1">'
+    head = f"<!doctype html><html lang=en><meta charset=utf-8>{phone}{title}<style>{_STYLE}</style>"
     path = run.folder / "report.html"
     write(path, "\n".join([head, *parts, "</html>\n"]).encode())
     return path
@@ -85,12 +90,8 @@ def _samples(run: Run, samples: Tensor, x_0: Tensor) -> list[str]:
     """Samples, and as many data beside them."""
     if not run.form.is_drawable:
         return []
-    beside = {
-        f"{len(samples)} samples, T = {run.plan.model.T}, seed {run.plan.training.seed}": samples,
-        "as many test data": x_0[: len(samples)],
-    }
-    drawn = [_picture(plots.samples(run.form.drawable(x)).figure, caption) for caption, x in beside.items()]
-    return ["<h2>Samples</h2>", "<div class=beside>", *drawn, "</div>"]
+    caption = f"samples, T = {run.plan.model.T}, seed {run.plan.training.seed}, and test data"
+    return ["<h2>Samples</h2>", _picture(picture(run.form, samples, x_0), caption)]
 
 
 def _text(value: object) -> str:
@@ -102,7 +103,7 @@ def _table(values: dict[str, Any]) -> str:
         f"<tr><td>{_text(name)}</td><td><code>{_text(_spelled(value))}</code></td></tr>"
         for name, value in values.items()
     )
-    return f"<table>{''.join(rows)}</table>"
+    return f"<table class=run>{''.join(rows)}</table>"
 
 
 def _spelled(value: Any) -> str:

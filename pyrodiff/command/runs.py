@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from .. import checkpoints
+from .. import checkpoints, plots
 from ..base import arguments, ranks
 from ..base.arguments import ArgumentError
 from ..base.files import plainly, printable, write
@@ -53,7 +54,9 @@ __all__ = [
     "device_of",
     "finite",
     "last_checkpoint",
+    "curves",
     "numbered",
+    "picture",
     "resumed_from",
     "rounded",
     "save_arrays",
@@ -126,11 +129,13 @@ class Run:
     Attributes:
         diffusion: The model.
         svi: What trains it.
+        label: The label that samples are drawn of; one after the other if None.
         state: What else a checkpoint keeps: how far it is logged and evaluated, the best bound, the time it took.
     """
 
     def __init__(self, folder: Path, plan: Plan, form: Form, device: torch.device, often: Tensor | None = None) -> None:
         self.folder, self.plan, self.form, self.device = folder, plan, form, device
+        self.label: int | None = None
         pyro.set_rng_seed(plan.training.seed)
         self.diffusion: Diffusion = models.build(plan, form, often).to(device)
         self.svi = self._svi()
@@ -238,14 +243,16 @@ class Run:
         checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
 
     def context(self, number: int, first: int = 0) -> tuple[Tensor, ...]:
-        """The labels of so many samples, one after the other; nothing where a run has none.
+        """The labels of so many samples, one after the other or all :attr:`label`; nothing where a run has none.
 
         Arguments:
             number: How many.
             first: The number of the first.
         """
-        classes = self.form.classes
-        return () if classes is None else (torch.arange(first, first + number, device=self.device) % classes,)
+        if self.form.classes is None:
+            return ()
+        labels = torch.arange(first, first + number, device=self.device) % self.form.classes
+        return (labels if self.label is None else torch.full_like(labels, self.label),)
 
     def sampler(self, name: str) -> Sampler:
         """A sampler of the model.
@@ -466,6 +473,29 @@ def finite(step: int) -> Iterator[None]:
         raise FloatingPointError(f"what the weights give is not finite at step {step}: {str(error)[:200]}") from error
 
 
+def picture(form: Form, samples: Tensor, data: Tensor | None = None) -> Figure:
+    """A picture of samples, and of data beside them where there are; vectors of numbers as histograms.
+
+    Arguments:
+        form: What the data are, which must be drawable.
+        samples, data: Both as the model has them.
+    """
+    if form.read_as == "numbers" and data is not None and len(form.event_shape) == 1 and form.event_shape != (2,):
+        return plots.histograms(form.decoded(samples), form.decoded(data))
+    return plots.beside(form.drawable(samples), None if data is None else form.drawable(data))
+
+
+def curves(form: Form, records: list[dict[str, Any]]) -> Any:
+    """A picture of what was noted of a training, in the unit that people are shown.
+
+    Arguments:
+        form: What the data are.
+        records: What was noted.
+    """
+    unit = "nats per datum" if form.unit == "nats" else "bits per dimension"
+    return plots.curves(records, scale=form.per_unit(1.0), unit=unit).figure
+
+
 def save_figure(path: Path, figure: Any) -> None:
     """Write a figure as PNG, whole or not at all.
 
@@ -523,5 +553,5 @@ def rounded(value: float, error: float) -> str:
     Arguments:
         value, error: The two, in one unit.
     """
-    digits = 3 if not 0 < error < math.inf else min(max(1 - math.floor(math.log10(error)), 0), 9)
+    digits = 3 if not 1e-6 < error < math.inf else max(1 - math.floor(math.log10(error)), 0)
     return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -12,7 +12,7 @@ import shlex
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,6 +26,7 @@ from ..base import ranks
 from ..base.arguments import ArgumentError
 from ..base.files import plainly, printable, write
 from ..likelihood.bounds import Bound, bound
+from ..likelihood.yardsticks import yardsticks
 from ..pair.elbo import DiffusionELBO
 from ..running.threads import fastest_threads
 from . import models, options
@@ -39,6 +40,7 @@ from .runs import (
     device_of,
     finite,
     numbered,
+    picture,
     resumed_from,
     save_figure,
     say,
@@ -284,7 +286,9 @@ class Trainer:
         run, training, watching = self.run, self.run.plan.training, self.run.plan.watching
         run.diffusion.train()
         start, before = time.monotonic(), run.state["seconds"]
-        with self._bar() as bar:
+        taken = run.svi.num_steps * training.accumulate
+        batches = self.data.drawn(training.batch_size, taken, training.seed, training.workers)
+        with self._bar() as bar, closing(batches):
             while True:
                 step, is_last = run.svi.num_steps, run.svi.num_steps >= training.train_steps
                 run.state["seconds"] = before + time.monotonic() - start
@@ -304,7 +308,7 @@ class Trainer:
                 if is_last:
                     return
                 for _ in range(training.accumulate):
-                    run.state["loss"] += run.svi.step(*self.data.draw(training.batch_size))
+                    run.state["loss"] += run.svi.step(*next(batches))
                     run.state["drawn"] += training.batch_size * ranks.count()
                 bar.update(run.svi.num_steps - bar.n)
 
@@ -381,7 +385,8 @@ class Trainer:
         run, step = self.run, self.run.svi.num_steps
         pictures = run.folder / "pictures"
         if run.form.is_drawable:
-            save_figure(pictures / f"samples-{step:08d}.png", plots.samples(run.form.drawable(samples)).figure)
+            data = self.data.split("validation", len(samples))
+            save_figure(pictures / f"samples-{step:08d}.png", picture(run.form, samples, data))
         if run.plan.model.T > 1:
             save_figure(pictures / f"terms-{step:08d}.png", plots.terms(found).figure)
         if self.metrics is not None:
@@ -447,11 +452,14 @@ def _finish(run: Run, data: Data, stop: Stop) -> None:
     if not first:
         return
     found.save(folder / "bound.npz")
+    beside = yardsticks(data.raw("train").blocks(), data.raw("test").blocks(), data.form.outcomes)
     show(found)
     show(f"test data: {spelled(found)}")
+    show("for comparison, " + ", ".join(f"{law} {spelled(one)}" for law, one in beside.items()))
+    number, x_0 = plan.watching.samples, data.split("test", plan.watching.samples)
     draw = run.sampler("ancestral")
-    samples = write_samples(run, folder / "samples.npz", draw, plan.watching.samples, 256, plan.training.seed)
+    samples = write_samples(run, folder / "samples.npz", draw, number, 256, plan.training.seed, x_0)
     stop.check()
     with open(folder / "commands.txt", encoding="utf-8", errors="replace", opener=plainly) as file:
         commands = file.read().splitlines()
-    show(f"report: {report(run, found, samples, data, commands)}")
+    show(f"report: {report(run, found, beside, samples, x_0, commands)}")

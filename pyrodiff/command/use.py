@@ -20,12 +20,13 @@ from ..likelihood.bounds import bound as bound_of
 from ..likelihood.bounds import importance_bound
 from ..sampling.sampler import Sampler
 from .data import Data
+from .given import Given, completed
 from .models import shortened
 from .plans import prepare
-from .runs import Metrics, Run, bound_in, finite, save_arrays, save_figure, show, spelled
+from .runs import Metrics, Run, bound_in, curves, finite, picture, save_arrays, save_figure, show, spelled
 from .stopping import Stop
 
-__all__ = ["bound", "plot", "sample", "write_samples"]
+__all__ = ["bound", "plot", "sample", "save_samples", "write_samples"]
 
 
 def bound(
@@ -78,14 +79,20 @@ def sample(
     seed: int,
     number: int,
     batch_size: int,
-    name: str,
+    sampler: str,
     sample_steps: int | None,
     save: Path | None,
     trajectory: str | None,
+    label: int | None,
+    given: Path | None,
+    mask: Path | None,
+    noise: float,
+    particles: int,
+    replacement: bool,
 ) -> int:
-    """Draw samples into an .npz file, and a picture of them.
+    """Draw samples into an .npz file, and a picture of them; also of a datum given a part of it.
 
-    Arguments: see :command:`pyrodiff sample --help`; ``name`` is that of the sampler.
+    Arguments: see :command:`pyrodiff sample --help`.
 
     Returns:
         The exit code.
@@ -95,16 +102,39 @@ def sample(
     """
     opened = Run.opened(run, checkpoint, device)
     shortened(opened.diffusion, sample_steps, "--sample-steps")
-    sampler = opened.sampler(name)
+    if label is not None and label >= (opened.form.classes or 0):
+        raise ArgumentError(
+            "--label", f"must be below {opened.form.classes or 0}, as many as there are, but it is {label}"
+        )
+    opened.label, drawn_by = label, opened.sampler(sampler)
     free = (n for n in itertools.count(1) if not any(run.glob(f"samples-{n}[.-]*")))
     path = save if save is not None else run / f"samples-{next(free)}.npz"
     _refuse_place(path, run)
     if trajectory is not None and not opened.form.is_drawable:
         raise ArgumentError("--trajectory", f"must be left out for data of shape {tuple(opened.form.event_shape)}")
-    write_samples(opened, path, partial(sampler, num_steps=sample_steps), number, batch_size, seed)
+    if given is not None:
+        _refuse_beside_given(sampler, sample_steps, trajectory)
+        part = Given(opened, given, mask, noise)
+        x_0 = completed(opened, part, number, particles, replacement, seed, opened.context(1))
+        save_samples(opened, path, x_0)
+        return 0
+    if mask is not None:
+        raise ArgumentError("--given", f"must be given with --mask {mask}: a file of the datum")
+    write_samples(opened, path, partial(drawn_by, num_steps=sample_steps), number, batch_size, seed)
     if trajectory is not None:
-        _write_trajectory(opened, path, sampler, number, sample_steps, seed, trajectory == "gif")
+        _write_trajectory(opened, path, drawn_by, number, sample_steps, seed, trajectory == "gif")
     return 0
+
+
+def _refuse_beside_given(sampler: str, sample_steps: int | None, trajectory: str | None) -> None:
+    """Refuse what sequential Monte Carlo, which walks the whole chain, would not heed."""
+    for option, value, plain in (
+        ("--sampler", sampler, "ancestral"),
+        ("--sample-steps", sample_steps, None),
+        ("--trajectory", trajectory, None),
+    ):
+        if value != plain:
+            raise ArgumentError(option, f"must be left out with --given, but it is {value}")
 
 
 def plot(run: Path, checkpoint: str, device: str, seed: int, data: str | None) -> int:
@@ -124,7 +154,7 @@ def plot(run: Path, checkpoint: str, device: str, seed: int, data: str | None) -
     x_0, records = _data_of(opened, data).split("test", 2000), Metrics.read(run)
     pictures: dict[str, Any] = {}
     if any(record.get("loss", record.get("bound")) is not None for record in records):
-        pictures["curves"] = plots.curves(records).figure
+        pictures["curves"] = curves(form, records)
     path = run / "bound.npz"
     if path.is_file() and T > 1:
         pictures["terms"] = plots.terms(bound_in(path)).figure
@@ -132,8 +162,7 @@ def plot(run: Path, checkpoint: str, device: str, seed: int, data: str | None) -
         number = 64 if form.event_shape != (2,) else 2000
         with finite(opened.svi.num_steps):
             samples = opened.sampler("ancestral")(number, *opened.context(number), generator=seed, progress=True)
-            pictures["samples"] = plots.samples(form.drawable(samples)).figure
-        pictures["data"] = plots.samples(form.drawable(x_0[: len(samples)])).figure
+            pictures["samples"] = picture(form, samples, x_0[: len(samples)])
     if form.event_shape == (2,) and form.classes is None:
         pictures["process"] = plots.diffusion_process(opened.diffusion, x_0, sorted({0, T // 8, T // 4, T // 2, T}))
     for name, figure in pictures.items():
@@ -161,7 +190,15 @@ def _refuse_place(path: Path, folder: Path) -> None:
         raise ArgumentError("--save", f"must leave the files of the run as they are, but it is {path}")
 
 
-def write_samples(run: Run, path: Path, draw: Callable[..., Tensor], number: int, size: int, seed: int) -> Tensor:
+def write_samples(
+    run: Run,
+    path: Path,
+    draw: Callable[..., Tensor],
+    number: int,
+    size: int,
+    seed: int,
+    data: Tensor | None = None,
+) -> Tensor:
     """Write samples to a file, and a picture of the first ones beside it.
 
     Arguments:
@@ -171,6 +208,7 @@ def write_samples(run: Run, path: Path, draw: Callable[..., Tensor], number: int
         number: How many samples.
         size: How many at a time.
         seed: The seed of all of them.
+        data: Data to draw beside them, as the model has them.
 
     Returns:
         The samples, as the model has them.
@@ -185,16 +223,31 @@ def write_samples(run: Run, path: Path, draw: Callable[..., Tensor], number: int
         x_0 = torch.cat(
             [draw(n, *run.context(n, i * size), generator=generator, progress=not several) for i, n in enumerate(bar)]
         )
+    save_samples(run, path, x_0, data)
+    return x_0
+
+
+def save_samples(run: Run, path: Path, x_0: Tensor, data: Tensor | None = None) -> None:
+    """Save samples to a file, and a picture of the first ones beside it.
+
+    Arguments:
+        run: The run.
+        path: The .npz file.
+        x_0: The samples, as the model has them.
+        data: Data to draw beside them, likewise.
+
+    Raises:
+        FloatingPointError: If the samples are not finite.
+    """
     samples = run.form.decoded(x_0)
     if not bool(samples.isfinite().all()):
         raise FloatingPointError(f"samples of the weights of step {run.svi.num_steps} are not finite")
     save_arrays(path, samples=samples)
-    picture = path.with_suffix(".png")
+    place = path.with_suffix(".png")
     if run.form.is_drawable:
         shown = x_0 if run.form.event_shape == (2,) else x_0[:256]
-        save_figure(picture, plots.samples(run.form.drawable(shown)).figure)
-    show(f"{number} samples: {path}" + f", {picture}" * run.form.is_drawable)
-    return x_0
+        save_figure(place, picture(run.form, shown, data))
+    show(f"{len(x_0)} samples: {path}" + f", {place}" * run.form.is_drawable)
 
 
 def _write_trajectory(

@@ -1,0 +1,101 @@
+"""``pyrodiff sample --given``: samples of what is not known of a datum, given what is."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import datasets, readers
+from ..base.arguments import ArgumentError
+from ..inference.approximations import replacement
+from ..inference.observations import Inpainting
+from ..inference.posterior import posterior
+from .runs import Run, rounded, say, show
+
+__all__ = ["Given", "completed"]
+
+
+class Given:
+    """What is known of a datum.
+
+    Arguments:
+        run: The run whose data it is one of.
+        values: A file of the datum, .npy in the shape and the units of the data, or a picture.
+        mask: A file of which of its numbers are known: .npy of bools, zeros and ones, or a picture, white where known.
+        noise: The standard deviation of noise on what is known, as a part of that of the data; above 0 for numbers.
+
+    Raises:
+        ArgumentError: If a file cannot be read or has another shape, the datum could be none of the run's, all or none
+            of it is known, or there is no such noise.
+    """
+
+    def __init__(self, run: Run, values: Path, mask: Path | None, noise: float) -> None:
+        form = run.form
+        if mask is None:
+            raise ArgumentError("--mask", "must be given with --given: a file of which of its numbers are known")
+        known = _read("--mask", mask, form.event_shape)
+        known = known > 127 if known.dtype == torch.uint8 and bool((known > 1).any()) else known != 0
+        if bool(known.all()) or not bool(known.any()):
+            raise ArgumentError("--mask", f"must leave some numbers known and some not, but {mask} does not")
+        raw = torch.where(known, _read("--given", values, form.event_shape).double(), 0.0)
+        if form.read_as == "numbers":
+            if not noise > 0:
+                raise ArgumentError("--noise", f"must be above 0 for numbers, whose density is one, but it is {noise}")
+            if not bool(raw.isfinite().all()):
+                raise ArgumentError("--given", f"must be finite where it is known, but {values} is not")
+        else:
+            most = (form.outcomes or 2) - 1
+            if bool(((raw < 0) | (raw > most) | (raw != raw.round())).any()):
+                raise ArgumentError(
+                    "--given", f"must be whole numbers in 0..{most} where it is known, but {values} is not"
+                )
+            raw = raw.long()
+        x_0 = form.encoded(raw[None])[0].to(run.device)
+        self.observation = Inpainting(known.to(run.device), x_0, noise)
+        unit = 0.0 if form.scale is None else float(form.scale.log()[known].sum())
+        self.log_scale = unit  # log density in the units of the data is less by this
+
+
+def _read(argument: str, path: Path, shape: torch.Size) -> Tensor:
+    """One datum's numbers in a file."""
+    try:
+        found = datasets.array(path) if path.suffix in (".npy", ".npz") else readers.picture(path)
+    except ArgumentError as error:
+        raise ArgumentError(argument, f"must be a file of one datum, but {path}: {error.said}") from error
+    found = found[0] if found.dim() == len(shape) + 1 and len(found) == 1 else found
+    if found.shape != shape:
+        raise ArgumentError(
+            argument, f"must have the shape {tuple(shape)} of a datum, but {path} has {tuple(found.shape)}"
+        )
+    return found
+
+
+def completed(
+    run: Run, given: Given, number: int, particles: int, by_replacement: bool, seed: int, context: tuple[Tensor, ...]
+) -> Tensor:
+    """Samples of a datum given what is known of it; what they rest on is printed.
+
+    Arguments:
+        run: The run.
+        given: What is known.
+        number: How many samples.
+        particles: By how many particles of sequential Monte Carlo.
+        by_replacement: Whether by replacement in its place, which is fast and biased.
+        seed: The seed of all draws.
+        context: The label, where the run has labels, with one row.
+
+    Returns:
+        The samples, as the model has them.
+    """
+    if by_replacement:
+        return replacement(run.diffusion, given.observation, *context, num_samples=number, generator=seed)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = posterior(run.diffusion, given.observation, *context, num_particles=particles, generator=seed)
+    for warning in warned:
+        say(f"warning: {warning.message}")
+    evidence = given.log_scale - float(found.log_evidence)
+    show(f"-log p of what is known: {rounded(evidence, float(found.standard_error))} nats")
+    show(f"effective sample size: {float(found.effective_sample_size[-1]):.1f} of {particles} particles")
+    return found.draw(number, generator=seed)

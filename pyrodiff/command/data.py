@@ -191,8 +191,7 @@ class Part(Dataset):
     def each(self, change: Callable[[Tensor], Tensor]) -> "Part":
         """A part with something else in the place of each row; what is read as it is asked for is changed then."""
         if isinstance(self.whole, Rows):
-            before = self.change
-            both = change if before is None else lambda raw: change(before(raw))
+            both = change if self.change is None else partial(_after, self.change, change)  # workers pickle it
             return Part(self.whole, self.rows, self.labels, both)
         changed = map(change, self.blocks())
         first = next(changed)
@@ -200,7 +199,7 @@ class Part(Dataset):
         for block in (first, *changed):
             whole[start : start + len(block)] = block
             start += len(block)
-        return Part(whole, None, *self.context())
+        return Part(whole, None, next(iter(self.context()), None))
 
     def context(self, i: Tensor | slice = slice(None)) -> tuple[Tensor, ...]:
         """What the network is given beside these rows: their labels, or nothing."""
@@ -323,7 +322,7 @@ class Data:
     def _bits(self, part: Part, seed: int) -> Part:
         """Data as they are evaluated: bits that are drawn are drawn once."""
         if self.binarize == "threshold":
-            return part.each(lambda raw: datasets.binarize(raw, self.levels, self.levels // 2).to(torch.uint8))
+            return part.each(partial(_at_threshold, self.levels))
         drawn = torch.Generator(part.whole.device).manual_seed(seed)
         return part.each(lambda raw: datasets.binarize(raw, self.levels, generator=drawn).to(torch.uint8))
 
@@ -570,6 +569,14 @@ def _range(name: str, part: Part) -> Range:
         found.append((x.min().item(), x.max().item(), not x.is_floating_point() or bool((x == x.round()).all())))
     least, most, whole = zip(*found, strict=True)
     return Range(min(least), max(most), all(whole))
+
+
+def _after(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], raw: Tensor) -> Tensor:
+    return second(first(raw))
+
+
+def _at_threshold(levels: int, raw: Tensor) -> Tensor:
+    return datasets.binarize(raw, levels, levels // 2).to(torch.uint8)
 
 
 def _to_levels(scale: Scale, dtype: torch.dtype, x: Tensor) -> Tensor:

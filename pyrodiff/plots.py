@@ -353,7 +353,7 @@ def histograms(samples: Tensor, data: Tensor, most: int = 12) -> Figure:
         ends = [float(end) for end in torch.cat([x[:, i].detach().cpu() for x in shown.values()]).aminmax()]
         for (title, x), color in zip(shown.items(), (_MODEL, _DATA), strict=True):
             values = x[:, i].detach().cpu().numpy()
-            axes.hist(values, 30, (ends[0], ends[1]), density=True, histtype="step", color=color, label=title)
+            axes.hist(values, 30, range=(ends[0], ends[1]), density=True, histtype="step", color=color, label=title)
         axes.set(xlabel=f"$x_{{{i + 1}}}$" if i > 8 else f"$x_{i + 1}$", yticks=[])
         axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)

@@ -396,7 +396,7 @@ class Trainer:
                 bound_se=float(found.standard_error(found.nats)),
                 bits_per_dim=float(found.bits_per_dim.mean()),
                 prior=float(found.prior.mean()),
-                denoising=float(found.denoising.sum(0).mean()),
+                denoising=float(found.denoising_sum.mean()),
                 reconstruction=float(found.reconstruction.mean()),
                 seconds=round(run.state["seconds"], 3),
             )

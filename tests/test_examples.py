@@ -307,6 +307,19 @@ def test_what_is_missing(example, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "inpainting.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_evidence_is_the_truth_whatever_the_noise(example, tmp_path, capsys):
+    evidence = example("evidence")
+    found = evidence.main(tmp_path, num_steps=60, num_particles=256)
+    printed = capsys.readouterr().out
+    for noise, (truth, estimate, error) in found.items():
+        assert estimate == pytest.approx(truth, abs=5 * error + 0.03), noise  # of 60 steps
+        assert f"{estimate:.3f} ± {error:.3f}" in printed
+    y, s = torch.linspace(-8, 8, 4001).double(), 0.5
+    total = torch.trapezoid(torch.tensor([evidence.truth(float(one), s) for one in y]).exp(), y)
+    assert float(total) == pytest.approx(1, abs=1e-6)
+    assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_a_diffusion_as_the_prior_of_a_vae(example, tmp_path, pictures, capsys, monkeypatch, given):
     latent, autoencoders = example("latent_diffusion"), example("autoencoders")

@@ -45,10 +45,21 @@ def test_the_first_time_does_not_count(four):
     seen = []
 
     def work():
-        four["now"] += 1 / four["threads"] if four["threads"] in seen else 100.0 * four["threads"]
+        four["now"] += 0.01 / four["threads"] if four["threads"] in seen else 0.1 * four["threads"]
         seen.append(four["threads"])
 
     assert pyrodiff.fastest_threads(work) == 4
+
+
+def test_slow_work_is_done_once(four):
+    seen = []
+
+    def work():
+        four["now"] += 8 / four["threads"]
+        seen.append(four["threads"])
+
+    assert pyrodiff.fastest_threads(work) == 4
+    assert seen == [1, 2, 4]
 
 
 def test_an_error_leaves_the_number_as_it_was(four):

@@ -31,7 +31,7 @@ def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
     becomes busy later. Never more are tried than torch would use by itself, so ``OMP_NUM_THREADS`` stays a ceiling.
 
     Arguments:
-        work: What to do, as a step on one batch. It is called a few times for each number.
+        work: What to do, as a step on one batch. It is called a few times for each number, once if it is slow.
         seconds: How long to measure in all.
 
     Returns:
@@ -66,11 +66,20 @@ def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
 
 
 def _time(work: Callable[[], object], seconds: float) -> float:
-    """The median time of work after the first time, over so many seconds, but three times at least."""
-    work()  # allocates, and starts threads
+    """The median time of work after the first time, which allocates and starts threads, over so many seconds.
+
+    It is three times at least; once, the first, where that takes longer by itself.
+    """
+    first = _once(work)
+    if first > seconds:
+        return first
     took: list[float] = []
     while len(took) < 3 or sum(took) < seconds:
-        start = time.perf_counter()
-        work()
-        took.append(time.perf_counter() - start)
+        took.append(_once(work))
     return median(took)
+
+
+def _once(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

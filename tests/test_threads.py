@@ -45,7 +45,7 @@ def test_the_first_time_does_not_count(four):
     seen = []
 
     def work():
-        four["now"] += 0.01 / four["threads"] if four["threads"] in seen else 0.1 * four["threads"]
+        four["now"] += 0.01 / four["threads"] if four["threads"] in seen else 0.05 * four["threads"]
         seen.append(four["threads"])
 
     assert pyrodiff.fastest_threads(work) == 4

@@ -4,9 +4,9 @@
     python examples/latent_diffusion.py --data FOLDER --steps 8000   # FOLDER holds the four IDX files of MNIST
 
 Half a minute a seed for the digits and three minutes for MNIST, on one core that is free. Expect on MNIST, dynamic
-binarisation, in nats per datum of the test set, all T = 100 steps counted: 103.15 with N(0, I) and 100.94 with the
-diffusion, a gain of 2.21 ± 0.08, paired, with seed 0, and 2.14 ± 0.09 with seed 1 (the third was not run). The digits
-are too few for it, and both overfit: a loss of 0.25 ± 0.24, 0.38 ± 0.23 and 0.34 ± 0.23 with three seeds, of 17.9.
+binarisation, in nats per datum of the test set, all T = 100 steps counted: 103.15, 103.06 and 102.79 with N(0, I),
+100.94, 100.92 and 101.14 with the diffusion, a gain of 2.21, 2.14 and 1.65 with three seeds, each ± 0.09 or less,
+paired. The digits are too few for it, and both overfit: a loss of 0.25 ± 0.24, 0.38 ± 0.23 and 0.34 ± 0.23, of 17.9.
 Beside each stands what SVI minimises, one t drawn for each datum: the same in the mean, and less sure.
 """
 

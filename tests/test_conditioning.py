@@ -292,6 +292,32 @@ def test_isotropic_twist_on_the_mixture():
     assert abs(float(found.log_evidence) + 0.81) < 0.1
 
 
+class FlatAtFirst(torch.nn.Module):
+    """A denoiser with right values, of which the derivative at large noise is far too small."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x_t, t):
+        x_0 = self.denoiser(x_t, t)
+        fixed, share = x_0.detach(), torch.where(t > 25, 0.1, 1.0).to(x_0)[:, None]
+        return fixed + share * (x_0 - fixed)
+
+
+def test_particles_that_are_led_astray_together_are_found_out():
+    """They agree on an evidence that is nats too low, with an effective sample size that says nothing."""
+    right = eight()
+    forward = right.forward_process
+    wrong = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, FlatAtFirst(right.reverse.denoiser)), (2,))
+    with pytest.warns(UserWarning, match="nats less with GaussianTwist than with IsotropicTwist.*twist=pyrodiff.Iso"):
+        found = posterior(wrong, FIRST, num_particles=256, generator=0)
+    assert float(found.log_evidence) < -1.5  # for -0.81
+    assert float(found.effective_sample_size.min()) > 50
+    found = posterior(wrong, FIRST, num_particles=64 * 20, num_islands=20, twist=IsotropicTwist(), generator=0)
+    assert abs(float(found.log_evidence) + 0.81) < 0.1
+
+
 def test_25_gaussians_in_8_dimensions():
     torch.manual_seed(5)
     diffusion = mixture(1.2 * torch.randn(25, 8, dtype=torch.float64), 0.05)

@@ -158,8 +158,8 @@ def posterior(
             law, the twist is not made for the observation or the chain, or there is none by default.
 
     Warns:
-        UserWarning: If the effective sample size collapsed, or Pareto's k of at least 100 particles is above 0.7: then
-            neither samples nor evidence are to be trusted.
+        UserWarning: If the effective sample size collapsed, Pareto's k of at least 100 particles is above 0.7, or the
+            twist's control finds more evidence: then neither samples nor evidence are to be trusted.
 
     References:
         Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023), Algorithm 1,
@@ -184,8 +184,11 @@ def posterior(
         checks.instance("twist", twist, Twist)
         twist.check(given)
         found = _run(given, twist, n, islands, rows)
+        control = None if twist.control is None else _run(given, twist.control, n, islands, rows)
     if not _warn_of_collapse(found, twist):
         _warn_of_tails(found, twist)
+    if control is not None:
+        _warn_of_control(found, control, twist)
     return found
 
 
@@ -249,6 +252,23 @@ def _check_twist(value: object, n: int, s: int) -> None:
         )
     if bool((value.isnan() | value.isposinf()).any()):
         raise ArgumentError(name, f"must have finite log probabilities, but at t = {s} some are {float(value.amax())}")
+
+
+def _warn_of_control(found: Posterior, control: Posterior, twist: Twist) -> None:
+    """Warn where another twist finds more evidence: particles can all be led astray, and agree with each other.
+
+    Both are unbiased estimates of p(y), and one that fails comes out too low, but for a few that are never seen.
+    """
+    more = float(control.log_evidence - found.log_evidence)
+    error = math.hypot(float(found.standard_error.nan_to_num()), float(control.standard_error.nan_to_num()))
+    if more > 0.1 + 4 * error:
+        name = type(twist.control).__name__
+        warnings.warn(
+            f"the log evidence is {more:.1f} nats less with {type(twist).__name__} than with {name}, so that neither "
+            f"samples nor evidence can be trusted: give twist=pyrodiff.{name}()",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_tails(found: Posterior, twist: Twist) -> None:

@@ -49,6 +49,11 @@ class Twist(ABC):
             ValueError: If so.
         """
 
+    @property
+    def control(self) -> "Twist | None":
+        """Another twist, against which :func:`posterior` checks what this one leads to; None if there is none."""
+        return None
+
     @abstractmethod
     def log_prob(self, given: Conditioned, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
         r"""The :math:`\log \psi_t(x_t)`, for t = 1..T; at t = 0 it is log p(y | x_0), which is not asked for.
@@ -131,11 +136,19 @@ class GaussianTwist(_LinearTwist):
 
     the covariance made symmetric, its negative eigenvalues 0. The proposal is the kernel times the twist linear around
     the kernel's mean. Where data are Gaussian and kernels exact, all weights are equal. It takes two network calls and
-    2 M derivatives a step, M being how many numbers are observed.
+    2 M derivatives per step, M being how many numbers are observed.
+
+    The Jacobian of a network that was trained little can be far off at large t, where :math:`b_t^2 / a_t` makes much of
+    it. Then all particles are led to where the model has little weight, and agree on an evidence that is too low. So
+    :func:`posterior` takes as many particles by :class:`IsotropicTwist` besides, and warns if these find more evidence.
 
     References:
         Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2023), https://arxiv.org/abs/2310.06721
     """
+
+    @property
+    def control(self) -> Twist:
+        return IsotropicTwist()
 
     def moments(
         self, given: Conditioned, linear: LinearGaussian, x_t: Tensor, t: Tensor, *context: Tensor

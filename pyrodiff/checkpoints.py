@@ -103,7 +103,8 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such file, it is cut short, corrupt, of a newer version, or holds anything but
             tensors, numbers and strings, or is the checkpoint of another architecture, schedule or optimizer; nothing
-            is loaded. On a step, where the programs show only then that they are others.
+            is loaded. If the parameters of the programs
+            are known only once they run, a checkpoint of other programs is refused on the next step.
     """
     checks.instance("svi", svi, SVI)
     state = load(path)

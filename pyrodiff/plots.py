@@ -434,8 +434,8 @@ def animation(
         interval: How long a frame stands, in milliseconds.
 
     Returns:
-        The animation, of a figure without a window. Its ``save`` writes a file; matplotlib warns of one that is thrown
-        away before.
+        matplotlib's animation, which opens no window: write it to a file by its ``save``. matplotlib warns if it is
+        deleted before it was saved.
 
     Raises:
         ValueError: See :func:`trajectory`; if ``interval`` is not a positive int.

@@ -11,7 +11,7 @@ nor of how many processes read. So a run needs to save one number to be resumed,
 
 Data are drawn with replacement. SVI's loss, that of a batch times N / B, and its gradient then are unbiased given
 whatever came before, at every step; shuffled epochs have that on average only, need a permutation of all N numbers in
-memory, and end with a short batch. The price: one pass' worth of draws leaves out a datum in e = 2.7.
+memory, and end with a short batch. The price: N draws leave out one datum in e = 2.7, in the mean.
 :class:`Blocks` has each datum once, in order.
 """
 
@@ -259,7 +259,7 @@ class PictureFolder(Dataset):
         first = picture(self.files[0])
         self._colour = first.dim() == 3 if colour is None else colour
         self.shape = torch.Size((3, *first.shape[-2:]) if self._colour else first.shape[-2:])
-        self[0]  # grey, if all are to be
+        self[0]  # refused here if it is coloured and colour is False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -392,8 +392,9 @@ def _read(reader: _Reader, numbers: _Numbers, num_workers: int, options: dict[st
         sampler=numbers,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_begin,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator("cpu"),  # else the loader would draw from torch's global source
+        # without workers DataLoader refuses the other options
         **(options if num_workers else {name: options[name] for name in options if name == "pin_memory"}),
     )
     batches = iter(loader)
@@ -408,8 +409,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _begin(worker: int) -> None:
-    """Leave Ctrl-C to the process that reads for: it may want to finish its step."""
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the process that asked for the batches, which may want to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -234,7 +234,8 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
 def _tail(given: Conditioned, log_w: Tensor) -> Tensor:
     """Pareto's k of the weights of all islands, each island's relative to their mean.
 
-    Those of bits take few values, and those that are alike up to rounding none but one: neither have a tail.
+    Weights that take a few values only have no tail to fit: those of bits (NaN), and those that are equal up to
+    rounding (0).
     """
     mean = log_mean(log_w)[:, None]
     relative = torch.where(mean.isneginf(), log_w, log_w - mean)

@@ -116,7 +116,7 @@ class DiffusionELBO(TraceMeanField_ELBO):
         guide_trace = _trace_of(guide, args, kwargs)
         model_trace = _trace_of(poutine.replay(model, trace=guide_trace), args, kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        for site in _sites(guide_trace).values():
+        for site in _sites(guide_trace).values():  # a law with an estimate that may stand in a model only
             if (refuse := getattr(innermost(site["fn"]), "refuse_in_guide", None)) is not None:
                 refuse()
         if checks.validating():
@@ -139,10 +139,10 @@ class DiffusionELBO(TraceMeanField_ELBO):
                     cost = relative_entropy(q, site["fn"], site["value"], analytic=name not in out_of_order)
             if "tell" in site["infer"] and torch.is_grad_enabled():
                 site["infer"]["tell"](cost.detach())
-            yield name, self._of_datum(cost, site)
+            yield name, self._scaled_and_masked(cost, site)
         for name, site in guide_sites.items():
             if name not in model_sites and site["mask"] is not False:
-                yield name, self._of_datum(site["fn"].log_prob(site["value"]), site)
+                yield name, self._scaled_and_masked(site["fn"].log_prob(site["value"]), site)
 
     def _warn_of_order(self, names: list[str]) -> None:
         if not names or self._has_warned:
@@ -156,7 +156,7 @@ class DiffusionELBO(TraceMeanField_ELBO):
             stacklevel=2,
         )
 
-    def _of_datum(self, cost: Tensor, site: dict) -> Tensor:
+    def _scaled_and_masked(self, cost: Tensor, site: dict) -> Tensor:
         """The cost with the site's scale and mask, the mean over vectorised particles."""
         cost = scale_and_mask(cost, scale=site["scale"], mask=site["mask"])
         if not (self.vectorize_particles and self.num_particles > 1):
@@ -184,10 +184,11 @@ def _trace_of(program: Callable, args: tuple, kwargs: dict) -> Trace:
         cause = error.__cause__
         if cause is None or "Trace Shapes" not in str(error):
             raise
-        at = cause.__traceback__
+        at = cause.__traceback__  # the innermost frame says whose error it is
         while at is not None and at.tb_next is not None:
             at = at.tb_next
         ours = at is not None and at.tb_frame.f_globals.get("__name__", "").startswith("pyrodiff.")
+        # of another's error the shapes are kept, unless the list of them is empty
         if not ours and not str(error).endswith("Trace Shapes:\n Param Sites:\nSample Sites:"):
             raise
         raise cause from None

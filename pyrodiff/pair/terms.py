@@ -50,7 +50,7 @@ def prior_cost(model: Generative, x_0: Tensor, x_T: Tensor | None = None) -> Ten
     Arguments:
         model: The model.
         x_0: The data, with shape (B, *event_shape).
-        x_T: Draws of q(x_T | x_0), where no KL is registered; fresh ones if not given.
+        x_T: Draws of q(x_T | x_0), used only where no KL is registered for the two laws; fresh ones if not given.
     """
     with precisely():
         q = model.forward_process.marginal(x_0, model.num_steps)
@@ -233,6 +233,7 @@ def _one_step_costs(model: OneStepModel, x_0: Tensor, context: tuple[Tensor, ...
     kernel = model.kernel(x_t, t, *context)
     if noise_scale is not None:
         with precisely():
+            # L_simple as a law: -log N(ε; ε̂, 1 / 2π) is π ||ε - ε̂||², so over π it is the squared error itself
             kernel, of_noise, epsilon = step.apart(kernel, x_0, x_t, t)
             prior = prior - noise_scale / math.pi * of_noise.log_prob(epsilon)
     costs = _kernel_costs(model, kernel, x_0, t, x_t, None, first, model.num_steps > 1)

@@ -241,7 +241,7 @@ class Composition:
         )
 
     def changed(self) -> str:
-        """The name of the first part that is another; empty if none is."""
+        """The name of the first part that is not what it was; empty if all are."""
         for mapping, name, value in self._entries:
             found = mapping.get(name, _GONE)
             if found is not value and not _is_equal(found, value):

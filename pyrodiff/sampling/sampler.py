@@ -31,9 +31,9 @@ class Sampler(ABC):
     A sampler of one's own defines :meth:`step`, on the chain :attr:`chain`. Its denoiser, which returns the estimate of
     x_0 whatever the network predicts, is ``self.chain.reverse.denoiser(x_t, t, *context)``; signal and noise, in the
     dtype of x_t and broadcastable against it, are ``self.chain.forward_process.scales(x_t, t)``, of a Gaussian
-    diffusion. Both t and t - 1 are times of the chain, also in fewer steps. The last step, to x_0, is :meth:`last`, by
-    default a draw of the decoder: a deterministic sampler defines it too. Modules are in evaluation mode meanwhile, and
-    random weights (each ``PyroSample``) are drawn once per call, from their guide.
+    diffusion. Both t and t - 1 are times of the chain, also in fewer steps. The last step, from x_1 to x_0, is
+    :meth:`last`, by default a draw of the decoder: a deterministic sampler overrides it too. Modules are in evaluation
+    mode meanwhile, and random weights (each ``PyroSample``) are drawn once per call, from their guide.
 
     Arguments:
         diffusion: The model.

@@ -194,7 +194,7 @@ class Gradient:
         self.scaler: torch.amp.GradScaler | None = None
         self._rehearsed: set[Hashable] = set()  # kinds of arguments
         self._key = ranks.set_apart()
-        self._share(self.programs.tensors("_parameters"))
+        self._synchronise(self.programs.tensors("_parameters"))
 
     def add(self, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
         """Take the gradient, of this rank's batch: :meth:`join` sums it over ranks.
@@ -211,6 +211,7 @@ class Gradient:
         """
         kind, settled = _kind(args, kwargs), self._is_settled()
         if settled and kind in self._rehearsed:
+            # every step but the first with arguments of a kind: nothing is new, and nothing is validated
             compiled = self._compilation(args, kwargs) if self.compile else None
             return self._run(args, kwargs, accept) if compiled is None else self._replay(compiled, args, kwargs, accept)
         is_first = not self.parameters
@@ -258,7 +259,7 @@ class Gradient:
             heard: As of :meth:`Programs.look`.
         """
         new = [parameter for parameter in self.programs.look(heard) if parameter not in self.parameters]
-        self._share(new)
+        self._synchronise(new)
         if not new:
             return
         for parameter in new:
@@ -354,7 +355,7 @@ class Gradient:
             loss = self._loss(*args, **(kwargs or {}))
             learned = [parameter for parameter in self.parameters if parameter.requires_grad]
             scaled = loss if scale is None else loss * scale
-            found = iter(_apart(torch.autograd.grad(scaled, learned, allow_unused=True)))
+            found = iter(_unaliased(torch.autograd.grad(scaled, learned, allow_unused=True)))
         return loss.detach(), *(next(found) if p.requires_grad else None for p in self.parameters)
 
     def _compilation(self, args: tuple, kwargs: dict) -> Compiled | None:
@@ -409,8 +410,8 @@ class Gradient:
     def _are_new(self, heard: dict[str, Tensor]) -> bool:
         return any(value not in self.parameters and _can_be_learned(value) for value in heard.values())
 
-    def _share(self, parameters: Iterable[Tensor]) -> None:
-        """Have parameters, and all buffers, of the first rank, and spread the times over the batches of all."""
+    def _synchronise(self, parameters: Iterable[Tensor]) -> None:
+        """Give every rank the parameters and buffers of the first, and spread the times over the batches of all."""
         if ranks.count() == 1:
             return
         ranks.agree([*parameters, *self.programs.tensors("_buffers")])
@@ -467,7 +468,7 @@ def _can_be_learned(parameter: Tensor) -> bool:
     return parameter.requires_grad and parameter.is_leaf
 
 
-def _apart(gradients: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:
+def _unaliased(gradients: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:
     """The gradients, each in memory of its own, so that they can be changed in place."""
     taken = set()
     for gradient in gradients:

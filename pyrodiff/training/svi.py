@@ -158,7 +158,7 @@ class SVI:
             self._after_step(loss)
             return loss
         if self._batches == 0:
-            self._forget()
+            self._drop_gradients()
         try:
             loss = self._gradient.add(args, kwargs, self._accepts)
         except BaseException:
@@ -260,7 +260,7 @@ class SVI:
         if self._make_average is not None:
             self.average = _made("average", self._make_average, self.model, AveragedModel)
 
-    def _forget(self) -> None:
+    def _drop_gradients(self) -> None:
         for parameter in self._gradient.parameters:
             parameter.grad = None
 
@@ -339,7 +339,7 @@ class SVI:
 
     def _whole_step(self, *args: Tensor) -> Tensor:
         """A step in which nothing is decided, as it is captured."""
-        self._forget()
+        self._drop_gradients()
         loss = self._gradient.add(args, {}, self._accepts)
         if self.clip_norm is not None:
             self._clip()

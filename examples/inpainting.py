@@ -2,9 +2,8 @@
 
     python examples/inpainting.py
 
-About a minute on one core, mostly for the digits' training. Of eight Gaussians, the first number known up to
-N(0, 0.1²), expect the second's deviation around its mean, 0 (in closed form, by particles, and by replacement, which is
-biased), and the log evidence of data (in closed form) and chain:
+About a minute on one core. Of eight Gaussians, the first number known up to N(0, 0.1²), expect the second's deviation
+around its mean, 0 (in closed form, by particles, and by replacement, which is biased), and the log evidence:
 
     first    truth  particles  replaced     data    chain
      1.00    0.957      0.943     0.940   -0.775   -0.788 ± 0.029
@@ -12,11 +11,10 @@ biased), and the log evidence of data (in closed form) and chain:
     -1.40    0.611      0.625     0.822   -1.191   -1.216 ± 0.010
      2.50    0.224      0.232     0.453  -11.675  -10.876 ± 0.104
 
-2.5 is an outlier: Pareto's k of its weights is 0.72, and a warning says that they may have no variance.
-
-Of six digits of which the upper half is known, the lower half's mean has a squared error of 0.090 per pixel, where the
-particles' spread says 0.099; the mean digit has 0.128. A score of outliers: the log evidence of their upper halves is
--12 to -7 nats, and of the same pixels mixed -56 to -27.
+2.5 is an outlier: Pareto's k of its weights is 0.72, and a warning says that they may have no variance. Of six digits
+of which the upper half is known, the lower half's mean has a squared error of 0.090 per pixel, where the particles'
+spread says 0.099; the mean digit has 0.128. A score of outliers: the log evidence of their upper halves is -12 to -7
+nats, and of the same pixels mixed -56 to -27.
 """
 
 import math
@@ -33,8 +31,7 @@ import pyrodiff
 from pyrodiff import Inpainting, Posterior, datasets, plots, posterior, replacement
 
 VARIANCE, NOISE = 0.05, 0.1
-ANGLES = math.pi / 4 * torch.arange(8)
-CENTERS = 1.4 * torch.stack([ANGLES.cos(), ANGLES.sin()], -1)
+CENTERS = 1.4 * torch.stack([angle(math.pi / 4 * torch.arange(8)) for angle in (torch.cos, torch.sin)], -1)
 
 
 class EightGaussians(nn.Module):
@@ -56,8 +53,7 @@ def one_number() -> dict[float, Posterior]:
     forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(num_steps=60))
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, EightGaussians(forward)), (2,))
     found = {}
-    print("eight Gaussians: the second number given the first, by particles and by replacement, which is biased;")
-    print("deviations are around 0, the true mean; log evidence of the data and of the chain")
+    print("eight Gaussians: deviations of the second number given the first, and log evidence of data and chain")
     print(f"{'first':>7}{'truth':>9}{'particles':>11}{'replaced':>10}{'data':>9}{'chain':>9}")
     for y in (1.0, 0.0, -1.4, 2.5):
         observation = Inpainting(torch.tensor([True, False]), torch.tensor([y, 0.0]), NOISE)
@@ -66,8 +62,8 @@ def one_number() -> dict[float, Posterior]:
         evidence = float(off.logsumexp(0)) - math.log(8)
         truth = float((off.softmax(0) * (CENTERS[:, 1] ** 2 + VARIANCE)).sum().sqrt())
         found_here = float((one.log_weights.softmax(0) * one.samples[:, 1] ** 2).sum().sqrt())
-        replaced = replacement(diffusion, observation, num_samples=4000, generator=0)
-        numbers = f"{y:7.2f}{truth:9.3f}{found_here:11.3f}{float(replaced[:, 1].square().mean().sqrt()):10.3f}"
+        replaced = replacement(diffusion, observation, num_samples=4000, generator=0)[:, 1].square().mean().sqrt()
+        numbers = f"{y:7.2f}{truth:9.3f}{found_here:11.3f}{float(replaced):10.3f}"
         print(f"{numbers}{evidence:9.3f}{float(one.log_evidence):9.3f} ± {float(one.standard_error):.3f}")
     return found
 
@@ -75,9 +71,8 @@ def one_number() -> dict[float, Posterior]:
 def half_a_digit(diffusion: pyrodiff.Diffusion, number: int = 6) -> tuple[list[Tensor], list[Posterior]]:
     """The upper half of pictures is known, or of as many pixels set at random."""
     short, mask = diffusion.subchain(range(3, 301, 3)), torch.arange(8)[:, None].expand(8, 8) < 4
-    digits = datasets.digits("test", binary=True)[:number]
-    torch.manual_seed(1)
-    mixed = [x.flatten()[torch.randperm(64)].view(8, 8) for x in digits]
+    digits, orders = datasets.digits("test", binary=True)[:number], torch.Generator().manual_seed(1)
+    mixed = [x.flatten()[torch.randperm(64, generator=orders)].view(8, 8) for x in digits]
     found = []
     for name, pictures in (("digits", digits), ("their pixels, mixed", mixed)):
         with warnings.catch_warnings(record=True) as collapsed:
@@ -96,16 +91,15 @@ def half_a_digit(diffusion: pyrodiff.Diffusion, number: int = 6) -> tuple[list[T
 
 def draw(eight: dict[float, Posterior], pictures: Tensor, found: list[Posterior], path: Path) -> None:
     """The posteriors of the eight Gaussians; digits, what is known, the mean and two draws."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = (figure := Figure(figsize=(9, 4), layout="constrained")).subplots(1, 2)
     left.plot(*CENTERS.T, "+", color="0.6", markersize=12)
     for y, one in eight.items():
-        left.plot(*one.samples[one.log_weights.softmax(0).multinomial(100, True)].T, ".", label=f"first number {y:g}")
+        left.plot(*one.draw(100, generator=0).T, ".", label=f"first number {y:g}")
     left.set(aspect="equal", xlabel="first number", ylabel="second number")
     left.legend(fontsize=7)
     known = torch.cat([pictures[:, :4], torch.full_like(pictures[:, 4:], 0.5)], 1)
-    draws = [one.samples[one.log_weights.softmax(0).multinomial(2, True)] for one in found]
-    rows = [pictures, known, torch.stack([one.mean for one in found]).clamp(0, 1), *torch.stack(draws).unbind(1)]
+    draws = torch.stack([one.draw(2, generator=0) for one in found])
+    rows = [pictures, known, torch.stack([one.mean for one in found]).clamp(0, 1), *draws.unbind(1)]
     plots.pictures(torch.cat(rows)[:, None], right, columns=len(pictures))
     right.set_title("digit, known, mean, two draws", fontsize=9)
     figure.savefig(path, dpi=130)

@@ -1,5 +1,6 @@
 """Samples of a datum given a part of it: the known numbers stay, and the numbers printed are the library's."""
 
+import math
 import re
 
 import numpy as np
@@ -68,12 +69,40 @@ def test_the_evidence_is_that_of_the_density_in_the_units_given(home):
     one = torch.from_numpy(np.load(home / "points-one.npy"))
     mask = torch.tensor([True, False])
     part = pyrodiff.Inpainting(mask, run.form.encoded(one[None])[0], noise=0.1)
-    found = pyrodiff.posterior(run.diffusion, part, num_particles=8, generator=0)
+    found = pyrodiff.posterior(run.diffusion, part, num_particles=8, twist=pyrodiff.IsotropicTwist(), generator=0)
     expected = float(run.form.scale[0].log()) - float(found.log_evidence)
     printed = float(re.search(r"-log p of what is known: (\S+)", done.out)[1])
     assert printed == pytest.approx(expected, abs=0.05)
     assert samples.dtype == np.float64
     np.testing.assert_allclose(samples, run.form.decoded(found.draw(5, generator=0)).numpy(), rtol=1e-5)
+
+
+def test_the_evidence_is_what_samples_of_the_model_alone_have(tmp_path):
+    """Of a network that was trained little, whose Jacobian is poor: the twist must not lean on it."""
+    line = [
+        "train",
+        "swiss-roll",
+        "--out",
+        tmp_path / "run",
+        "--train-steps=60",
+        "--T=20",
+        "--hidden=64",
+        "--samples=4",
+    ]
+    assert call(*line, "--evaluate-every=60", "--evaluate-on=8", "--final-times=1").code == 0
+    run = Run.opened(tmp_path / "run")
+    x = pyrodiff.AncestralSampler(run.diffusion)(num_samples=50000, generator=0)
+    noise, known, scale = 0.1, torch.tensor(0.8), run.form.scale[0]
+    density = torch.distributions.Normal(run.form.decoded(x)[:, 0], noise * scale).log_prob(known).exp()
+    expected, error = float(-density.mean().log()), float(density.std() / density.mean()) / 50000**0.5
+    one, mask = saved(tmp_path / "one.npy", np.float32([0.8, 0])), saved(tmp_path / "mask.npy", np.array([True, False]))
+    done = call(
+        *("sample", tmp_path / "run", "--given", one, "--mask", mask, f"--noise={noise}", "--particles=1024"),
+        *("--save", tmp_path / "s.npz"),
+    )
+    printed, spread = map(float, re.search(r"of what is known: (\S+) ± (\S+)", done.out).groups())
+    assert abs(printed - expected) < 5 * math.hypot(spread, error)
+    assert spread < 0.1
 
 
 def test_a_mask_and_a_datum_that_are_pictures(home, tmp_path):

@@ -223,7 +223,7 @@ def test_a_backend_of_matplotlib_that_is_not_there(home):
 
 
 def test_earlier_spellings_of_options_stay_accepted(home, tmp_path):
-    """On the line, in a file, and in what an earlier version recorded."""
+    """On the line, where today's are named, in a file, and in what an earlier version recorded."""
     folder = shutil.copytree(home / "run", tmp_path / "run")
     record = folder / "settings.toml"
     text = record.read_text()
@@ -232,9 +232,14 @@ def test_earlier_spellings_of_options_stay_accepted(home, tmp_path):
         state = checkpoints.load(path)
         kept = {{"train_steps": "steps", "T": "num_steps"}.get(k, k): v for k, v in state["more"]["settings"].items()}
         torch.save({**state, "more": {**state["more"], "settings": kept}}, path)
-    assert call("bound", folder, "--num-steps=3").code == 0
-    assert call("sample", folder, "--num-steps=3", "--number=2").code == 0
-    assert call("train", "--out", folder, "--resume", "--steps=8").code == 0
+    for line, today in (
+        (("bound", folder, "--num-steps=3"), "--num-steps is now --chain-steps"),
+        (("sample", folder, "--num-steps=3", "--number=2"), "--num-steps is now --sample-steps"),
+        (("train", "--out", folder, "--resume", "--steps=8"), "--steps is now --train-steps"),
+    ):
+        done = call(*line)
+        assert done.code == 0
+        assert today in done.err
     found = options.read(record, "record")
     assert (found["train_steps"], found["T"]) == (8, 5)
 
@@ -619,7 +624,7 @@ def test_the_bound_of_some_times_of_fewer_steps_and_of_particles(home, tmp_path)
     found = pyrodiff.bound(run.diffusion, data.split("test"), num_times=2, generator=0)
     kept = pyrodiff.Bound.load(tmp_path / "b.npz")
     torch.testing.assert_close(kept.nats, run.form.in_units(found).nats, rtol=0, atol=1e-6)
-    assert call(*line, "--num-steps=3").code == 0
+    assert call(*line, "--chain-steps=3").code == 0
     kept = pyrodiff.Bound.load(tmp_path / "b.npz")
     assert kept.denoising.shape == (2, len(kept.nats))
     found = pyrodiff.bound(models.shortened(run.diffusion, 3, "--chain-steps"), data.split("test"), generator=0)
@@ -644,7 +649,7 @@ def test_sample(home, tmp_path):
         "parts": ["--number=7", "--batch-size=3"],
         "parts again": ["--number=7", "--batch-size=3"],
         "seed": ["--number=7", "--batch-size=3", "--seed=1"],
-        "short": ["--number=7", "--num-steps=2"],
+        "short": ["--number=7", "--sample-steps=2"],
     }.items():
         assert call("sample", home / "run", *more, "--save", tmp_path / f"{name}.npz").code == 0
         found[name] = drawn(tmp_path / f"{name}.npz")
@@ -879,8 +884,7 @@ def test_data_may_move(home, tmp_path):
 
 def test_more_steps_than_the_chain_has_are_refused(home):
     for command, name in (("bound", "--chain-steps"), ("sample", "--sample-steps")):
-        for spelling in (name, "--num-steps"):
-            assert call(command, home / "run", f"{spelling}=6").is_refused(name, "at most 5")
+        assert call(command, home / "run", f"{name}=6").is_refused(name, "at most 5")
 
 
 def test_the_version(capsys):

@@ -244,9 +244,18 @@ if done.returncode:
 # A small run on the CPU, as a shell would start it:
 
 with tempfile.TemporaryDirectory() as folder:
-    command = "train swiss-roll --steps 300 --hidden 32 --average 0 --device cpu --final-times 10 --samples 200".split()
+    command = "train swiss-roll --train-steps 300 --hidden 32 --average 0 --device cpu --final-times 10".split()
     done = subprocess.run(
-        [sys.executable, "-m", "pyrodiff", *command, "--out", "roll"],
+        [
+            sys.executable,
+            "-m",
+            "pyrodiff",
+            *command,
+            "--samples",
+            "200",
+            "--out",
+            "roll",
+        ],
         cwd=folder,
         capture_output=True,
         text=True,

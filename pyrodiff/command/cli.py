@@ -153,6 +153,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, printable(f"{self.prog}: error: {message}{hint} (see {self.prog} --help)") + "\n")
 
 
+class _Renamed(argparse.Action):
+    """An option by its earlier spelling, which is accepted for one release, and told what it is called now."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, spelling: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        now = options.flag(self.dest)
+        print(f"{parser.prog}: {spelling} is now {now}, and goes with version 0.3", file=sys.stderr, flush=True)
+
+
 _TODAY = {options.flag(old): options.flag(new) for old, new in options.OLD.items()}
 
 
@@ -202,7 +211,7 @@ def _add_bound(commands: Any) -> None:
     parser.add_argument("--times", type=_count, help="how many of the T terms per datum, at random (default: all)")
     chain = "the bound of a chain of so many of the T steps (default: all)"
     parser.add_argument("--chain-steps", type=_count, help=chain)
-    parser.add_argument("--num-steps", dest="chain_steps", type=_count, help=argparse.SUPPRESS)
+    parser.add_argument("--num-steps", dest="chain_steps", type=_count, action=_Renamed, help=argparse.SUPPRESS)
     parser.add_argument("--particles", type=_count, help="beside it, the importance-weighted bound of K trajectories")
     parser.add_argument("--save", type=Path, help="an .npz file for the terms of each datum")
     parser.add_argument("--data", help="where the run's data are, if they have moved")
@@ -215,7 +224,7 @@ def _add_sample(commands: Any) -> None:
     names = ("ancestral", "ddim", "dpm", "heun", "pc", "flow")
     parser.add_argument("--sampler", choices=names, default="ancestral", help="by which sampler (default: ancestral)")
     parser.add_argument("--sample-steps", type=_count, help="in how many of the T steps (default: all)")
-    parser.add_argument("--num-steps", dest="sample_steps", type=_count, help=argparse.SUPPRESS)
+    parser.add_argument("--num-steps", dest="sample_steps", type=_count, action=_Renamed, help=argparse.SUPPRESS)
     place = "the .npz file; the picture stands beside it (RUN/samples-1.npz, or the next free one)"
     parser.add_argument("--save", type=Path, help=place)
     way = "the way from noise to data too, as a strip or an animation"
@@ -272,7 +281,7 @@ def _add_option(group: Any, name: str) -> None:
         more |= {"type": _ints, "metavar": "INT,INT"}
     group.add_argument(options.flag(name), dest=name, **more)
     for old in [old for old, new in options.OLD.items() if new == name]:
-        group.add_argument(options.flag(old), dest=name, **{**more, "help": argparse.SUPPRESS})
+        group.add_argument(options.flag(old), dest=name, **{**more, "action": _Renamed, "help": argparse.SUPPRESS})
 
 
 def _ints(text: str) -> tuple[int, ...]:

@@ -91,8 +91,8 @@ def completed(
     """
     if by_replacement:
         return replacement(run.diffusion, given.observation, *context, num_samples=number, generator=seed)
-    # numbers are standardised, as this twist takes them to be; the default one follows the network's Jacobian, and where
-    # that is poor its evidence is nats too low
+    # numbers are standardised, as this twist takes them to be; the default one follows the network's Jacobian, and
+    # where that is poor its evidence is nats too low
     twist = IsotropicTwist() if run.form.read_as == "numbers" else None
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

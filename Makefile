@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs wheel bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -22,6 +22,9 @@ lint: $(VENV)/installed-test
 docs: $(VENV)/installed-docs
 	OMP_NUM_THREADS=1 $(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/speed.py

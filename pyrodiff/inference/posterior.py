@@ -146,8 +146,9 @@ def posterior(
         obs: y, with the law's event_shape, where the observation does not carry it.
         num_particles: How many particles n in all, a multiple of the islands.
         num_islands: In how many groups, which know nothing of each other: from these is the standard error.
-        twist: :class:`GaussianTwist` if not given, for a linear Gaussian observation of a Gaussian chain, and
-            :class:`KnownTwist` for bits and levels that are known exactly.
+        twist: How particles are led. If not given, by :class:`KnownTwist` to bits and levels that are known exactly; to
+            a linear Gaussian observation of a Gaussian chain by :class:`GaussianTwist` and by :class:`IsotropicTwist`,
+            as many particles each, of which those are returned whose islands agree better.
         generator: A generator or a seed; a seed from torch's source if not given.
 
     Returns:
@@ -180,15 +181,17 @@ def posterior(
         raise ArgumentError("num_particles", f"must be a multiple of the {islands} islands, but it is {n}")
     with conditioning(diffusion, observation, context, obs, n, generator) as (given, rows):
         given.refuse_exact_densities()
-        twist = _default(given) if twist is None else twist
+        is_open, twist = twist is None, _default(given) if twist is None else twist
         checks.instance("twist", twist, Twist)
         twist.check(given)
-        found = _run(given, twist, n, islands, rows)
-        control = None if twist.control is None else _run(given, twist.control, n, islands, rows)
+        found, other = _run(given, twist, n, islands, rows), twist.control
+        control = None if other is None else _run(given, other, n, islands, rows)
+    if control is not None and other is not None:
+        if is_open and bool(control.standard_error < found.standard_error):
+            found, control, twist, other = control, found, other, twist
+        _warn_of_control(found, control, twist, other)
     if not _warn_of_collapse(found, twist):
         _warn_of_tails(found, twist)
-    if control is not None:
-        _warn_of_control(found, control, twist)
     return found
 
 
@@ -255,7 +258,7 @@ def _check_twist(value: object, n: int, s: int) -> None:
         raise ArgumentError(name, f"must have finite log probabilities, but at t = {s} some are {float(value.amax())}")
 
 
-def _warn_of_control(found: Posterior, control: Posterior, twist: Twist) -> None:
+def _warn_of_control(found: Posterior, control: Posterior, twist: Twist, other: Twist) -> None:
     """Warn where another twist finds more evidence: particles can all be led astray, and agree with each other.
 
     Both are unbiased estimates of p(y), and one that fails comes out too low, but for a few that are never seen.
@@ -263,7 +266,7 @@ def _warn_of_control(found: Posterior, control: Posterior, twist: Twist) -> None
     more = float(control.log_evidence - found.log_evidence)
     error = math.hypot(float(found.standard_error.nan_to_num()), float(control.standard_error.nan_to_num()))
     if more > 0.1 + 4 * error:
-        name = type(twist.control).__name__
+        name = type(other).__name__
         warnings.warn(
             f"the log evidence is {more:.1f} nats less with {type(twist).__name__} than with {name}, so that neither "
             f"samples nor evidence can be trusted: give twist=pyrodiff.{name}()",

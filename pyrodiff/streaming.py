@@ -392,7 +392,7 @@ def _read(reader: _Reader, numbers: _Numbers, num_workers: int, options: dict[st
         sampler=numbers,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_signals,
         generator=torch.Generator("cpu"),  # else the loader would draw from torch's global source
         # without workers DataLoader refuses the other options
         **(options if num_workers else {name: options[name] for name in options if name == "pin_memory"}),
@@ -409,9 +409,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the process that asked for the batches, which may want to finish its step."""
+def _leave_signals(worker: int) -> None:
+    """Leave signals to the process that asked for the batches, which may want to finish its step: Ctrl-C and schedulers
+    send them to a whole group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _seed(seed: int) -> None:

@@ -1,6 +1,9 @@
 """Data that are read as they are needed: the run is that of the same data held, and is resumed bit for bit."""
 
+import multiprocessing
+import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from pyrodiff.command.data import Rows
 from pyrodiff.command.plans import prepare
 from pyrodiff.command.runs import Run
 from pyrodiff.streaming import ArrayFile
+from pyrodiff.training.svi import SVI
 
 CPU = torch.device("cpu")
 PICTURES = np.random.default_rng(2).integers(0, 256, (40, 3, 4, 4)).astype(np.uint8)
@@ -113,6 +117,62 @@ def test_what_cannot_be_streamed(tmp_path, kind, options, words):
 
 def test_workers_without_a_stream(tmp_path):
     assert train(saved(tmp_path / "x.npy", points()), tmp_path / "run", workers=2).is_refused("--workers", "--stream")
+
+
+def spoiled(kind, path):
+    """Data that change while they are trained on."""
+    if kind == "shorter":
+        os.truncate(path, 1000)
+    elif kind == "levels":
+        rows = np.load(path, mmap_mode="r+")
+        rows[:] = 200
+        rows.flush()
+    else:
+        for file in path.rglob("*.png"):
+            file.unlink() if kind == "deleted" else file.write_bytes(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("kind", ["shorter", "levels", "deleted", "broken"])
+@pytest.mark.parametrize("when", ["step", "bound"])
+def test_data_that_change_meanwhile(tmp_path, monkeypatch, kind, when):
+    """They are named as data, in one line, and what was saved before stays."""
+    is_file = kind in ("shorter", "levels")
+    path = saved(tmp_path / "x.npy", PICTURES % 16) if is_file else folder_of(tmp_path / "pictures", PICTURES)
+    levels, place = {"levels": 16} if is_file else {}, training if when == "bound" else SVI
+    before, counted = getattr(place, when), iter(range(9))
+
+    def spoiling(*args, **kwargs):
+        if next(counted) == 1:
+            spoiled(kind, path)
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(place, when, spoiling)
+    done = train(path, tmp_path / "run", stream=True, channels=(8, 8), **levels)
+    assert (done.code, "Traceback" in done.err) == (2, False), done
+    assert done.err.splitlines()[-1].startswith("pyrodiff: error: data must"), done
+    saved_before = sorted(one.name for one in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved_before == (["best.pt", "step-00000002.pt"] if when == "bound" else [])
+
+
+def test_a_process_that_reads_is_killed(tmp_path, monkeypatch):
+    """One line tells of it, and the run can be resumed; what is sent to the group of the one that trains is its own."""
+    x, step, counted, groups = saved(tmp_path / "x.npy", PICTURES), SVI.step, iter(range(99)), []
+
+    def killed(*args, **kwargs):
+        if next(counted) == 2:
+            for child in multiprocessing.active_children():
+                groups.append(os.getpgid(child.pid))
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.5)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SVI, "step", killed)
+        done = train(x, tmp_path / "run", stream=True, workers=2, channels=(8, 8))
+    assert (done.code, done.err.splitlines()[-1][:42]) == (1, "pyrodiff: a process that reads batches was"), done
+    assert len(set(groups)) == 2
+    assert os.getpgid(0) not in groups
+    assert call("train", "--out", tmp_path / "run", "--resume").code == 0
 
 
 def test_rows_are_like_a_tensor(tmp_path):

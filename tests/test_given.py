@@ -132,16 +132,46 @@ def test_a_mask_and_a_datum_that_are_pictures(home, tmp_path):
         ("bits", ["--given={home}/twos.npy"], ["--given", "0..1"]),
         ("bits", ["--particles=7"], ["--particles", "islands"]),
         ("bits", ["--noise=-1"], ["--noise"]),
-        ("bits", ["--label=0"], ["--label"]),
+        ("bits", ["--noise=0.1"], ["--noise", "left out for bits"]),
+        ("bits", ["--label=0"], ["--label", "without labels"]),
+        ("bits", ["--mask={home}/halves.npy"], ["--mask", "zeros and ones"]),
+        ("bits", ["--mask={home}/nans.npy"], ["--mask", "zeros and ones"]),
+        ("points", ["--given={home}/large.npy", "--noise=1"], ["--given", "below 1e30"]),
+        ("levels", ["--given={home}/white.npy"], ["--given", "0..5", "float64 in 0..1"]),
+        ("levels", ["--given={home}/true.npy"], ["--given", "0..5", "bool in 0..1"]),
     ],
 )
 def test_what_cannot_be_given(home, name, more, words):
     saved(home / "ones.npy", np.ones(6, bool))
+    saved(home / "halves.npy", np.array([0.5, 0, 0, 0, 0, 0]))
+    saved(home / "nans.npy", np.array([np.nan, 1, 0, 0, 0, 0]))
+    saved(home / "large.npy", np.array([1e300, 0.0]))
+    saved(home / "white.npy", np.ones((4, 4)))  # where the darkest but one is 1
+    saved(home / "true.npy", np.ones((4, 4), bool))
     saved(home / "twos.npy", np.full(6, 2))
     line = ["sample", home / name, "--given", home / f"{name}-one.npy", "--mask", home / f"{name}-mask.npy"]
     before = {path for path in home.rglob("*")}
     assert call(*line, *(word.format(home=home) for word in more)).is_refused(*words)
     assert {path for path in home.rglob("*")} == before
+
+
+def test_one_mask_for_all_channels(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 3, 4, 4)).astype(np.uint8)
+    assert train(saved(tmp_path / "x.npy", x), tmp_path / "run", network="mlp").code == 0
+    mask, samples = np.arange(16).reshape(4, 4) < 5, {}
+    for name, one in {"grey": mask, "colour": np.stack([mask] * 3)}.items():
+        line = ["--given", saved(tmp_path / "one.npy", x[0]), "--mask", saved(tmp_path / "mask.npy", one)]
+        done = call("sample", tmp_path / "run", *line, "--number=3", "--particles=4", "--save", tmp_path / "s.npz")
+        assert done.code == 0, done
+        with np.load(tmp_path / "s.npz") as file:
+            samples[name] = file["samples"]
+    assert (samples["grey"] == samples["colour"]).all()
+    assert (samples["grey"][:, :, mask] == x[0][:, mask]).all()
+
+
+@pytest.mark.parametrize("option", ["--noise=0.1", "--replacement"])
+def test_what_would_be_heeded_with_a_datum_alone(home, option):
+    assert call("sample", home / "bits", option).is_refused("--given", option.split("=")[0])
 
 
 @pytest.mark.parametrize("option", ["--given", "--mask"])

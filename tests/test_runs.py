@@ -198,6 +198,27 @@ def test_a_signal_saves_the_step_and_leaves(home, tmp_path, monkeypatch, number,
 
 
 @pytest.mark.parametrize("which", [1, 2, 3])
+def test_a_signal_before_anything_is_begun(home, tmp_path, monkeypatch, which):
+    """While data are read or threads are tried, it stops at once, and nothing is written."""
+    name, place = {1: ("prepare", training), 2: ("fastest_threads", training), 3: ("often", Data)}[which]
+
+    def asked(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("this is not reached")
+
+    monkeypatch.setattr(place, name, asked)
+    x, options = home / "x.npy", {}
+    if which == 3:
+        x = saved(tmp_path / "pictures.npy", np.random.default_rng(0).integers(0, 4, (40, 4, 4)).astype(np.uint8))
+        options = {"levels": 4, "channels": (8, 8)}
+    before = files(tmp_path)
+    done = train(x, tmp_path / "run", **options)
+    assert (done.code, done.err) == (143, "pyrodiff: stopped by SIGTERM: nothing was written\n")
+    assert files(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
 def test_a_signal_in_an_evaluation(home, tmp_path, monkeypatch, which):
     bound, counted = training.bound, iter(range(1, 10**9))
 
@@ -676,6 +697,15 @@ for _ in range(40):
         ("form", {"scale": torch.ones(1).expand(10**12)}),
         ("form", {"shift": 3}),
         ("form", {"read_as": 3}),
+        ("form", {"scale": torch.tensor([-1.0, 1.0]).double()}),
+        ("form", {"shift": torch.tensor([float("nan"), 1.0]).double()}),
+        ("form", {"shift": None}),
+        ("form", {"rate": 0.5}),
+        ("form", {"levels": 4}),
+        ("form", {"classes": torch.zeros(2)}),
+        ("form", {"fingerprint": torch.zeros(2)}),
+        ("form", {"contents": 3}),
+        ("state", {"loss": torch.tensor([True])}),
         ("state", {"loss": "x"}),
         ("state", {"best": "x"}),
         ("state", {"seconds": [1]}),
@@ -693,6 +723,16 @@ def test_a_forged_checkpoint_is_refused_before_anything_is_built(home, tmp_path,
     done = call(*line.get(command, ["bound", folder, "--checkpoint", "last"]))
     assert done.is_refused("step-00000006.pt", "step-00000004.pt is whole")
     assert bytes_of(folder) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "pictures"])
+def test_a_folder_that_is_a_link_is_not_followed(home, tmp_path, name):
+    folder, elsewhere = copied(home, tmp_path), tmp_path / "elsewhere"
+    (folder / name).rename(elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    before = bytes_of(elsewhere)
+    assert resumed(folder, train_steps=8).is_refused("--out", name, "is a link")
+    assert bytes_of(elsewhere) == before
 
 
 @pytest.mark.parametrize("place", ["moments", "count", "names"])

@@ -108,6 +108,9 @@ def _code_of(error: BaseException) -> int | None:
     if isinstance(error, MemoryError | OverflowError) or (isinstance(error, RuntimeError) and _is_memory(error)):
         ways = "a smaller --batch-size, network or --T may help"
         return _said(f"out of memory: {ways}; what was saved before is as it was", 1)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        why = "a process that reads batches was ended, as a full memory ends it"
+        return _said(f"{why}: fewer --workers may help; what was saved before is as it was", 1)
     return None
 
 
@@ -147,8 +150,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         wrong, _, known = message.partition(" (choose from ")
         among = re.findall(r"[\w-]+", known) or [*self._option_string_actions, "--version"]
-        word = re.search(r"choice: '(.*)'" if known else r"(--?\w[^\s=']*)", wrong)
-        near = difflib.get_close_matches(word[1], among, 1) if word else []
+        word = re.search(r"choice: '(.*)'" if known else r"(--?\w[^\s=':]*)", wrong)
+        near = difflib.get_close_matches(word[1], among, 1) if word and word[1] not in among else []
         hint = f"; is {_TODAY.get(near[0], near[0])} meant?" if near else ""
         self.exit(2, printable(f"{self.prog}: error: {message}{hint} (see {self.prog} --help)") + "\n")
 
@@ -298,9 +301,7 @@ def _seed(text: str) -> int:
 
 
 def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an int of at least 0, but it is {text!r}")
-    return int(text)
+    return _from(0, text)
 
 
 def _positive(text: str) -> float:
@@ -314,6 +315,12 @@ def _positive(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an int of at least 1, but it is {text!r}")
+    return _from(1, text)
+
+
+def _from(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text[:4000]) < least:
+        raise argparse.ArgumentTypeError(f"must be an int of at least {least}, but it is {text!r}")
+    if len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be at most {2**31 - 1}, but it is {text:.20}")
     return int(text)

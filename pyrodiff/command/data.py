@@ -146,7 +146,10 @@ class Rows:
     def __getitem__(self, rows: Tensor) -> Tensor:
         indices = rows.tolist()
         together = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
-        return torch.stack(list(together(indices))).reshape(len(indices), *self.shape[1:])
+        try:
+            return torch.stack(list(together(indices))).reshape(len(indices), *self.shape[1:])
+        except ArgumentError as error:  # of a file, which is not what the line names
+            raise ArgumentError("data", error.said) from error
 
 
 class Part(Dataset):
@@ -357,8 +360,14 @@ class Data:
             while True:
                 yield self.draw(size)
         stream = Stream(self.parts["train"], size, seed=seed, num_workers=workers)
-        for raw, *labels in stream.batches(start=start):
-            yield (self._flipped(self.form.encoded(raw.to(self.device))), *(y.to(self.device) for y in labels))
+        batches = stream.batches(start=start)
+        while True:
+            try:
+                raw, *labels = next(batches)
+                x_0 = self._flipped(self.form.encoded(raw.to(self.device)))
+            except ArgumentError as error:  # they have changed meanwhile
+                raise ArgumentError("data", error.said) from error
+            yield (x_0, *(y.to(self.device) for y in labels))
 
     def split(self, name: str, size: int | None = None) -> Tensor:
         """The first so many data of a part, as the model has them.
@@ -410,7 +419,10 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for start in range(0, len(self.part), self.size):
             rows = slice(start, start + self.size)
-            x_0 = self.form.encoded(self.part[rows].to(self.device))
+            try:
+                x_0 = self.form.encoded(self.part[rows].to(self.device))
+            except ArgumentError as error:  # they have changed meanwhile
+                raise ArgumentError("data", error.said) from error
             yield (x_0, *(y.to(self.device) for y in self.part.context(rows)))
 
 
@@ -597,8 +609,9 @@ def _form(reading: Reading, train: Part) -> Form:
     shift = first + sum((x.double() - first).sum(0) for x in train.blocks()) / len(train)
     squares = torch.stack([(x.double() - shift).square().sum(0) for x in train.blocks()]).sum(0)
     scale = (squares / (len(train) - 1)).sqrt()
-    if not bool((scale > 0).all()):
-        place = tuple((scale <= 0).nonzero()[0].tolist())
+    constant = scale <= 1e-12 * shift.abs()  # but for rounding, as yardsticks have it
+    if bool(constant.any()):
+        place = tuple(constant.nonzero()[0].tolist())
         raise ArgumentError("data", f"must vary in each dimension, but number {place} is the same in all: leave it out")
     dtype = "float64" if train.whole.dtype == torch.float64 else "float32"
     return Form("numbers", shape, shift=shift, scale=scale, dtype=dtype)

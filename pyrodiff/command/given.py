@@ -35,18 +35,24 @@ class Given:
         form = run.form
         if mask is None:
             raise ArgumentError("--mask", "must be given with --given: a file of which of its numbers are known")
-        known = _read("--mask", mask, form.event_shape)
-        known = known > 127 if known.dtype == torch.uint8 and bool((known > 1).any()) else known != 0
+        known = _known(mask, form.event_shape)
         if bool(known.all()) or not bool(known.any()):
             raise ArgumentError("--mask", f"must leave some numbers known and some not, but {mask} does not")
-        raw = torch.where(known, _read("--given", values, form.event_shape).double(), 0.0)
+        found = _read("--given", values, form.event_shape)
+        raw = torch.where(known, found.double(), 0.0)
         if form.read_as == "numbers":
             if not noise > 0:
                 raise ArgumentError("--noise", f"must be above 0 for numbers, whose density is one, but it is {noise}")
-            if not bool(raw.isfinite().all()):
-                raise ArgumentError("--given", f"must be finite where it is known, but {values} is not")
+            if not bool((raw.abs() < 1e30).all()):
+                raise ArgumentError("--given", f"must be finite and below 1e30 where it is known, but {values} is not")
         else:
             most = (form.outcomes or 2) - 1
+            if form.read_as == "bits" and noise > 0:
+                raise ArgumentError("--noise", f"must be left out for bits, but it is {noise}")
+            if most > 1 and bool((raw <= 1).all()) and (found.is_floating_point() or found.dtype == torch.bool):
+                raise ArgumentError(  # a white pixel would be taken for an almost black one
+                    "--given", f"must be whole numbers in 0..{most}, but {values} has {found.dtype} in 0..1: scale them"
+                )
             if bool(((raw < 0) | (raw > most) | (raw != raw.round())).any()):
                 raise ArgumentError(
                     "--given", f"must be whole numbers in 0..{most} where it is known, but {values} is not"
@@ -56,6 +62,20 @@ class Given:
         self.observation = Inpainting(known.to(run.device), x_0, noise)
         unit = 0.0 if form.scale is None else float(form.scale.log()[known].sum())
         self.log_scale = unit  # log density in the units of the data is less by this
+
+
+def _known(path: Path, shape: torch.Size) -> Tensor:
+    """Which numbers a mask says are known; of pictures in colour, also one mask for all channels."""
+    try:
+        mask = _read("--mask", path, shape)
+    except ArgumentError:
+        if len(shape) != 3:
+            raise
+        mask = _read("--mask", path, torch.Size(shape[1:])).expand(shape)
+    is_picture = mask.dtype == torch.uint8 and bool((mask > 1).any())
+    if not is_picture and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ArgumentError("--mask", f"must be of bools, zeros and ones, or a picture, but {path} has other numbers")
+    return mask > 127 if is_picture else mask == 1
 
 
 def _read(argument: str, path: Path, shape: torch.Size) -> Tensor:

@@ -33,9 +33,16 @@ OLD = {"steps": "train_steps", "num_steps": "T"}  # earlier spellings, which sta
 Check = Callable[[str, Any], object]
 
 
-def _natural(name: str, value: int) -> None:
-    if value < 0:
-        raise ArgumentError(name, f"must be an int of at least 0, but it is {value!r}")
+def _count(least: int, most: int = 2**31 - 1) -> Check:
+    """A check of an int between two others: what is larger would fill the memory, or what indices are kept in."""
+
+    def check(name: str, value: int) -> None:
+        if value < least:
+            raise ArgumentError(name, f"must be an int of at least {least}, but it is {value!r}")
+        if value > most:
+            raise ArgumentError(name, f"must be at most {most}, but it is {value!r}")
+
+    return check
 
 
 def _seed(name: str, value: int) -> None:
@@ -52,15 +59,11 @@ def _from_zero(name: str, value: float) -> None:
         raise ArgumentError(name, f"must be a number of at least 0, but it is {value!r}")
 
 
-def _levels(name: str, value: int) -> None:
-    arguments.levels(value, name)
-
-
 def _positives(name: str, value: tuple[int, ...]) -> None:
     if not value:
         raise ArgumentError(name, "must be ints, at least one, but it is empty")
     for one in value:
-        arguments.positive_int(name, one)
+        _count(1)(name, arguments.positive_int(name, one))
 
 
 def _heights(name: str, value: tuple[int, ...]) -> None:
@@ -103,7 +106,7 @@ class Reading:
         varies=True,
     )
     levels: int | None = _option(
-        "how many levels whole numbers have, from 0 on (256 for 8-bit pictures)", None, _levels
+        "how many levels whole numbers have, from 0 on (256 for 8-bit pictures)", None, _count(2)
     )
     binarize: Literal["none", "threshold", "static", "dynamic"] = _option(
         "bits from levels: threshold (1 from half on), static (drawn once) or dynamic (drawn anew each time)", "none"
@@ -126,7 +129,7 @@ class Model:
     Arguments: see :command:`pyrodiff train --help`.
     """
 
-    T: int = _option("T, the number of diffusion steps", 1000, arguments.positive_int, varies=True)
+    T: int = _option("T, the number of diffusion steps", 1000, _count(1, 2**24), varies=True)
     schedule: Literal["log-snr", "linear", "cosine", "reciprocal"] = _option(
         "the noise schedule", "cosine", varies=True
     )
@@ -146,9 +149,9 @@ class Model:
         "the heights at which the U-Net attends, as 16,8; 0 for none", None, _heights
     )
     hidden: int = _option(
-        "hidden units: of the MLP, or at the U-Net's smallest size (0 for none)", 256, _natural, varies=True
+        "hidden units: of the MLP, or at the U-Net's smallest size (0 for none)", 256, _count(0), varies=True
     )
-    blocks: int = _option("residual blocks, of the U-Net at each size", 3, arguments.positive_int, varies=True)
+    blocks: int = _option("residual blocks, of the U-Net at each size", 3, _count(1, 1000), varies=True)
     dropout: float = _option(
         "the probability that a hidden unit is dropped in training", 0.0, arguments.probability, varies=True
     )
@@ -161,13 +164,11 @@ class Training:
     Arguments: see :command:`pyrodiff train --help`.
     """
 
-    train_steps: int = _option(
-        "how many gradient steps to train", 5000, arguments.positive_int, changes=True, varies=True
-    )
-    batch_size: int = _option("data per gradient step", 256, arguments.positive_int, varies=True)
-    accumulate: int = _option("batches per step of the optimizer", 1, arguments.positive_int)
+    train_steps: int = _option("how many gradient steps to train", 5000, _count(1), changes=True, varies=True)
+    batch_size: int = _option("data per gradient step", 256, _count(1), varies=True)
+    accumulate: int = _option("batches per step of the optimizer", 1, _count(1))
     lr: float = _option("AdamW's learning rate, which falls to 0 as a cosine", 1e-3, _between(0, math.inf), varies=True)
-    warmup: int = _option("steps over which the learning rate rises first", 0, _natural)
+    warmup: int = _option("steps over which the learning rate rises first", 0, _count(0))
     weight_decay: float = _option("AdamW's weight decay", 0.0, _from_zero, varies=True)
     clip_norm: float = _option("the norm that the gradient per datum is clipped to", 10.0, _between(0, math.inf))
     average: float = _option(
@@ -178,12 +179,12 @@ class Training:
     )
     weighting: Literal["bound", "simple"] = _option("what a step weighs: bound, or simple as in DDPM", "bound")
     autocast: Literal["none", "bfloat16", "float16"] = _option("the precision that networks compute in", "none")
-    workers: int = _option("processes that read batches ahead, with --stream", 0, _natural, changes=True)
+    workers: int = _option("processes that read batches ahead, with --stream", 0, _count(0, 256), changes=True)
     compile: bool = _option("compile the step into one graph", False, changes=True)
     seed: int = _option("the seed of all random numbers", 0, _seed)
     device: str = _option("auto, cpu, cuda, cuda:1, ...", "auto", changes=True)
     threads: int | None = _option(
-        "how many threads to compute with (measured at the start)", None, arguments.positive_int, changes=True
+        "how many threads to compute with (measured at the start)", None, _count(1), changes=True
     )
 
 
@@ -195,23 +196,15 @@ class Watching:
     """
 
     evaluate_every: int = _option(
-        "steps between evaluations on held-out data", 500, arguments.positive_int, changes=True, varies=True
+        "steps between evaluations on held-out data", 500, _count(1), changes=True, varies=True
     )
-    evaluate_on: int = _option("how many held-out data to evaluate on", 512, arguments.positive_int)
-    evaluate_times: int = _option(
-        "how many of the T terms to evaluate per datum, at random", 50, arguments.positive_int
-    )
-    checkpoint_every: int = _option("steps between checkpoints", 500, arguments.positive_int, changes=True, varies=True)
-    keep: int = _option(
-        "how many of the last checkpoints to keep, beside the best", 2, arguments.positive_int, changes=True
-    )
-    log_every: int = _option("steps between lines of metrics", 50, arguments.positive_int, changes=True)
-    samples: int = _option(
-        "how many samples to draw at each evaluation", 64, arguments.positive_int, changes=True, varies=True
-    )
-    final_times: int | None = _option(
-        "how many of the T terms the last bound has (all)", None, arguments.positive_int, changes=True
-    )
+    evaluate_on: int = _option("how many held-out data to evaluate on", 512, _count(1))
+    evaluate_times: int = _option("how many of the T terms to evaluate per datum, at random", 50, _count(1))
+    checkpoint_every: int = _option("steps between checkpoints", 500, _count(1), changes=True, varies=True)
+    keep: int = _option("how many of the last checkpoints to keep, beside the best", 2, _count(1), changes=True)
+    log_every: int = _option("steps between lines of metrics", 50, _count(1), changes=True)
+    samples: int = _option("how many samples to draw at each evaluation", 64, _count(1), changes=True, varies=True)
+    final_times: int | None = _option("how many of the T terms the last bound has (all)", None, _count(1), changes=True)
 
 
 @dataclass(frozen=True)

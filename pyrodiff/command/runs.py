@@ -213,7 +213,7 @@ class Run:
             optimizer.param_groups[0]["lr"] = self.plan.training.lr * now
             scheduler._last_lr = [optimizer.param_groups[0]["lr"]]
             for parameter, moments in optimizer.state.items():
-                if any(one.shape not in ((), parameter.shape) for one in moments.values()):
+                if any(one.shape != (() if name == "step" else parameter.shape) for name, one in moments.items()):
                     raise _no_run(path)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise _no_run(path) from error
@@ -319,12 +319,13 @@ def _refuse_other_options(ours: Plan, theirs: Plan, path: Path) -> None:
 _STATE = dict.fromkeys(("logged", "evaluated", "saved", "best_step", "drawn"), int) | {"best": float, "seconds": float}
 
 
-def resumed_from(folder: Path, plan: Plan, whole: bool) -> tuple[Path | None, Path | None]:
+def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Path | None, Path | None]:
     """The checkpoint that a run goes on from, and its best one, looked at before anything is built.
 
     Arguments:
         folder: The folder of the run.
         plan: The plan that it is resumed with.
+        form: What the data are.
         whole: Whether those that are damaged do not count; one of which nothing else is left does.
 
     Raises:
@@ -334,7 +335,10 @@ def resumed_from(folder: Path, plan: Plan, whole: bool) -> tuple[Path | None, Pa
     has_best = best.is_file() and (not whole or _is_whole(best))
     for path in {last, best if has_best else None}:
         if path is not None:
-            _refuse_other_options(plan, _kept(path)[0], path)
+            kept, other = _kept(path)
+            _refuse_other_options(plan, kept, path)
+            if any(vars(form)[name] != vars(other)[name] for name in ("read_as", "event_shape", "levels", "classes")):
+                raise ArgumentError("data", f"must be those that the run began with, but {path} is of others")
     return last, best if has_best else None
 
 
@@ -360,17 +364,34 @@ def _content(path: Path) -> tuple[Plan, Form]:
     try:
         more, step = state["more"], state["svi"]["counts"]["num_steps"]
         kinds = [(more["state"].get(name, 0), one) for name, one in {**_STATE, "loss": Tensor}.items()]
-        if not all(isinstance(*one) for one in kinds) or not all(map(_is_plain, more["settings"].values())):
+        are_plain = isinstance(more["settings"], dict) and all(map(_is_plain, more["settings"].values()))
+        loss = more["state"].get("loss", torch.zeros(()))
+        if not all(isinstance(*one) for one in kinds) or not are_plain or loss.dim() or not loss.is_floating_point():
             raise _no_run(path)
         plan, form = Plan.of(more["settings"]), Form.of(more["form"])
-        if {"numbers": form.scale, "levels": form.levels, "bits": form.rate}[form.read_as] is None:
+        if not _is_form(form):
             raise _no_run(path)
         _refuse_sizes(plan.model, form, path)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise _no_run(path) from None
     if number is not None and int(number[1]) != step:
         raise ArgumentError("checkpoint", f"must have the name of its step, but {path} is of step {step}")
     return plan, form
+
+
+def _is_form(form: Form) -> bool:
+    """Whether this can be what data are: each of its type, and all that its kind has."""
+    has = {name for name in ("levels", "shift", "scale", "rate") if vars(form)[name] is not None}
+    numbers, units = (form.levels, form.classes, *form.event_shape), (form.shift, form.scale)
+    return (
+        has == {"numbers": {"shift", "scale"}, "levels": {"levels"}, "bits": {"rate"}}[form.read_as]
+        and all(type(one) is str for one in (form.dtype, form.fingerprint, form.contents))
+        and all(one is None or (type(one) is int and one > 0) for one in numbers)
+        and (form.levels is None or form.levels > 1)
+        and (form.rate is None or (type(form.rate) is float and 0 < form.rate < 1))
+        and all(one is None or (one.dtype == torch.float64 and bool(one.isfinite().all())) for one in units)
+        and (form.scale is None or bool((form.scale > 0).all()))
+    )
 
 
 def _is_plain(value: object) -> bool:
@@ -470,6 +491,8 @@ def finite(step: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if isinstance(error, ArgumentError) and error.argument == "data":  # which cannot be read any more
+            raise
         raise FloatingPointError(f"what the weights give is not finite at step {step}: {str(error)[:200]}") from error
 
 

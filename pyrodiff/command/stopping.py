@@ -20,7 +20,7 @@ def leave(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # so that nothing takes it for a damaged file
     """A signal asked to stop, and what was under way stopped where nothing is lost.
 
     Arguments:
@@ -40,11 +40,13 @@ class Stop:
 
     Attributes:
         signal: The signal that asked, if one did.
+        is_safe: Whether each point is a safe one, as long as nothing is begun that could be lost.
     """
 
     def __init__(self, alone: bool = True) -> None:
         self.alone = alone
         self.signal: int | None = None
+        self.is_safe = False
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -60,6 +62,8 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt(number)
         self.signal = number
+        if self.is_safe:
+            self.check()
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal asked to stop."""

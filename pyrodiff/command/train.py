@@ -83,7 +83,7 @@ def train(given: Mapping[str, Any], out: Path | None, config: Path | None, resum
     try:
         _join(values.get("device", "auto"))
         with ExitStack() as locked, Stop(alone=ranks.count() == 1) as stop:
-            run, data = _begin(folder, values, resume, line, locked)
+            run, data = _begin(folder, values, resume, line, locked, stop)
             trainer = Trainer(run, data, stop)
             try:
                 trainer.train()
@@ -141,6 +141,7 @@ def _given(
         return folder, values
     if resume is None:
         raise ArgumentError("--out", f"must be a new folder, but {folder} holds a run: give --resume to go on with it")
+    _refuse_links(folder)
     recorded = options.read(record, str(record))
     for name, value in values.items():
         if value != recorded.get(name) and not options.may_change(name):
@@ -152,6 +153,13 @@ def _given(
     return folder, {**recorded, **values}
 
 
+def _refuse_links(folder: Path) -> None:
+    """Refuse a run whose own folders lie elsewhere, where old checkpoints and parts of files would be deleted."""
+    for path in (folder / name for name in ("checkpoints", "pictures", "tensorboard")):
+        if path.is_symlink():
+            raise ArgumentError("--out", f"must have folders of its own, but {path} is a link")
+
+
 def _join(device: str) -> None:
     """Be one of several ranks, where torchrun started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
@@ -161,14 +169,17 @@ def _join(device: str) -> None:
         torch.distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
 
 
-def _begin(folder: Path, given: Mapping[str, Any], resume: Resume, line: str, locked: ExitStack) -> tuple[Run, Data]:
+def _begin(
+    folder: Path, given: Mapping[str, Any], resume: Resume, line: str, locked: ExitStack, stop: Stop
+) -> tuple[Run, Data]:
     """The run as far as it has come, in a locked folder; nothing is written before nothing can be wrong any more."""
     first, is_run = ranks.number() == 0, (folder / "settings.toml").is_file()
+    stop.is_safe = True
     if first and is_run:
         locked.enter_context(_lock(folder))
     device = device_of(given.get("device", "auto"))
     plan, data = prepare(given, device)
-    checkpoint, best = resumed_from(folder, plan, resume == "whole") if resume else (None, None)
+    checkpoint, best = resumed_from(folder, plan, data.form, resume == "whole") if resume else (None, None)
     run = Run(folder, plan, data.form, device, data.often() if plan.model.prediction == "level" else None)
     run.plan = plan = _with_threads(run, data)
     if checkpoint is not None:
@@ -178,6 +189,8 @@ def _begin(folder: Path, given: Mapping[str, Any], resume: Resume, line: str, lo
             raise ArgumentError("train_steps", f"must be at least the {taken} taken, but it is {wanted}")
         if best is None:
             run.state.update(best=math.inf, best_step=0, evaluated=0)  # so that there is a best one again
+    stop.is_safe = False
+    stop.check()
     if first:
         _record(folder, plan, line, None if is_run else locked)
     say(f"data: {data.form.contents}")

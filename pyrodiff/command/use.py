@@ -102,10 +102,10 @@ def sample(
     """
     opened = Run.opened(run, checkpoint, device)
     shortened(opened.diffusion, sample_steps, "--sample-steps")
-    if label is not None and label >= (opened.form.classes or 0):
-        raise ArgumentError(
-            "--label", f"must be below {opened.form.classes or 0}, as many as there are, but it is {label}"
-        )
+    classes = opened.form.classes
+    if label is not None and (classes is None or label >= classes):
+        what = "left out for a run without labels" if classes is None else f"below {classes}, as many as there are"
+        raise ArgumentError("--label", f"must be {what}, but it is {label}")
     opened.label, drawn_by = label, opened.sampler(sampler)
     free = (n for n in itertools.count(1) if not any(run.glob(f"samples-{n}[.-]*")))
     path = save if save is not None else run / f"samples-{next(free)}.npz"
@@ -118,8 +118,9 @@ def sample(
         x_0 = completed(opened, part, number, particles, replacement, seed, opened.context(1))
         save_samples(opened, path, x_0)
         return 0
-    if mask is not None:
-        raise ArgumentError("--given", f"must be given with --mask {mask}: a file of the datum")
+    for option, value in {"--mask": mask, "--noise": noise or None, "--replacement": replacement or None}.items():
+        if value is not None:
+            raise ArgumentError("--given", f"must be given with {option}: a file of the datum")
     write_samples(opened, path, partial(drawn_by, num_steps=sample_steps), number, batch_size, seed)
     if trajectory is not None:
         _write_trajectory(opened, path, drawn_by, number, sample_steps, seed, trajectory == "gif")

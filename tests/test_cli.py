@@ -899,3 +899,10 @@ def test_more_steps_than_the_chain_has_are_refused(home):
 
 def test_the_version(capsys):
     assert call("--version").code == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_mistake_that_cannot_be_said_has_its_code():
+    line = [sys.executable, "-m", "pyrodiff", "train", "swiss-roll", "--T=0"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(line, stderr=full, stdout=subprocess.DEVNULL, timeout=20).returncode == 2

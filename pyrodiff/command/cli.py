@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -133,7 +134,8 @@ def _is_memory(error: RuntimeError) -> bool:
 
 def _said(line: str, code: int) -> int:
     """The exit code, after a line on stderr; of several processes any may err alone, so each says its own."""
-    print(f"pyrodiff: {printable(line)}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # of a full disk, say: the code still tells
+        print(f"pyrodiff: {printable(line)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -234,7 +234,7 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--save", type=Path, help=place)
     way = "the way from noise to data too, as a strip or an animation"
     parser.add_argument("--trajectory", choices=("strip", "gif"), help=way)
-    parser.add_argument("--label", type=_natural, help="of which label (default: one after the other)")
+    parser.add_argument("--label", type=_natural, help="draw samples of this label only (default: all labels in turn)")
     given = parser.add_argument_group("given a part of a datum")
     datum = "a datum of which a part is known: an .npy file of the shape of one, or a picture"
     given.add_argument("--given", type=Path, metavar="FILE", help=datum)

@@ -42,7 +42,9 @@ class Given:
         raw = torch.where(known, found.double(), 0.0)
         if form.read_as == "numbers":
             if not noise > 0:
-                raise ArgumentError("--noise", f"must be above 0 for numbers, whose density is one, but it is {noise}")
+                raise ArgumentError(
+                    "--noise", f"must be above 0 for numbers, whose likelihood is a density, but it is {noise}"
+                )
             if not bool((raw.abs() < 1e30).all()):
                 raise ArgumentError("--given", f"must be finite and below 1e30 where it is known, but {values} is not")
         else:

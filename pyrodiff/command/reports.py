@@ -61,7 +61,7 @@ def report(run: Run, found: Bound, beside: Yardsticks, samples: Tensor, x_0: Ten
         f"weights are those of step {run.state['best_step']}, the best on held-out data"
         f"{', averaged' * (plan.training.average > 0)}; {number:,} parameters; {trained}.</p>",
         f"<pre>{_text(found)}</pre>",
-        "<p>For comparison, what simple laws cost that are fitted to the training data:</p>",
+        "<p>For comparison, simple distributions fitted to the training data:</p>",
         _table({"this model, at most": spelled(found), **{law: spelled(one) for law, one in beside.items()}}),
         *_samples(run, samples, x_0),
         "<h2>Training</h2>",

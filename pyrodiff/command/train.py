@@ -79,7 +79,7 @@ def train(given: Mapping[str, Any], out: Path | None, config: Path | None, resum
         OSError: If a file cannot be written; what was saved before is as it was.
     """
     folder, values = _given(given, out, config, resume)
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads()  # the caller's, in Python, which stays as it was
     try:
         _join(values.get("device", "auto"))
         with ExitStack() as locked, Stop(alone=ranks.count() == 1) as stop:
@@ -310,7 +310,9 @@ class Trainer:
                         self._log()
                     if self._is_due("evaluated", watching.evaluate_every):
                         self._evaluate()
-                        if step == run.state["saved"]:  # by a signal that came before the evaluation
+                        if (
+                            step == run.state["saved"]
+                        ):  # before the evaluation, by a signal: save it again, with what was found
                             self._save()
                     if self._is_due("saved", watching.checkpoint_every):
                         self._save()
@@ -452,6 +454,8 @@ def _finish(run: Run, data: Data, stop: Stop) -> None:
     plan, folder, first = run.plan, run.folder, ranks.number() == 0
     run = Run.opened(folder, "best", plan.training.device)
     run.plan = dataclasses.replace(run.plan, training=plan.training, watching=plan.watching)
+    calls = (plan.watching.final_times or plan.model.T - 1) + 1
+    say(f"test bound: {len(data.parts['test'])} data, {calls} network calls each; fewer with --final-times")
     with finite(run.svi.num_steps):
         found = bound(
             run.diffusion,

@@ -15,11 +15,14 @@ memory, and end with a short batch. The price: N draws leave out one datum in e 
 :class:`Blocks` has each datum once, in order.
 """
 
+import multiprocessing
 import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
+from multiprocessing import context
 from pathlib import Path
 from typing import Any
 
@@ -392,7 +395,7 @@ def _read(reader: _Reader, numbers: _Numbers, num_workers: int, options: dict[st
         sampler=numbers,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=partial(_leave_signals, os.getpid()),
         generator=torch.Generator("cpu"),  # else the loader would draw from torch's global source
         # without workers DataLoader refuses the other options
         **(options if num_workers else {name: options[name] for name in options if name == "pin_memory"}),
@@ -409,9 +412,13 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals(worker: int) -> None:
+def _leave_signals(parent: int, worker: int) -> None:
     """Leave signals to the process that asked for the batches, which may want to finish its step: Ctrl-C and schedulers
     send them to a whole group."""
+    # torch ends a worker whose parent changes, but notes the parent only after this: not if it has died before
+    has_other_parent = isinstance(multiprocessing.current_process(), getattr(context, "ForkServerProcess", ()))
+    if os.getppid() != parent and not has_other_parent:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -632,7 +632,9 @@ def _folders(folder: Path) -> list[str]:
 def _of_picture(pillow: Any, file: Path, read: Callable[[Any], tuple | Tensor | str]) -> Any:
     """What ``read`` finds in a picture; where it gives a text, that is what keeps the picture from being read."""
     if not file.is_file():
-        got = "is neither a file nor a folder" if file.exists() else "is not there, or a link to what is not"
+        got = (
+            "is neither a file nor a folder" if file.exists() else "does not exist, or is a link to what does not exist"
+        )
         raise ArgumentError("folder", f"must hold pictures, but {file} {got}")
     try:
         with pillow.open(file, formats=sorted(set(_PICTURES.values()))) as image:

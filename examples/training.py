@@ -5,7 +5,6 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import pyro
 import torch
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -75,8 +74,7 @@ def choose_threads(pair: pyrodiff.OneStep, draw: Callable[[int], torch.Tensor], 
     def work() -> None:
         pyrodiff.DiffusionELBO().differentiable_loss(pair.model, pair.guide, draw(batch_size)).backward()
 
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-        number, most = pyrodiff.fastest_threads(work), torch.get_num_threads()
+    number, most = pyrodiff.fastest_threads(work), torch.get_num_threads()
     if most > 1:
         print(f"threads: {number} of {most}, the fastest for this network")
     torch.set_num_threads(number)

@@ -85,6 +85,25 @@ def gaussian_diffusion(
     return pyrodiff.Diffusion(forward, GaussianPosterior(data, shift, widen), event_shape=m.shape, prior=data)
 
 
+class ShiftedGaussian(nn.Module):
+    """p(x_{t-1} | x_t, y) of data N(mean + y, variance), with y as context; exact where x_T is noise alone."""
+
+    def __init__(self, schedule: pyrodiff.Schedule, mean: Tensor, variance: Tensor) -> None:
+        super().__init__()
+        self.schedule, self.m, self.variance = schedule, nn.Parameter(mean.clone()), variance
+
+    def moments(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The signal and the noise at t, and the mean and the variance of x_t."""
+        a, b = (c.reshape(-1, 1) for c in (self.schedule.signal(t), self.schedule.noise(t)))
+        return a, b, a * (self.m + y), a**2 * self.variance + b**2
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> dist.TorchDistribution:
+        (a_s, b_s, mean_s, var_s), (a_t, b_t, mean_t, var_t) = self.moments(t - 1, y), self.moments(t, y)
+        step = a_t / a_s
+        mean = mean_s + step * var_s / var_t * (x_t - mean_t)
+        return dist.Normal(mean, (var_s * (b_t**2 - step**2 * b_s**2) / var_t).sqrt()).to_event(1)
+
+
 class EightGaussians(nn.Module):
     """E[x_0 | x_t] of eight Gaussians, in closed form."""
 

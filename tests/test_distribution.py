@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import bit_diffusion, far, gaussian_diffusion, repeat
+from exact import ShiftedGaussian, bit_diffusion, far, gaussian_diffusion, repeat
 from pyro import poutine
 from pyro.infer import (
     HMC,
@@ -48,28 +48,9 @@ def exact(T=30, **options):
     return gaussian_diffusion(pyrodiff.CosineSchedule(T), M, V, **options)
 
 
-class ByClass(nn.Module):
-    """p(x_{t-1} | x_t, y) of N(M + y, V), where y is the context."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        self.schedule, self.m = schedule, nn.Parameter(M.clone())
-
-    def moments(self, t, y):
-        a, b = (c.reshape(-1, 1) for c in (self.schedule.signal(t), self.schedule.noise(t)))
-        return a, b, a * (self.m + y), a**2 * V + b**2
-
-    def forward(self, x_t, t, y):
-        a_s, b_s, mean_s, var_s = self.moments(t - 1, y)
-        a_t, b_t, mean_t, var_t = self.moments(t, y)
-        step = a_t / a_s
-        mean = mean_s + step * var_s / var_t * (x_t - mean_t)
-        return dist.Normal(mean, (var_s * (b_t**2 - step**2 * b_s**2) / var_t).sqrt()).to_event(1)
-
-
 def by_class(T=30):
     schedule = pyrodiff.CosineSchedule(T)
-    return pyrodiff.Diffusion(pyrodiff.GaussianForward(schedule), ByClass(schedule), (2,))
+    return pyrodiff.Diffusion(pyrodiff.GaussianForward(schedule), ShiftedGaussian(schedule, M, V), (2,))
 
 
 class Denoiser(nn.Module):

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import far, gaussian_diffusion, repeat
+from exact import ShiftedGaussian, far, gaussian_diffusion, repeat
 from oracles import log_snr_betas
 from pyro import poutine
 from pyro.distributions import constraints
@@ -460,27 +460,9 @@ CENTERS = number([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.5]])
 LABELS = torch.tensor([1, -1, -1, 0, -1])  # -1 where it is missing
 
 
-class ByLabel(nn.Module):
-    """p(x_{t-1} | x_t, y) of N(M + y, V): exact, since x_T is noise alone."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        self.schedule, self.m = schedule, nn.Parameter(M.clone())
-
-    def moments(self, t, y):
-        a, b = (c.reshape(-1, 1) for c in (self.schedule.signal(t), self.schedule.noise(t)))
-        return a, b, a * (self.m + y), a**2 * V + b**2
-
-    def forward(self, x_t, t, y):
-        (a_s, b_s, mean_s, var_s), (a_t, b_t, mean_t, var_t) = self.moments(t - 1, y), self.moments(t, y)
-        step = a_t / a_s
-        mean = mean_s + step * var_s / var_t * (x_t - mean_t)
-        return dist.Normal(mean, (var_s * (b_t**2 - step**2 * b_s**2) / var_t).sqrt()).to_event(1)
-
-
 def by_label():
     schedule = pyrodiff.ReciprocalSchedule(6)
-    return pyrodiff.Diffusion(pyrodiff.GaussianForward(schedule), ByLabel(schedule), (2,))
+    return pyrodiff.Diffusion(pyrodiff.GaussianForward(schedule), ShiftedGaussian(schedule, M, V), (2,))
 
 
 def log_joint(m=M):

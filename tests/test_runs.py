@@ -831,6 +831,13 @@ def test_the_best_is_the_one_with_the_least_held_out_bound(home, tmp_path, monke
     assert last["more"]["state"]["best"] == pytest.approx(1.0 + shift)
 
 
+def test_the_first_evaluation_comes_with_the_first_line_of_metrics(home, tmp_path):
+    assert train(home / "x.npy", tmp_path / "run", train_steps=8, log_every=3, evaluate_every=4).code == 0
+    records = notes(tmp_path / "run")
+    assert [one["step"] for one in records if "bound" in one] == [3, 4, 8]
+    assert [one["step"] for one in records if "loss" in one] == [3, 6, 8]
+
+
 def test_the_average_is_what_is_opened(home):
     run = Run.opened(home / "alone", "last")
     state = checkpoints.load(runs.last_checkpoint(home / "alone"))

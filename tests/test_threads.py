@@ -3,6 +3,7 @@
 import os
 import time
 
+import pyro
 import pytest
 import torch
 
@@ -69,6 +70,22 @@ def test_an_error_leaves_the_number_as_it_was(four):
     with pytest.raises(RuntimeError, match="broken"):
         pyrodiff.fastest_threads(work)
     assert four["threads"] == 4
+
+
+def test_it_leaves_no_trace(four):
+    """Neither in the random numbers that follow, nor in Pyro's param store."""
+
+    def work():
+        four["now"] += 0.01
+        pyro.param("of the work", torch.randn(3))
+
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    pyrodiff.fastest_threads(work)
+    assert torch.equal(torch.randn(3), expected)
+    assert not list(pyro.get_param_store())
 
 
 def test_one_thread_is_not_measured(four):

@@ -134,7 +134,7 @@ def _is_memory(error: RuntimeError) -> bool:
 
 def _said(line: str, code: int) -> int:
     """The exit code, after a line on stderr; of several processes any may err alone, so each says its own."""
-    with suppress(OSError):  # of a full disk, say: the code still tells
+    with suppress(OSError):  # of a full disk, say: the exit code remains
         print(f"pyrodiff: {printable(line)}", file=sys.stderr, flush=True)
     return code
 
@@ -159,7 +159,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Renamed(argparse.Action):
-    """An option by its earlier spelling, which is accepted for one release, and told what it is called now."""
+    """An option by its earlier spelling: accepted for one release, with a notice of its name now."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, spelling: str | None = None) -> None:
         setattr(namespace, self.dest, values)
@@ -240,7 +240,10 @@ def _add_sample(commands: Any) -> None:
     given.add_argument("--given", type=Path, metavar="FILE", help=datum)
     which = "which of its numbers are known: an .npy file of bools, zeros and ones, or a picture, white where known"
     given.add_argument("--mask", type=Path, metavar="FILE", help=which)
-    noise = "the deviation of noise on what is known, as a part of the data's; above 0 for numbers (default: 0)"
+    noise = (
+        "standard deviation of the noise on the known numbers, as a fraction of the data's; above 0 unless data are "
+    )
+    noise += "bits or levels (default: 0)"
     given.add_argument("--noise", type=_positive, default=0.0, help=noise)
     given.add_argument("--particles", type=_count, default=64, help="particles of sequential Monte Carlo (default: 64)")
     fast = "by replacement, which is fast and biased, in the place of sequential Monte Carlo"

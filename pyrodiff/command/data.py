@@ -42,7 +42,7 @@ class Form:
         shift, scale: The mean and the standard deviation that numbers are standardised by, with the shape of a datum.
         rate: How many of all bits are 1.
         dtype: That of numbers as they are given.
-        fingerprint: What tells these data from others.
+        fingerprint: A hash of the data.
         contents: The sizes of the three parts, and what of a folder was passed over, in words.
         classes: The number of labels, 0..classes - 1, where the data are read with theirs.
     """
@@ -210,7 +210,7 @@ class Part(Dataset):
 
 
 class Range(NamedTuple):
-    """The least and the greatest of numbers, and whether all are whole."""
+    """The smallest and the largest of numbers, and whether all are whole."""
 
     least: float
     most: float

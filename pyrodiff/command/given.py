@@ -11,7 +11,6 @@ from ..base.arguments import ArgumentError
 from ..inference.approximations import replacement
 from ..inference.observations import Inpainting
 from ..inference.posterior import posterior
-from ..inference.twists import IsotropicTwist
 from .runs import Run, rounded, say, show
 
 __all__ = ["Given", "completed"]
@@ -62,8 +61,8 @@ class Given:
             raw = raw.long()
         x_0 = form.encoded(raw[None])[0].to(run.device)
         self.observation = Inpainting(known.to(run.device), x_0, noise)
-        unit = 0.0 if form.scale is None else float(form.scale.log()[known].sum())
-        self.log_scale = unit  # log density in the units of the data is less by this
+        # the log density of what is known is less by this in the units of the data
+        self.log_scale = 0.0 if form.scale is None else float(form.scale.log()[known].sum())
 
 
 def _known(path: Path, shape: torch.Size) -> Tensor:
@@ -113,14 +112,9 @@ def completed(
     """
     if by_replacement:
         return replacement(run.diffusion, given.observation, *context, num_samples=number, generator=seed)
-    # numbers are standardised, as this twist takes them to be; the default one follows the network's Jacobian, and
-    # where that is poor its evidence is nats too low
-    twist = IsotropicTwist() if run.form.read_as == "numbers" else None
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        found = posterior(
-            run.diffusion, given.observation, *context, num_particles=particles, twist=twist, generator=seed
-        )
+        found = posterior(run.diffusion, given.observation, *context, num_particles=particles, generator=seed)
     for warning in warned:
         say(f"warning: {warning.message}")
     evidence = given.log_scale - float(found.log_evidence)

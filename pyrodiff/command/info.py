@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..base.files import printable
 from .options import BUILT_IN
 from .runs import Metrics, Run, bound_in, show, spelled
@@ -40,7 +41,8 @@ def versions(device: torch.device) -> dict[str, str]:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        **{name: metadata.version(name) for name in ("pyrodiff", "torch", "pyro-ppl", "numpy", "matplotlib")},
+        "pyrodiff": __version__,
+        **{name: metadata.version(name) for name in ("torch", "pyro-ppl", "numpy", "matplotlib")},
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": f"{device.type}: {name}",

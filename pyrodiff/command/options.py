@@ -196,7 +196,11 @@ class Watching:
     """
 
     evaluate_every: int = _option(
-        "steps between evaluations on held-out data", 500, _count(1), changes=True, varies=True
+        "steps between evaluations on held-out data; the first is after --log-every steps",
+        500,
+        _count(1),
+        changes=True,
+        varies=True,
     )
     evaluate_on: int = _option("how many held-out data to evaluate on", 512, _count(1))
     evaluate_times: int = _option("how many of the T terms to evaluate per datum, at random", 50, _count(1))

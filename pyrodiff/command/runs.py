@@ -124,18 +124,16 @@ class Run:
         plan: The plan.
         form: What the data are.
         device: Where it computes.
-        often: How often each number has each level, to start from.
+        often: The frequency of each level in each dimension, which ``LevelPrediction`` starts from.
 
     Attributes:
         diffusion: The model.
         svi: What trains it.
-        label: The label that samples are drawn of; one after the other if None.
         state: What else a checkpoint keeps: how far it is logged and evaluated, the best bound, the time it took.
     """
 
     def __init__(self, folder: Path, plan: Plan, form: Form, device: torch.device, often: Tensor | None = None) -> None:
         self.folder, self.plan, self.form, self.device = folder, plan, form, device
-        self.label: int | None = None
         pyro.set_rng_seed(plan.training.seed)
         self.diffusion: Diffusion = models.build(plan, form, often).to(device)
         self.svi = self._svi()
@@ -193,7 +191,7 @@ class Run:
         return run
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint of this run.
+        """Resume from a checkpoint of this run.
 
         Arguments:
             path: The file.
@@ -209,7 +207,8 @@ class Run:
             optimizer, scheduler = self.svi.optimizer, self.svi.scheduler
             if optimizer is None or not isinstance(scheduler, LambdaLR):
                 raise _no_run(path)
-            now = scheduler.lr_lambdas[0](scheduler.last_epoch)  # of the train_steps that there are now
+            # the saved scheduler has the rate of the earlier train_steps
+            now = scheduler.lr_lambdas[0](scheduler.last_epoch)
             optimizer.param_groups[0]["lr"] = self.plan.training.lr * now
             scheduler._last_lr = [optimizer.param_groups[0]["lr"]]
             for parameter, moments in optimizer.state.items():
@@ -242,17 +241,18 @@ class Run:
         settings = {name: list(one) if isinstance(one, tuple) else one for name, one in self.plan.values().items()}
         checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
 
-    def context(self, number: int, first: int = 0) -> tuple[Tensor, ...]:
-        """The labels of so many samples, one after the other or all :attr:`label`; nothing where a run has none.
+    def context(self, number: int, first: int = 0, label: int | None = None) -> tuple[Tensor, ...]:
+        """The labels of samples, all labels in turn or one alone; nothing where a run has no labels.
 
         Arguments:
-            number: How many.
+            number: The number of samples.
             first: The number of the first.
+            label: The one label.
         """
         if self.form.classes is None:
             return ()
         labels = torch.arange(first, first + number, device=self.device) % self.form.classes
-        return (labels if self.label is None else torch.full_like(labels, self.label),)
+        return (labels if label is None else torch.full_like(labels, label),)
 
     def sampler(self, name: str) -> Sampler:
         """A sampler of the model.
@@ -320,7 +320,7 @@ _STATE = dict.fromkeys(("logged", "evaluated", "saved", "best_step", "drawn"), i
 
 
 def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Path | None, Path | None]:
-    """The checkpoint that a run goes on from, and its best one, looked at before anything is built.
+    """The checkpoint that a run is resumed from, and its best one, looked at before anything is built.
 
     Arguments:
         folder: The folder of the run.
@@ -423,7 +423,7 @@ class Metrics:
 
     Arguments:
         folder: The folder of the run.
-        step: The step that the run goes on from; what was noted after it is forgotten.
+        step: The step that the run is resumed from; what was noted after it is dropped.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:

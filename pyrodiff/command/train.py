@@ -16,7 +16,6 @@ from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import pyro
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -61,13 +60,13 @@ Resume = Literal["last", "whole"] | None
 
 
 def train(given: Mapping[str, Any], out: Path | None, config: Path | None, resume: Resume, line: str) -> int:
-    """Train a run, or go on with it; its bound on the test data, samples and a report come out.
+    """Train a run, or resume it; its bound on the test data, samples and a report come out.
 
     Arguments:
         given: The options on the line, by name.
         out: The run's folder.
         config: A TOML file of options.
-        resume: Whether to go on with a run that is there: from its last checkpoint, or from the last whole one.
+        resume: Whether to resume a run that is there: from its last checkpoint, or from the last whole one.
         line: The line, for the record.
 
     Returns:
@@ -209,15 +208,14 @@ def _with_threads(run: Run, data: Data) -> Plan:
     if threads is not None and threads > most:
         raise ArgumentError("threads", f"must be at most {most}, but it is {threads}")
     if threads is None and run.device.type == "cpu" and ranks.count() == 1:
-        trial = copy.deepcopy(run.diffusion)  # the run itself is to be as it was, and so are the random numbers
+        trial = copy.deepcopy(run.diffusion)  # the run itself stays as it was
         pair, elbo = models.pair(run.plan, trial), DiffusionELBO()
 
         def work() -> None:
             batch = data.draw(run.plan.training.batch_size)
             elbo.differentiable_loss(pair.model, pair.guide, *batch).backward()
 
-        with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-            threads = fastest_threads(work)
+        threads = fastest_threads(work)
         if torch.get_num_threads() > 1:
             say(f"threads: {threads} of {torch.get_num_threads()}, the fastest for this network; see --threads")
     if threads is not None:
@@ -308,11 +306,10 @@ class Trainer:
                 with suppress(Interrupted):  # of an evaluation, which is repeated when the run is resumed
                     if self._is_due("logged", watching.log_every):
                         self._log()
-                    if self._is_due("evaluated", watching.evaluate_every):
+                    is_first = run.state["evaluated"] < step == watching.log_every  # for people to see something early
+                    if is_first or self._is_due("evaluated", watching.evaluate_every):
                         self._evaluate()
-                        if (
-                            step == run.state["saved"]
-                        ):  # before the evaluation, by a signal: save it again, with what was found
+                        if step == run.state["saved"]:  # by a signal, which put this evaluation off
                             self._save()
                     if self._is_due("saved", watching.checkpoint_every):
                         self._save()

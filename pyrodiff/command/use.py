@@ -106,7 +106,7 @@ def sample(
     if label is not None and (classes is None or label >= classes):
         what = "left out for a run without labels" if classes is None else f"below {classes}, as many as there are"
         raise ArgumentError("--label", f"must be {what}, but it is {label}")
-    opened.label, drawn_by = label, opened.sampler(sampler)
+    drawn_by = opened.sampler(sampler)
     free = (n for n in itertools.count(1) if not any(run.glob(f"samples-{n}[.-]*")))
     path = save if save is not None else run / f"samples-{next(free)}.npz"
     _refuse_place(path, run)
@@ -115,15 +115,15 @@ def sample(
     if given is not None:
         _refuse_beside_given(sampler, sample_steps, trajectory)
         part = Given(opened, given, mask, noise)
-        x_0 = completed(opened, part, number, particles, replacement, seed, opened.context(1))
+        x_0 = completed(opened, part, number, particles, replacement, seed, opened.context(1, label=label))
         save_samples(opened, path, x_0)
         return 0
     for option, value in {"--mask": mask, "--noise": noise or None, "--replacement": replacement or None}.items():
         if value is not None:
             raise ArgumentError("--given", f"must be given with {option}: a file of the datum")
-    write_samples(opened, path, partial(drawn_by, num_steps=sample_steps), number, batch_size, seed)
+    write_samples(opened, path, partial(drawn_by, num_steps=sample_steps), number, batch_size, seed, label=label)
     if trajectory is not None:
-        _write_trajectory(opened, path, drawn_by, number, sample_steps, seed, trajectory == "gif")
+        _write_trajectory(opened, path, drawn_by, number, sample_steps, seed, trajectory == "gif", label)
     return 0
 
 
@@ -199,6 +199,7 @@ def write_samples(
     size: int,
     seed: int,
     data: Tensor | None = None,
+    label: int | None = None,
 ) -> Tensor:
     """Write samples to a file, and a picture of the first ones beside it.
 
@@ -210,6 +211,7 @@ def write_samples(
         size: How many at a time.
         seed: The seed of all of them.
         data: Data to draw beside them, as the model has them.
+        label: The label of all of them; all labels in turn if not given.
 
     Returns:
         The samples, as the model has them.
@@ -222,7 +224,10 @@ def write_samples(
     several = len(sizes) > 1
     with tqdm(sizes, desc="samples", unit="batch", disable=None if several else True) as bar:
         x_0 = torch.cat(
-            [draw(n, *run.context(n, i * size), generator=generator, progress=not several) for i, n in enumerate(bar)]
+            [
+                draw(n, *run.context(n, i * size, label), generator=generator, progress=not several)
+                for i, n in enumerate(bar)
+            ]
         )
     save_samples(run, path, x_0, data)
     return x_0
@@ -252,7 +257,7 @@ def save_samples(run: Run, path: Path, x_0: Tensor, data: Tensor | None = None) 
 
 
 def _write_trajectory(
-    run: Run, path: Path, sampler: Sampler, number: int, steps: int | None, seed: int, gif: bool
+    run: Run, path: Path, sampler: Sampler, number: int, steps: int | None, seed: int, gif: bool, label: int | None
 ) -> None:
     """The way from noise to data of the first samples, as a strip or an animation."""
     T = run.diffusion.num_steps
@@ -261,7 +266,7 @@ def _write_trajectory(
     times = sorted({every[i] for i in shown}, reverse=True)
     number = min(number, (64 if gif else 6) if run.form.event_shape != (2,) else 2000)
     states = sampler.trajectory(
-        number, *run.context(number), num_steps=steps, times=times, generator=seed, progress=True
+        number, *run.context(number, label=label), num_steps=steps, times=times, generator=seed, progress=True
     )
     states = torch.stack([run.form.drawable(state) for state in states])
     out = path.with_name(f"{path.stem}-trajectory.{'gif' if gif else 'png'}")

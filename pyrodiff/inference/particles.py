@@ -19,7 +19,7 @@ def resampled(x: Tensor, psi: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Te
         log_w: Their log weights, with that shape.
 
     Returns:
-        The three, of the particles that go on.
+        The three, of the particles that are kept.
     """
     islands, m = log_w.shape
     needs = needs_resampling(log_w)[:, None]

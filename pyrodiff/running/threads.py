@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import pyro
 import torch
 
 from ..base import arguments
@@ -29,6 +30,8 @@ def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
 
     More threads have to be a tenth faster than fewer: threads wait for each other, which costs most on a machine that
     becomes busy later. Never more are tried than torch would use by itself, so ``OMP_NUM_THREADS`` stays a ceiling.
+
+    The state of torch's random numbers on the CPU and Pyro's param store are as they were afterwards.
 
     Arguments:
         work: What to do, as a step on one batch. It is called a few times for each number, once if it is slow.
@@ -55,11 +58,12 @@ def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
         return numbers[0]
     best, fastest = 1, float("inf")
     try:
-        for number in numbers:
-            torch.set_num_threads(number)
-            took = _time(work, seconds / len(numbers))
-            if took < 0.9 * fastest:
-                best, fastest = number, took
+        with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
+            for number in numbers:
+                torch.set_num_threads(number)
+                took = _time(work, seconds / len(numbers))
+                if took < 0.9 * fastest:
+                    best, fastest = number, took
     finally:
         torch.set_num_threads(before)
     return best

@@ -136,3 +136,16 @@ def test_outer_levels_have_weights_of_infinite_variance_and_inner_ones_have_not(
     k = found.pareto_k.reshape(20, 5)
     assert ((k[:, [0, 4]].mean() - 0.9).abs() < 0.15).all()
     assert (k[:, 1:4] < 0.3).all()
+
+
+def test_weights_that_take_few_values_have_no_tail():
+    """Those of discrete paths, say: a Pareto law fitted to ties has a shape of hundreds."""
+    torch.manual_seed(0)
+    few = torch.tensor([0.1, 1.0, 3.0, 7.0]).log()[torch.randint(4, (4000, 3))]
+    smooth = torch.randn(4000, 1)
+    k = pyrodiff.pareto_k(torch.cat([few, smooth, torch.zeros(4000, 1)], 1))
+    assert k[:3].isnan().all() or bool((k[:3] == 0).all())  # the tail may be the largest value alone
+    ties = torch.cat([torch.arange(8.0).repeat_interleave(40), torch.full((3680,), -9.0)])
+    assert pareto_k(ties[:, None]).isnan().all()
+    assert 0 < k[3] < 1
+    assert k[4] == 0

@@ -322,10 +322,11 @@ def test_a_picture_that_does_not_fit_is_named_when_it_is_asked_for(pictures):
 
 
 SCRIPT = """
-import multiprocessing, os, sys, time
+import multiprocessing, signal, sys
 import torch
 from pyrodiff.streaming import Stream
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 batches = Stream(torch.arange(100), 4, num_workers=2).batches()
 next(batches)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)

@@ -237,15 +237,12 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
 def _tail(given: Conditioned, log_w: Tensor) -> Tensor:
     """Pareto's k of the weights of all islands, each island's relative to their mean.
 
-    Weights that take a few values only have no tail to fit: those of bits (NaN), and those that are equal up to
-    rounding (0).
+    Those that are equal up to rounding have none: it is 0.
     """
     mean = log_mean(log_w)[:, None]
     relative = torch.where(mean.isneginf(), log_w, log_w - mean)
     k = pareto_k(relative.flatten()[:, None])[0]
-    if not given.is_gaussian:
-        return torch.full_like(k, math.nan)
-    return torch.where(relative.amax() < 1e-3, 0 * k, k)
+    return torch.where(relative.amax() < 1e-3, torch.zeros_like(k), k)
 
 
 def _check_twist(value: object, n: int, s: int) -> None:

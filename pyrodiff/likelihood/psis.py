@@ -51,8 +51,9 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         log_weights: Logarithms of the weights, up to a constant, with shape (K, B); minus infinity for a weight of 0.
 
     Returns:
-        k, with shape (B,), in float64: 0 where the weights of the tail are equal but for rounding; NaN where K is below
-        21, so that the tail has fewer than five, or where a weight is NaN or infinite.
+        k, with shape (B,), in float64: 0 where the weights of the tail are equal but for rounding. NaN where there is no
+        tail to fit: K is below 21, so that it has fewer than five weights; more than half of these are the same as
+        others, as where states are discrete; or a weight is NaN or infinite.
 
     Raises:
         ValueError: If ``log_weights`` are something else.
@@ -71,11 +72,14 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     size = math.ceil(min(K / 5, 3 * math.sqrt(K)))
     if size < 5:
         return float64(log_weights.new_full((log_weights.shape[1],), math.nan))
-    tail = float64(log_weights).topk(size + 1, 0).values
-    tail = (tail - tail[0]).exp()
+    logs = float64(log_weights).topk(size + 1, 0).values
+    # weights of discrete paths are the same few numbers again and again; those of 0 are none of them
+    is_tied = (logs[1:] == logs[:-1]) & logs[1:].isfinite()
+    tail = (logs - logs[0]).exp()
     excess = (tail[:-1] - tail[-1]).flip(0)  # ascending
     k = _zhang_stephens(excess.clamp(min=1e-300))
     k = (size * k + 10 * 0.5) / (size + 10)
+    k = k.masked_fill(is_tied.sum(0) > size / 2, math.nan)
     k = torch.where(excess[-1] <= rounding, torch.zeros_like(k), k)
     return k.masked_fill(~excess.isfinite().all(0), math.nan)
 

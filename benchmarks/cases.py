@@ -107,7 +107,7 @@ class Case:
         """So many data, a batch of training if not given."""
         size = (self.batch if number is None else number, *self.shape)
         if self.levels is not None:
-            return pyrodiff.dequantize(torch.randint(self.levels, size), self.levels).to(self.device)
+            return pyrodiff.from_levels(torch.randint(self.levels, size), self.levels).to(self.device)
         return torch.randn(size, device=self.device)
 
     def times(self, number: int) -> Tensor:

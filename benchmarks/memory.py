@@ -79,7 +79,7 @@ def trained(way: str, path: Path) -> None:
     for block in Blocks(dataset, BATCH, num_workers=workers):  # all of it once, as for what is checked or fitted
         block.amax()
     for batch in Stream(dataset, BATCH, num_workers=workers).batches(until=20):
-        svi.step(pyrodiff.dequantize(batch, 256))
+        svi.step(pyrodiff.from_levels(batch, 256))
     print(path.stat().st_size, before, peak())
 
 

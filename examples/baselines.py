@@ -40,7 +40,7 @@ def of_levels(train_set: Tensor, validation_set: Tensor, test_set: Tensor, level
 
     ten, mixture = best(fits[3:6]), best(fits)
     simple = pyrodiff.yardsticks(train_set, test_set, levels)
-    noisy = [pyrodiff.dequantize(k, levels, uniform=True, generator=0) for k in (train_set, test_set)]
+    noisy = [pyrodiff.from_levels(k, levels, uniform=True, generator=0) for k in (train_set, test_set)]
     in_bins = test_set[0].numel() * math.log(pyrodiff.bin_width(levels))  # a density there, less this, is a probability
     return {
         "uniform": simple["uniform"].nats,

@@ -75,7 +75,7 @@ def fit(diffusion: pyrodiff.Diffusion, k: Tensor, num_steps: int) -> None:
 
     def draw(size: int) -> Tensor:
         i = torch.randint(len(k), (size,))
-        return pyrodiff.dequantize(torch.cat([k[i[: size // 3]], strokes(i[size // 3 :])]), LEVELS)
+        return pyrodiff.from_levels(torch.cat([k[i[: size // 3]], strokes(i[size // 3 :])]), LEVELS)
 
     drawing = pyrodiff.LossSecondMoment(diffusion.num_steps)
     settings = {"batch_size": 128, "lr": 3e-3, "weight_decay": 0.2, "drawing": drawing, "average": 0.998}
@@ -86,10 +86,10 @@ def main(out: Path, num_steps: int = 2200, prediction: str = "level", T: int = 1
     """Train, print the bound beside the simple models, draw the picture; returns the bound."""
     pyro.set_rng_seed(0)
     splits = [datasets.digits(split) for split in ("train", "validation", "test")]
-    k, x_0 = splits[0], pyrodiff.dequantize(splits[2], LEVELS)
+    k, x_0 = splits[0], pyrodiff.from_levels(splits[2], LEVELS)
     diffusion = build(prediction, k, pyrodiff.LogSNRSchedule(T))
     fit(diffusion, k, num_steps)
-    validation = pyrodiff.bound(diffusion, pyrodiff.dequantize(splits[1], LEVELS), num_times=T // 10, generator=0)
+    validation = pyrodiff.bound(diffusion, pyrodiff.from_levels(splits[1], LEVELS), num_times=T // 10, generator=0)
     line("validation split, a tenth of the times", validation.nats)
     bound = pyrodiff.bound(diffusion, x_0, generator=0, progress=True)
     print(bound)

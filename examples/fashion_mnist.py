@@ -58,9 +58,9 @@ def main(arguments: argparse.Namespace, size: scores.Size) -> pyrodiff.Bound | N
     device, k = arguments.device, datasets.idx_folder(arguments.data)
     k, held_out = k[: -size.num_held_out], k[-size.num_held_out :]
     diffusion = build(k, size, device)
-    x_0 = pyrodiff.dequantize(k, LEVELS).to(device)
+    x_0 = pyrodiff.from_levels(k, LEVELS).to(device)
     svi = long_run.make_svi(diffusion, arguments, lr=5e-4, average=0.999)
-    measure = scores.held_out(svi, diffusion, pyrodiff.dequantize(held_out, LEVELS).to(device), size, "bits/dim")
+    measure = scores.held_out(svi, diffusion, pyrodiff.from_levels(held_out, LEVELS).to(device), size, "bits/dim")
 
     def draw(number: int) -> Tensor:
         return x_0[torch.randint(len(x_0), (number,), device=device)]
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace, size: scores.Size) -> pyrodiff.Bound | N
     if not long_run.train(svi, draw, measure, arguments, "bits/dim"):
         return None
     svi.adopt_average()
-    test = pyrodiff.dequantize(datasets.idx_folder(arguments.data, "test")[: size.num_test], LEVELS)
+    test = pyrodiff.from_levels(datasets.idx_folder(arguments.data, "test")[: size.num_test], LEVELS)
     return scores.evaluate(diffusion, test.to(device), size, arguments, "bits/dim")
 
 

@@ -50,7 +50,7 @@ def problems(num_steps: int) -> Iterator[tuple[str, pyrodiff.Diffusion, Callable
     forward, strokes = GaussianForward(pyrodiff.LogSNRSchedule(T)), datasets.Strokes(datasets.digits())
     denoiser = pyrodiff.LevelPrediction(networks.UNet((8, 8), channels=(16, 32), outputs=17), forward, 17)
     diffusion = pyrodiff.Diffusion(forward, GaussianReverse(forward, denoiser), (8, 8), DiscretizedDecoder(17))
-    draw = lambda n, seed=0: pyrodiff.dequantize(strokes(torch.randint(1000, (n,))), 17)  # noqa: E731 - never the same
+    draw = lambda n, seed=0: pyrodiff.from_levels(strokes(torch.randint(1000, (n,))), 17)  # noqa: E731 - never the same
     train_for(diffusion, draw, batch_size=64, name="digits")
     yield "digits", diffusion, draw, 800, 100
 

@@ -58,7 +58,7 @@ def evenly(num_steps: int) -> list[int]:
 def main(out: Path, num_steps: int = 2200) -> dict[tuple[str, int], Tensor]:
     """Train, print the table and draw it; returns bits per dimension of each datum, by row and number of steps."""
     k = datasets.digits("train")
-    chosen_on, x_0 = (pyrodiff.dequantize(datasets.digits(split), digits.LEVELS) for split in ("validation", "test"))
+    chosen_on, x_0 = (pyrodiff.from_levels(datasets.digits(split), digits.LEVELS) for split in ("validation", "test"))
     found: dict[tuple[str, int], Tensor] = {}
 
     def note(name: str, diffusion: pyrodiff.Diffusion) -> None:

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 if TYPE_CHECKING:
     from .api import *  # noqa: F403
@@ -13,7 +14,13 @@ __version__ = "0.2.0"
 # at once what is wrong with a line.
 
 
+_RENAMED = {"dequantize": "from_levels", "quantize": "to_levels"}  # until version 0.3
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warn(f"pyrodiff.{name} is now {_RENAMED[name]}, and goes with version 0.3", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if not name.startswith("_") and _is_module(name):
         return import_module(f"{__name__}.{name}")
     if not name.startswith("_") or name == "__all__":

@@ -59,7 +59,7 @@ from .pair.times import (
 from .process.forward import BinomialForward, Forward, GaussianForward
 from .process.learned import LearnedBetaSchedule, LearnedLogSNRSchedule
 from .process.noise_levels import initial_noise, langevin_step_size, noise_ratio
-from .process.quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, dequantize, quantize
+from .process.quantization import DiscretizedNormal, LevelCategorical, Levels, bin_width, from_levels, to_levels
 from .process.schedules import (
     BetaSchedule,
     CosineSchedule,
@@ -179,9 +179,9 @@ __all__ = [
     "bound",
     "checkpoints",
     "datasets",
-    "dequantize",
     "exponential_average",
     "fastest_threads",
+    "from_levels",
     "importance_bound",
     "initial_noise",
     "langevin_step_size",
@@ -195,10 +195,10 @@ __all__ = [
     "plots",
     "posterior",
     "product",
-    "quantize",
     "replacement",
     "scores",
     "streaming",
+    "to_levels",
     "variance_account",
     "verify",
     "yardsticks",

@@ -101,7 +101,7 @@ def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str =
         kind: "images" or "labels".
 
     Returns:
-        Images as levels 0..255 with shape (n, height, width), for ``pyrodiff.dequantize(images, levels=256)``, or
+        Images as levels 0..255 with shape (n, height, width), for ``pyrodiff.from_levels(images, levels=256)``, or
         labels with shape (n,); both uint8.
 
     Raises:
@@ -264,7 +264,7 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
 
     Returns:
         Images as levels 0..255, uint8, with shape (n, height, width) if all are grey and (n, 3, height, width) if not,
-        for ``pyrodiff.dequantize(images, levels=256)``; or labels with shape (n,), int64, the number of the sub-folder
+        for ``pyrodiff.from_levels(images, levels=256)``; or labels with shape (n,), int64, the number of the sub-folder
         that each picture lies in, or of the one that its own lies in, as their names are sorted, from 0.
 
     Raises:

@@ -39,4 +39,4 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 def level_data() -> Tensor:
     """Three data of two numbers, of five levels each."""
-    return pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=5).double()
+    return pyrodiff.from_levels(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=5).double()

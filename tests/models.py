@@ -144,7 +144,7 @@ class Kind:
         """Three data."""
         if self.is_of_bits:
             return torch.tensor([[0, 1], [1, 1], [0, 0]]).to(dtype)
-        return pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=LEVELS, dtype=dtype)
+        return pyrodiff.from_levels(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=LEVELS, dtype=dtype)
 
 
 def _kind(make: Callable, drawing: str = "", simple: bool = False, **options: object) -> Kind:

@@ -486,15 +486,15 @@ TABLE = [
     # numbers that a cast would let pass
     *[
         (
-            f"quantize({value})",
-            functools.partial(pyrodiff.quantize, filled(value), 5),
+            f"to_levels({value})",
+            functools.partial(pyrodiff.to_levels, filled(value), 5),
             ("x", "finite", "1 of", repr(value)),
         )
         for value in (INF, -INF, NAN)
     ],
-    ("quantize complex", lambda: pyrodiff.quantize(filled(0.5) + 0j, 5), ("x", "complex64")),
-    ("dequantize to 'float32'", lambda: pyrodiff.dequantize(filled(1), 5, dtype="float32"), ("dtype", "'float32'")),
-    ("dequantize uniform=2", lambda: pyrodiff.dequantize(filled(1), 5, uniform=2), ("uniform", "2")),
+    ("to_levels complex", lambda: pyrodiff.to_levels(filled(0.5) + 0j, 5), ("x", "complex64")),
+    ("from_levels to 'float32'", lambda: pyrodiff.from_levels(filled(1), 5, dtype="float32"), ("dtype", "'float32'")),
+    ("from_levels uniform=2", lambda: pyrodiff.from_levels(filled(1), 5, uniform=2), ("uniform", "2")),
     *[
         (f"logits {values}", functools.partial(categorical, values), ("logits", "must be log probabilities"))
         for values in ([NAN, 0.0], [INF, 0.0], [-INF, -INF])

@@ -466,7 +466,7 @@ def test_betas_without_signal_at_the_end(page):
     for refused in (pyrodiff.NoisePrediction, pyrodiff.ScorePrediction):
         with pytest.raises(ValueError, match="signal"):
             refused(torch.nn.Identity(), forward)
-    x_0 = pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1]]), levels=LEVELS)
+    x_0 = pyrodiff.from_levels(torch.tensor([[0, 3], [4, 1]]), levels=LEVELS)
     network = Says(torch.zeros(2, 2, LEVELS))
     for denoiser in (
         pyrodiff.VelocityPrediction(Bent(), forward),

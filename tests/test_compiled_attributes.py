@@ -525,7 +525,7 @@ def silent_and_right(pair, x_0, interpreted, graphs=1):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_part_of_a_diffusion_is_named(kind, one_step, interpreted):
     diffusion = diffusion_of(kind)
-    x_0 = pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1], [2, 4]]), 5).double() if kind == "levels" else X_0
+    x_0 = pyrodiff.from_levels(torch.tensor([[0, 3], [4, 1], [2, 4]]), 5).double() if kind == "levels" else X_0
     silent_and_right(diffusion.one_step() if one_step else diffusion, x_0, interpreted)
 
 

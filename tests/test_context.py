@@ -574,7 +574,7 @@ def test_levels_and_bits_take_a_label():
     ]
     for reverse, decoder, forward in models:
         diffusion = pyrodiff.Diffusion(forward, reverse, (2,), decoder)
-        x_0 = (k > 1).float() if forward is binomial else pyrodiff.dequantize(k, levels=5)
+        x_0 = (k > 1).float() if forward is binomial else pyrodiff.from_levels(k, levels=5)
         numbers = [bound(diffusion, x_0, y, generator=0) for y in (Y, WRONG)]
         assert (numbers[0].nats != numbers[1].nats).all()
         assert numbers[0].levels == (2 if forward is binomial else 5)

@@ -187,7 +187,7 @@ def test_a_network_far_off_still_gets_a_finite_gradient():
         network.weight.data.fill_(output)
         reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(network, forward))
         chain = pyrodiff.Diffusion(forward, reverse, (2,), decoder=pyrodiff.DiscretizedDecoder(17))
-        pair, x_0 = chain.one_step(), pyrodiff.dequantize(torch.tensor([[0, 16], [3, 12], [8, 9]]), 17)
+        pair, x_0 = chain.one_step(), pyrodiff.from_levels(torch.tensor([[0, 16], [3, 12], [8, 9]]), 17)
         for programs in (chain, pair):
             loss = pyrodiff.DiffusionELBO().differentiable_loss(programs.model, programs.guide, x_0)
             slope = gradient(loss, network)
@@ -217,7 +217,7 @@ def test_decoders_give_each_number_its_masses(event_shape, dtype):
         assert "levels=17" in repr(decoder)
         x_0 = law.sample()
         assert x_0.dtype == dtype
-        k = pyrodiff.quantize(x_0, 17)
+        k = pyrodiff.to_levels(x_0, 17)
         expected = np.log(np.take_along_axis(p, k[..., None].numpy(), -1)[..., 0]).reshape(4, -1).sum(-1)
         rtol = 1e-10 if dtype == torch.float64 else 2e-5
         np.testing.assert_allclose(law.log_prob(x_0).double().numpy(), expected, rtol=rtol, atol=rtol)
@@ -291,7 +291,7 @@ def test_a_softmax_decoder_follows_its_diffusion_to_another_dtype(dtype):
 
 Q = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(4))
 REVERSE = pyrodiff.GaussianReverse(Q, pyrodiff.NoisePrediction(Network(), Q))
-GOOD = pyrodiff.dequantize(torch.tensor([[0, 3], [16, 8], [5, 1]]), 17)
+GOOD = pyrodiff.from_levels(torch.tensor([[0, 3], [16, 8], [5, 1]]), 17)
 
 
 def programs(decoder):
@@ -315,13 +315,13 @@ BAD_DATA = {
     "half a bin off": (GOOD + 0.0625, ("x_0", "17 levels", "6 of its 6", "-0.9375", "[-0.9375, 1.0625]")),
     "a level too many": (changed(1.125), ("x_0", "17 levels", "1.125")),
     "a level too few": (changed(-1.125), ("x_0", "17 levels", "-1.125")),
-    "33 levels": (pyrodiff.dequantize(torch.tensor([[1, 2], [31, 0]]), 33), ("x_0", "17 levels", "2 of its 4")),
-    "256 levels": (pyrodiff.dequantize(torch.tensor([[1, 200]]), 256), ("x_0", "17 levels", "2 of its 2")),
+    "33 levels": (pyrodiff.from_levels(torch.tensor([[1, 2], [31, 0]]), 33), ("x_0", "17 levels", "2 of its 4")),
+    "256 levels": (pyrodiff.from_levels(torch.tensor([[1, 200]]), 256), ("x_0", "17 levels", "2 of its 2")),
     "raw levels": (torch.tensor([[0.0, 3.0], [16.0, 8.0]]), ("x_0", "17 levels", "[0, 16]")),
     "integers": (torch.tensor([[0, 3], [16, 8]]), ("x_0", "torch.int64")),
     "bytes": (torch.tensor([[0, 3]], dtype=torch.uint8), ("x_0", "torch.uint8")),
     "dequantised with noise": (
-        pyrodiff.dequantize(torch.tensor([[0, 3]]), 17, uniform=True, generator=torch.Generator().manual_seed(1)),
+        pyrodiff.from_levels(torch.tensor([[0, 3]]), 17, uniform=True, generator=torch.Generator().manual_seed(1)),
         ("x_0", "17 levels", "2 of its 2"),
     ),
     "NaN": (changed(math.nan), ("x_0", "nan")),

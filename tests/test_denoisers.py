@@ -171,7 +171,7 @@ def test_level_prediction_is_exact_for_independent_levels():
     schedule, levels = SCHEDULES["vp"][0], 3
     prior = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     k = torch.multinomial(prior, 200_000, replacement=True)
-    x_0 = pyrodiff.dequantize(k, levels, dtype=torch.float64)[:, None]
+    x_0 = pyrodiff.from_levels(k, levels, dtype=torch.float64)[:, None]
     forward = pyrodiff.GaussianForward(schedule)
     x_t = forward.marginal(x_0, 3).sample()
     denoiser = pyrodiff.LevelPrediction(Returns(prior.log().expand(len(k), 1, levels)), forward, levels)

@@ -297,10 +297,12 @@ def test_a_model_keeps_its_dtype_whatever_the_default(entry, name):
 
 K = torch.tensor([[0, 3], [4, 1], [2, 4]])
 DATA = {
-    "dequantize": lambda: pyrodiff.dequantize(K, 5),
-    "dequantize with a generator": lambda: pyrodiff.dequantize(K, 5, True, generator=torch.Generator().manual_seed(1)),
-    "dequantize with a seed": lambda: pyrodiff.dequantize(K, 5, True, generator=1),
-    "quantize": lambda: pyrodiff.quantize(K / 4.0, 5),
+    "from_levels": lambda: pyrodiff.from_levels(K, 5),
+    "from_levels with a generator": lambda: pyrodiff.from_levels(
+        K, 5, True, generator=torch.Generator().manual_seed(1)
+    ),
+    "from_levels with a seed": lambda: pyrodiff.from_levels(K, 5, True, generator=1),
+    "to_levels": lambda: pyrodiff.to_levels(K / 4.0, 5),
     "binarize with a generator": lambda: datasets.binarize(K, 5, generator=torch.Generator().manual_seed(1)),
     "binarize with a seed": lambda: datasets.binarize(K, 5, generator=1),
     "binarize by a threshold": lambda: datasets.binarize(K, 5, threshold=2),
@@ -465,8 +467,8 @@ NUMBERS = {  # what is made of ints and floats, of any kind
         KINDS["levels prediction"].pair()[0].reverse.denoiser.network, FORWARD, i(5)
     )(X_0, i(2)).detach(),
     "bin_width": lambda i, f: torch.tensor(pyrodiff.bin_width(i(5))),
-    "dequantize": lambda i, f: pyrodiff.dequantize(K, i(5), True, generator=i(3)),
-    "quantize": lambda i, f: pyrodiff.quantize(X_0, i(5)),
+    "from_levels": lambda i, f: pyrodiff.from_levels(K, i(5), True, generator=i(3)),
+    "to_levels": lambda i, f: pyrodiff.to_levels(X_0, i(5)),
     "binarize": lambda i, f: torch.cat([datasets.binarize(K, i(5), generator=i(2)), datasets.binarize(K, i(5), i(2))]),
     "swiss_roll": lambda i, f: datasets.swiss_roll(i(5), i(2), f(0.25)),
     "heartbeat": lambda i, f: datasets.heartbeat(i(5), i(2), i(8), i(4)),

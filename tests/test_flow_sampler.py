@@ -185,7 +185,7 @@ def test_the_bound_behind_a_decoder_has_a_gradient_too():
     denoiser.network.forward = lambda x_t, t, layer=denoiser.network: torch.tanh(x_t @ layer.weight.T)
     reverse = pyrodiff.GaussianReverse(forward, denoiser)
     diffusion = pyrodiff.Diffusion(forward, reverse, (2,), pyrodiff.DiscretizedDecoder(5))
-    x_0 = pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1]]), 5).double()
+    x_0 = pyrodiff.from_levels(torch.tensor([[0, 3], [4, 1]]), 5).double()
     weight, options = denoiser.network.weight, {"tolerance": 1e-9, "max_steps": 100000, "generator": 2}
     (gradient,) = torch.autograd.grad(ode_log_prob(diffusion, x_0, differentiable=True, **options).nats.sum(), weight)
     direction = torch.tensor([[0.3, -0.5], [0.2, 0.7]]).double()

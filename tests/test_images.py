@@ -54,7 +54,7 @@ def test_grey_pictures_come_back(tmp_path, end):
         assert torch.equal(x[:, 0], x[:, 2])
         x = x[:, 1]
     assert x.tolist() == [array.tolist() for array in arrays]
-    levels = pyrodiff.quantize(pyrodiff.dequantize(x, levels=256), 256)
+    levels = pyrodiff.to_levels(pyrodiff.from_levels(x, levels=256), 256)
     assert torch.equal(levels, x.long())
 
 

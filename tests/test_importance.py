@@ -265,7 +265,7 @@ def test_the_probabilities_of_all_levels_add_up_to_one():
     network = pyrodiff.networks.MLP((1,), hidden=8, num_blocks=1).double()
     reverse = pyrodiff.GaussianReverse(forward, network, pyrodiff.PosteriorVariance())
     diffusion = pyrodiff.Diffusion(forward, reverse, (1,), decoder=pyrodiff.DiscretizedDecoder(5))
-    x_0 = pyrodiff.dequantize(torch.arange(5)[:, None], 5, dtype=torch.float64)
+    x_0 = pyrodiff.from_levels(torch.arange(5)[:, None], 5, dtype=torch.float64)
     result = importance_bound(diffusion, x_0, num_particles=20000)
     total = result.log_weights.exp().sum(1)
     assert result.levels == 5

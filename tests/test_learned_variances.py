@@ -320,7 +320,7 @@ def hybrid(case):
     steps = CHAINS[options.get("name", "preserving")][1] if "T" not in options else oracles.preserving_steps([0.4])
     whole = tuple(range(1, len(steps) + 1))
     t = torch.arange(12) % len(times or whole) + 1
-    x_0 = pyrodiff.dequantize(torch.arange(24).reshape(12, 2) % LEVELS, LEVELS).double()
+    x_0 = pyrodiff.from_levels(torch.arange(24).reshape(12, 2) % LEVELS, LEVELS).double()
     y = (normal(12, 1, seed=5),) if case == "context" else ()
     chain = diffusion.subchain(times) if times else diffusion
     pair = chain.one_step(Given(t, p), HybridWeighting(SCALE))

@@ -308,7 +308,7 @@ def data_for(name, B):
     k = torch.arange(B * SIZE).reshape(B, SIZE)
     if "bits" in name:
         return ((5 * k**2) % 7 % 2).double()
-    return pyrodiff.dequantize((5 * k**2) % 7 % LEVELS, levels=LEVELS, dtype=torch.float64)
+    return pyrodiff.from_levels((5 * k**2) % 7 % LEVELS, levels=LEVELS, dtype=torch.float64)
 
 
 def terms(result):

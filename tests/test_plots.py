@@ -167,7 +167,7 @@ def test_samples_are_drawn_as_what_they_are():
     np.testing.assert_array_equal(drawn(plots.samples(x + 1.5, limits=(0, 2)))[0], [0, 0.25, 0.75])
     k = datasets.digits("test")[:4]
     np.testing.assert_array_equal(
-        drawn(plots.samples(pyrodiff.dequantize(k, 17))), drawn(plots.pictures(k / 16)).astype(float)
+        drawn(plots.samples(pyrodiff.from_levels(k, 17))), drawn(plots.pictures(k / 16)).astype(float)
     )
 
 

@@ -75,34 +75,34 @@ def test_points_are_the_fractions_rounded_once(levels):
     k = torch.arange(levels)
     assert torch.equal(pyrodiff.Levels(levels).points(), expected)
     for dtype in (torch.float64, torch.float32):
-        assert torch.equal(pyrodiff.dequantize(k, levels, dtype=dtype), expected.to(dtype))
+        assert torch.equal(pyrodiff.from_levels(k, levels, dtype=dtype), expected.to(dtype))
     assert pyrodiff.bin_width(levels) == float(Fraction(2, levels - 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_quantize_inverts_dequantize_for_every_number_of_levels(dtype):
+def test_to_levels_inverts_from_levels_for_every_number_of_levels(dtype):
     for levels in range(2, 1001):
         k = torch.arange(levels)
-        x = pyrodiff.dequantize(k, levels, dtype=dtype)
+        x = pyrodiff.from_levels(k, levels, dtype=dtype)
         assert (x[0].item(), x[-1].item(), x.dtype) == (-1, 1, dtype)
-        assert torch.equal(pyrodiff.quantize(x, levels), k)
-        noisy = pyrodiff.dequantize(k, levels, uniform=True, dtype=dtype)
-        assert torch.equal(pyrodiff.quantize(noisy, levels), k)
+        assert torch.equal(pyrodiff.to_levels(x, levels), k)
+        noisy = pyrodiff.from_levels(k, levels, uniform=True, dtype=dtype)
+        assert torch.equal(pyrodiff.to_levels(noisy, levels), k)
 
 
 @pytest.mark.parametrize(("dtype", "levels"), [(dtype, levels) for dtype in KINDS for levels in KINDS[dtype]])
-def test_quantize_inverts_dequantize_up_to_the_most_levels_of_a_dtype(dtype, levels):
+def test_to_levels_inverts_from_levels_up_to_the_most_levels_of_a_dtype(dtype, levels):
     k = torch.arange(levels) if levels < 10**6 else torch.tensor([0, 1, levels // 2, levels - 2, levels - 1])
-    x = pyrodiff.dequantize(k, levels, dtype=dtype)
+    x = pyrodiff.from_levels(k, levels, dtype=dtype)
     assert (x[0].item(), x[-1].item(), x.dtype) == (-1, 1, dtype)
-    assert torch.equal(pyrodiff.quantize(x, levels), k)
+    assert torch.equal(pyrodiff.to_levels(x, levels), k)
     assert pyrodiff.Levels(levels).check(x).all()
     if torch.finfo(dtype).eps > 1e-3 * pyrodiff.bin_width(levels):  # the noise would be another than uniform
         with pytest.raises(ValueError, match="dtype must resolve the noise"):
-            pyrodiff.dequantize(k, levels, uniform=True, dtype=dtype)
+            pyrodiff.from_levels(k, levels, uniform=True, dtype=dtype)
         return
-    noisy = pyrodiff.dequantize(k.expand(500, -1), levels, uniform=True, dtype=dtype)
-    assert torch.equal(pyrodiff.quantize(noisy, levels), k.expand(500, -1))
+    noisy = pyrodiff.from_levels(k.expand(500, -1), levels, uniform=True, dtype=dtype)
+    assert torch.equal(pyrodiff.to_levels(noisy, levels), k.expand(500, -1))
 
 
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-53])
@@ -114,16 +114,16 @@ def test_even_the_outermost_noise_stays_in_its_bin(extreme, dtype, most, monkeyp
     monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, extreme, dtype=dtype))
     for levels in most:
         k = torch.arange(min(levels, 2000))
-        x = pyrodiff.dequantize(k, levels, uniform=True, dtype=dtype)
-        assert torch.equal(pyrodiff.quantize(x, levels), k), levels
-        away = (x.double() - pyrodiff.dequantize(k, levels, dtype=torch.float64)) / pyrodiff.bin_width(levels)
+        x = pyrodiff.from_levels(k, levels, uniform=True, dtype=dtype)
+        assert torch.equal(pyrodiff.to_levels(x, levels), k), levels
+        away = (x.double() - pyrodiff.from_levels(k, levels, dtype=torch.float64)) / pyrodiff.bin_width(levels)
         slack = 4 * torch.finfo(dtype).eps / pyrodiff.bin_width(levels)
         torch.testing.assert_close(away, torch.full_like(away, extreme - 0.5), rtol=0, atol=slack)
 
 
 def test_the_noise_is_uniform_on_the_bin():
     k = torch.arange(17).repeat(20000, 1)
-    x = pyrodiff.dequantize(k, 17, uniform=True, dtype=torch.float64)
+    x = pyrodiff.from_levels(k, 17, uniform=True, dtype=torch.float64)
     away = (x - f64([float(point(j, 17)) for j in range(17)])) / 0.125
     assert not far(away, 0.0)
     assert not far(away**2, 1 / 12)
@@ -136,44 +136,44 @@ def test_a_generator_gives_the_noise_again_and_leaves_the_other_alone():
     k = torch.arange(17).repeat(3, 1)
     state = torch.get_rng_state()
     first, again = (
-        pyrodiff.dequantize(k, 17, uniform=True, generator=torch.Generator().manual_seed(4)) for _ in range(2)
+        pyrodiff.from_levels(k, 17, uniform=True, generator=torch.Generator().manual_seed(4)) for _ in range(2)
     )
     assert torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(pyrodiff.dequantize(k, 17, uniform=True), first)
+    assert not torch.equal(pyrodiff.from_levels(k, 17, uniform=True), first)
     assert not torch.equal(torch.get_rng_state(), state)
-    pyrodiff.dequantize(k, 17, generator=torch.Generator())
+    pyrodiff.from_levels(k, 17, generator=torch.Generator())
     assert first.dtype == torch.float32
 
 
 @pytest.mark.parametrize("generator", ["4", 4.0, True])
 def test_what_is_no_generator_and_no_seed_is_refused(generator):
     with pytest.raises(pyrodiff.ArgumentError, match=f"generator must be a torch.Generator.* is {generator!r}"):
-        pyrodiff.dequantize(torch.arange(17), 17, uniform=True, generator=generator)
+        pyrodiff.from_levels(torch.arange(17), 17, uniform=True, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32, torch.float64])
 def test_whole_levels_have_any_dtype_and_shape(dtype):
     k = torch.tensor([[0, 3], [16, 5]]).to(dtype)
-    assert torch.equal(pyrodiff.dequantize(k, 17), torch.tensor([[-1.0, -0.625], [1.0, -0.375]]))
-    assert pyrodiff.dequantize(k[:0], 17, uniform=True).shape == (0, 2)
-    assert pyrodiff.dequantize(k[0, 1], 17).shape == ()
-    assert torch.equal(pyrodiff.dequantize(torch.tensor([False, True]), 2), torch.tensor([-1.0, 1.0]))
+    assert torch.equal(pyrodiff.from_levels(k, 17), torch.tensor([[-1.0, -0.625], [1.0, -0.375]]))
+    assert pyrodiff.from_levels(k[:0], 17, uniform=True).shape == (0, 2)
+    assert pyrodiff.from_levels(k[0, 1], 17).shape == ()
+    assert torch.equal(pyrodiff.from_levels(torch.tensor([False, True]), 2), torch.tensor([-1.0, 1.0]))
 
 
-def test_quantize_gives_the_nearest_level_and_the_outer_bins_are_open():
+def test_to_levels_gives_the_nearest_level_and_the_outer_bins_are_open():
     x = f64([-1e30, -9.0, -1.0, -0.9376, -0.9374, -0.3, 0.0624, 0.0626, 0.9374, 0.9376, 4.0, 1e30])
     expected = [0, 0, 0, 0, 1, 6, 8, 9, 15, 16, 16, 16]
-    assert pyrodiff.quantize(x, 17).tolist() == expected
-    assert pyrodiff.quantize(x.float().reshape(3, 4), 17).tolist() == [expected[:4], expected[4:8], expected[8:]]
-    assert pyrodiff.quantize(x, 2).tolist() == [0] * 6 + [1] * 6  # the edge is 0
+    assert pyrodiff.to_levels(x, 17).tolist() == expected
+    assert pyrodiff.to_levels(x.float().reshape(3, 4), 17).tolist() == [expected[:4], expected[4:8], expected[8:]]
+    assert pyrodiff.to_levels(x, 2).tolist() == [0] * 6 + [1] * 6  # the edge is 0
 
 
 @pytest.mark.parametrize("levels", LEVELS)
 def test_levels_are_recognised_to_a_thousandth_of_a_bin(levels):
     support, width = pyrodiff.Levels(levels), pyrodiff.bin_width(levels)
     assert (support.is_discrete, repr(support)) == (True, f"Levels({levels})")
-    x = pyrodiff.dequantize(torch.arange(levels), levels, dtype=torch.float64)
+    x = pyrodiff.from_levels(torch.arange(levels), levels, dtype=torch.float64)
     for off in (0.0, 9e-4, -9e-4):
         assert support.check(x + off * width).all()
     for off in (2e-3, -2e-3, 0.5, -0.3):
@@ -192,7 +192,7 @@ def test_a_level_has_the_difference_of_two_normal_distribution_functions(levels,
     width = pyrodiff.bin_width(levels)
     for loc, k in itertools.product((*LOCS, -1 + 1.5 * width, 1 - width / 2 + 1e-9), some(levels)):
         law = pyrodiff.DiscretizedNormal(f64(loc), f64(scale), levels)
-        value = law.log_prob(pyrodiff.dequantize(torch.tensor(k), levels, dtype=torch.float64)).item()
+        value = law.log_prob(pyrodiff.from_levels(torch.tensor(k), levels, dtype=torch.float64)).item()
         # a wide law is the difference of two halves, with their rounding; a narrow one sees the edge's own
         atol = 8 * EPS * (scale / width + 1 / scale) if value < -1e-3 else 0
         assert value == pytest.approx(log_mass(k, levels, loc, scale)[0], rel=4e-13, abs=atol)
@@ -209,7 +209,7 @@ def test_the_mass_of_all_levels_is_one(levels):
 def gradients(k, levels, loc, scale):
     """The derivatives of the log probability in loc and scale, ours and the exact ones."""
     loc, scale = f64(loc).requires_grad_(), f64(scale).requires_grad_()
-    x = pyrodiff.dequantize(torch.tensor(k), levels, dtype=torch.float64)
+    x = pyrodiff.from_levels(torch.tensor(k), levels, dtype=torch.float64)
     value = pyrodiff.DiscretizedNormal(loc, scale, levels).log_prob(x)
     assert value.isfinite()
     ours = torch.autograd.grad(value, (loc, scale))
@@ -266,8 +266,8 @@ def test_a_shorter_dtype_gets_the_float64_value_rounded(dtype):
 def test_draws_have_the_frequencies_of_the_law(levels, loc, scale):
     law = pyrodiff.DiscretizedNormal(f64(loc), f64(scale), levels)
     x = law.sample((50_000,))
-    k = pyrodiff.quantize(x, levels)
-    assert torch.equal(x, pyrodiff.dequantize(k, levels, dtype=torch.float64))
+    k = pyrodiff.to_levels(x, levels)
+    assert torch.equal(x, pyrodiff.from_levels(k, levels, dtype=torch.float64))
     frequencies, p = torch.bincount(k, minlength=levels) / 50_000, probabilities(levels, loc, scale)
     often = p * 50_000 > 10
     error = (p * (1 - p) / 50_000).sqrt()
@@ -279,7 +279,7 @@ def test_draws_have_the_frequencies_of_the_law(levels, loc, scale):
 def test_narrow_laws_round_their_mean():
     loc = f64([-5.0, -0.95, -0.1, 0.05, 0.07, 0.9, 8.0])
     law = pyrodiff.DiscretizedNormal(loc, f64(1e-9), 17)
-    expected = pyrodiff.dequantize(pyrodiff.quantize(loc, 17), 17, dtype=torch.float64)
+    expected = pyrodiff.from_levels(pyrodiff.to_levels(loc, 17), 17, dtype=torch.float64)
     assert torch.equal(law.sample((3,)), expected.expand(3, -1))
     torch.testing.assert_close(law.mean, expected)
 
@@ -384,7 +384,7 @@ def test_a_level_categorical_normalises_and_gathers():
         np.testing.assert_allclose(law.log_prob(f64(float(point(k, 17)))).numpy(), np.log(p[..., k]), rtol=1e-12)
     k = torch.tensor([[0, 16, 5], [8, 1, 2]])
     expected = np.log(np.take_along_axis(p, k[..., None].numpy(), -1)[..., 0])
-    x = pyrodiff.dequantize(k, 17, dtype=torch.float64)
+    x = pyrodiff.from_levels(k, 17, dtype=torch.float64)
     np.testing.assert_allclose(law.log_prob(x).numpy(), expected, rtol=1e-12)
     np.testing.assert_allclose(law.mean.numpy(), (p * np.linspace(-1, 1, 17)).sum(-1), rtol=1e-12, atol=1e-13)
 
@@ -411,8 +411,8 @@ def test_the_gradient_in_the_logits_is_one_hot_less_the_probabilities():
 BAD_LEVELS = [0, 1, -3, 2.0, True, "17", None]
 TAKE_LEVELS = {
     "bin_width": pyrodiff.bin_width,
-    "dequantize": lambda levels: pyrodiff.dequantize(torch.arange(2), levels),
-    "quantize": lambda levels: pyrodiff.quantize(torch.zeros(2), levels),
+    "from_levels": lambda levels: pyrodiff.from_levels(torch.arange(2), levels),
+    "to_levels": lambda levels: pyrodiff.to_levels(torch.zeros(2), levels),
     "Levels": pyrodiff.Levels,
     "DiscretizedNormal": lambda levels: pyrodiff.DiscretizedNormal(f64(0.3), f64(0.1), levels),
     "DiscretizedDecoder": pyrodiff.DiscretizedDecoder,
@@ -428,19 +428,23 @@ BAD = [
     ],
     *[
         (
-            f"dequantize of {value}",
-            lambda value=value: pyrodiff.dequantize(torch.tensor([3.0, value]), 17, uniform=True),
+            f"from_levels of {value}",
+            lambda value=value: pyrodiff.from_levels(torch.tensor([3.0, value]), 17, uniform=True),
             ("k", "0..16", f"1 of its 2 values are not, the first {value}"),
         )
         for value in (-1.0, 17.0, 0.5, math.nan, math.inf)
     ],
-    ("dequantize of 255", lambda: pyrodiff.dequantize(torch.arange(256), 17), ("k", "239", "17", "0..255")),
-    ("dequantize of a list", lambda: pyrodiff.dequantize([0, 1], 17), ("k", "tensor", "[0, 1]")),
-    ("dequantize of complex", lambda: pyrodiff.dequantize(torch.zeros(2, dtype=torch.complex64), 17), ("k", "complex")),
+    ("from_levels of 255", lambda: pyrodiff.from_levels(torch.arange(256), 17), ("k", "239", "17", "0..255")),
+    ("from_levels of a list", lambda: pyrodiff.from_levels([0, 1], 17), ("k", "tensor", "[0, 1]")),
+    (
+        "from_levels of complex",
+        lambda: pyrodiff.from_levels(torch.zeros(2, dtype=torch.complex64), 17),
+        ("k", "complex"),
+    ),
     *[
         (
-            f"dequantize to {dtype}",
-            lambda dtype=dtype: pyrodiff.dequantize(torch.arange(3), 17, dtype=dtype),
+            f"from_levels to {dtype}",
+            lambda dtype=dtype: pyrodiff.from_levels(torch.arange(3), 17, dtype=dtype),
             ("dtype", str(dtype)),
         )
         for dtype in (torch.int64, torch.bool, torch.complex64)
@@ -448,14 +452,14 @@ BAD = [
     *[
         (
             f"more levels than {dtype} tells apart",
-            lambda dtype=dtype: pyrodiff.dequantize(torch.arange(3), KINDS[dtype][-1] + 1, dtype=dtype),
+            lambda dtype=dtype: pyrodiff.from_levels(torch.arange(3), KINDS[dtype][-1] + 1, dtype=dtype),
             ("levels", str(dtype), str(KINDS[dtype][-1] + 1)),
         )
         for dtype in KINDS
     ],
-    ("quantize of integers", lambda: pyrodiff.quantize(torch.arange(3), 17), ("x", "torch.int64")),
-    ("quantize of a list", lambda: pyrodiff.quantize([0.5], 17), ("x", "[0.5]")),
-    ("quantize of NaN", lambda: pyrodiff.quantize(torch.tensor([0.1, math.nan]), 17), ("x", "1 of its", "nan")),
+    ("to_levels of integers", lambda: pyrodiff.to_levels(torch.arange(3), 17), ("x", "torch.int64")),
+    ("to_levels of a list", lambda: pyrodiff.to_levels([0.5], 17), ("x", "[0.5]")),
+    ("to_levels of NaN", lambda: pyrodiff.to_levels(torch.tensor([0.1, math.nan]), 17), ("x", "1 of its", "nan")),
     ("one logit", lambda: pyrodiff.LevelCategorical(torch.zeros(3, 1)), ("levels", "1")),
     ("no logits", lambda: pyrodiff.LevelCategorical(torch.zeros(())), ("levels", "0")),
     ("a scale of 0", lambda: pyrodiff.DiscretizedNormal(f64([0.1, 0.2]), f64([1.0, 0.0]), 17), ("scale",)),
@@ -472,3 +476,12 @@ def test_bad_input_is_refused_by_name_before_any_draw(call, words):
     for word in words:
         assert word in str(error.value)
     assert torch.equal(torch.get_rng_state(), random), "something was drawn"
+
+
+@pytest.mark.parametrize(("old", "new"), [("dequantize", "from_levels"), ("quantize", "to_levels")])
+def test_earlier_names_are_accepted_with_a_warning_that_says_the_new_one(old, new):
+    with pytest.warns(DeprecationWarning, match=f"pyrodiff.{old} is now {new}") as warned:
+        function = getattr(pyrodiff, old)
+    assert function is getattr(pyrodiff, new)
+    assert warned[0].filename == __file__
+    assert old not in dir(pyrodiff)

@@ -226,8 +226,8 @@ def test_a_folder_gives_its_images_and_labels(tmp_path, mark, end, pack):
         assert images.shape == IMAGES[prefix]
         assert same(images.flatten(), pixels, torch.uint8)
         assert same(labels, list(range(len(prefix), len(prefix) + len(images))), torch.uint8)
-        x = pyrodiff.dequantize(images, levels=256)
-        assert torch.equal(pyrodiff.quantize(x, 256), images.long())
+        x = pyrodiff.from_levels(images, levels=256)
+        assert torch.equal(pyrodiff.to_levels(x, 256), images.long())
     assert torch.equal(datasets.idx_folder(str(tmp_path)), datasets.idx_folder(tmp_path, "train", "images"))
 
 

@@ -55,7 +55,7 @@ def levels(network=None):
 
 X = torch.tensor([[0.3, -1.2], [1.1, 0.4], [-0.8, 0.9], [0.2, 1.7]])
 ONES = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-POINTS = pyrodiff.dequantize(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=LEVELS)
+POINTS = pyrodiff.from_levels(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=LEVELS)
 
 
 def svi_of(pair, optim=adam, loss=None, **options):

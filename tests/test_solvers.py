@@ -539,11 +539,11 @@ def test_the_last_step_is_a_mean_and_rounds_to_levels_or_a_draw():
     """Of quantised data: the solvers' samples are numbers, the predictor-corrector's are levels."""
     diffusion = network(dtype=torch.float32, decoder=pyrodiff.DiscretizedDecoder(5))
     x = DDIMSampler(diffusion)(50, generator=1)
-    k = pyrodiff.quantize(x.clamp(-1, 1), 5)
+    k = pyrodiff.to_levels(x.clamp(-1, 1), 5)
     assert set(k.unique().tolist()) <= set(range(5))
     assert len(x.unique()) == 100
     drawn = PredictorCorrectorSampler(diffusion)(50, generator=1)
-    close(drawn, pyrodiff.dequantize(pyrodiff.quantize(drawn, 5), 5))
+    close(drawn, pyrodiff.from_levels(pyrodiff.to_levels(drawn, 5), 5))
 
 
 @pytest.mark.parametrize("kind", [DDIMSampler, ALL["DDIM, eta"], DPMSolverSampler, ALL["corrector"]])

@@ -928,7 +928,7 @@ class Correlated(nn.Module):
 def test_what_is_summed_to_the_bound_keeps_its_precision(kind, direct):
     """bfloat16 has 8 bits: where the network does nothing, autocast must not be seen."""
     forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3, 0.05, 0.5))
-    x_0 = pyrodiff.dequantize(torch.randint(7, (64, 2)), 7)
+    x_0 = pyrodiff.from_levels(torch.randint(7, (64, 2)), 7)
     losses = []
     for autocast in (None, torch.bfloat16):
         if kind == "levels":

@@ -96,14 +96,14 @@ for axes, x, title in zip(
 # Grey levels: a decoder
 # ----------------------
 #
-# The pixels of these handwritten digits are whole numbers 0..16. ``dequantize`` puts them on [-1, 1], where a Gaussian
+# The pixels of these handwritten digits are whole numbers 0..16. ``from_levels`` puts them on [-1, 1], where a Gaussian
 # diffusion runs. The chain's last step then has to say a probability for each of the 17 levels, and not a density: that
 # is the *decoder's* part. ``DiscretizedDecoder`` gives each level what the Gaussian kernel gives to the bin around it.
 
 LEVELS = 17
 k = datasets.digits("train")
 x_0, test_set = (
-    pyrodiff.dequantize(datasets.digits(split), LEVELS) for split in ("train", "test")
+    pyrodiff.from_levels(datasets.digits(split), LEVELS) for split in ("train", "test")
 )
 print("levels", int(k.max()) + 1, "on", float(x_0.min()), "to", float(x_0.max()))
 

@@ -292,8 +292,8 @@ print(f"T = 100: {float(bound.nats.mean()):.3f} ± {error:.3f} nats")
 # :math:`L_\mathrm{simple}`. Here they are 8 x 8 digits, and the training takes seconds.
 
 k = datasets.digits("train").long() * 255 // 16  # 0..255
-pictures = pyrodiff.dequantize(k, levels=256)
-test_pictures = pyrodiff.dequantize(
+pictures = pyrodiff.from_levels(k, levels=256)
+test_pictures = pyrodiff.from_levels(
     datasets.digits("test")[:10].long() * 255 // 16, levels=256
 )
 

@@ -176,7 +176,7 @@ def data(x: object) -> None:
         raise ArgumentError(
             "x",
             f"must be a tensor of floats, one datum for each index of its first dimension, but it is "
-            f"{arguments.described(x)}: give x.float(), or pyrodiff.dequantize(k, levels) of levels",
+            f"{arguments.described(x)}: give x.float(), or pyrodiff.from_levels(k, levels) of levels",
         )
     full_precision("x", x.dtype)
 

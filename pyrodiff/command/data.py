@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from .. import datasets, readers
 from ..base.arguments import ArgumentError
 from ..likelihood.estimate import Likelihood
-from ..process.quantization import dequantize, quantize
+from ..process.quantization import from_levels, to_levels
 from ..streaming import ArrayFile, PictureFolder, Stream
 from .grids import stands_evenly
 from .options import BUILT_IN, Reading
@@ -71,7 +71,7 @@ class Form:
         """Data as the model has them."""
         if self.shift is not None and self.scale is not None:
             return ((raw.double() - self.shift.to(raw.device)) / self.scale.to(raw.device)).float()
-        return raw.float() if self.levels is None else dequantize(raw, self.levels)
+        return raw.float() if self.levels is None else from_levels(raw, self.levels)
 
     def decoded(self, x_0: Tensor) -> Tensor:
         """What the model draws, as data are given: numbers in their units, levels and bits as whole numbers."""
@@ -79,7 +79,7 @@ class Form:
             x = x_0.double() * self.scale.to(x_0.device) + self.shift.to(x_0.device)
             return x if self.dtype == "float64" else x.float()
         if self.levels is not None:
-            return quantize(x_0, self.levels).to(torch.uint8 if self.levels <= 256 else torch.int64)
+            return to_levels(x_0, self.levels).to(torch.uint8 if self.levels <= 256 else torch.int64)
         return x_0.to(torch.uint8)
 
     @property
@@ -305,8 +305,8 @@ class Data:
     def __init__(self, reading: Reading, found: Found, device: torch.device) -> None:
         parts = found.parts
         if reading.read_as != "numbers" and (scale := found.scale(reading.levels)) not in (None, Scale(0, 1)):
-            to_levels = partial(_to_levels, scale, torch.uint8 if (reading.levels or 2) <= 256 else torch.int32)
-            parts = {name: part.each(to_levels) for name, part in parts.items()}
+            as_levels = partial(_on_grid, scale, torch.uint8 if (reading.levels or 2) <= 256 else torch.int32)
+            parts = {name: part.each(as_levels) for name, part in parts.items()}
         classes = max((1 + int(y.max()) for part in parts.values() for y in part.context()), default=None)
         self.form = dataclasses.replace(
             _form(reading, parts["train"]), contents=found.contents, fingerprint=_fingerprint(parts), classes=classes
@@ -591,7 +591,7 @@ def _at_threshold(levels: int, raw: Tensor) -> Tensor:
     return datasets.binarize(raw, levels, levels // 2).to(torch.uint8)
 
 
-def _to_levels(scale: Scale, dtype: torch.dtype, x: Tensor) -> Tensor:
+def _on_grid(scale: Scale, dtype: torch.dtype, x: Tensor) -> Tensor:
     return ((x.double() - scale.start) / scale.step).round().to(dtype)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..base.arguments import ArgumentError
-from ..process.quantization import dequantize
+from ..process.quantization import from_levels
 from .data import Data, Found, find
 from .grids import refuse_grid
 from .options import Plan
@@ -215,7 +215,7 @@ def _refuse_reading(read_as: str, levels: int | None, found: Found) -> None:
         most = 2 if dtype == torch.bool else None if dtype.is_floating_point else torch.iinfo(dtype).max + 1
         if most is not None and levels > most:
             raise ArgumentError("levels", f"must be at most {most}, all that {dtype} holds, but it is {levels}")
-        dequantize(torch.zeros(1), levels)  # refuses more than float32 tells apart
+        from_levels(torch.zeros(1), levels)  # refuses more than float32 tells apart
     if found.scale(levels) is not None:
         return
     if levels is None:

@@ -92,7 +92,7 @@ class MissingData(nn.Module):
                 "diffusion",
                 "must be one of data with a density, a GaussianForward without levels, for what is missing to be drawn "
                 f"by a guide with a gradient, but its process is {diffusion.forward_process!r}, with "
-                f"{diffusion.levels} levels: dequantize the data",
+                f"{diffusion.levels} levels: give it from_levels(k, levels, uniform=True)",
             )
         imputer = GaussianImputer(diffusion.event_shape).to(diffusion.model.dtype()) if imputer is None else imputer
         checks.instance("imputer", imputer, nn.Module)

@@ -128,7 +128,7 @@ class Likelihood(ABC):
 
         Arguments:
             width: The width :math:`\Delta` of a bin in the units of the data, :func:`bin_width` of the number of levels
-                for data by :func:`dequantize`; 2/256 for 8-bit data as (k + u) / 128 - 1, the "+ 7" of other code.
+                for data by :func:`from_levels`; 2/256 for 8-bit data as (k + u) / 128 - 1, the "+ 7" of other code.
 
         Returns:
             A tensor with shape (B,).

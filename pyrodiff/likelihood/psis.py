@@ -51,9 +51,9 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         log_weights: Logarithms of the weights, up to a constant, with shape (K, B); minus infinity for a weight of 0.
 
     Returns:
-        k, with shape (B,), in float64: 0 where the weights of the tail are equal but for rounding. NaN where there is no
-        tail to fit: K is below 21, so that it has fewer than five weights; more than half of these are the same as
-        others, as where states are discrete; or a weight is NaN or infinite.
+        k, with shape (B,), in float64: 0 where the weights of the tail are equal but for rounding. NaN where there is
+        no tail to fit: K is below 21, so that it has fewer than five weights; more than half of these are ties, as
+        where states are discrete; or a weight is NaN or infinite.
 
     Raises:
         ValueError: If ``log_weights`` are something else.

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
 from ..base.precision import float64
-from ..process.quantization import DiscretizedNormal, dequantize, whole_levels
+from ..process.quantization import DiscretizedNormal, from_levels, whole_levels
 from .estimate import Likelihood
 
 __all__ = ["Yardstick", "Yardsticks", "yardsticks"]
@@ -281,7 +281,7 @@ class _NormalInBins(_Gaussian):
         self.levels, self.smoothing = levels, smoothing
 
     def add(self, x: Tensor) -> None:
-        super().add(dequantize(x, self.levels, dtype=torch.float64))
+        super().add(from_levels(x, self.levels, dtype=torch.float64))
 
     def fit(self) -> None:
         L, n = self.levels, self.count + self.smoothing
@@ -293,7 +293,7 @@ class _NormalInBins(_Gaussian):
 
     def cost(self, x: Tensor) -> Tensor:
         law = DiscretizedNormal(self.mean, self.variance.sqrt(), self.levels)
-        return -law.log_prob(dequantize(x, self.levels, dtype=torch.float64)).sum(1)
+        return -law.log_prob(from_levels(x, self.levels, dtype=torch.float64)).sum(1)
 
 
 class _Histogram(_Law):

@@ -53,7 +53,7 @@ class Decoder(nn.Module, ABC):
             raise ArgumentError(
                 "x_0",
                 f"must have a floating dtype, the levels on [-1, 1] that "
-                f"pyrodiff.dequantize(k, levels={self.levels}) gives, but its dtype is {x_0.dtype}",
+                f"pyrodiff.from_levels(k, levels={self.levels}) gives, but its dtype is {x_0.dtype}",
             )
 
     def check(self, x_0: Tensor) -> None:
@@ -67,11 +67,11 @@ class Decoder(nn.Module, ABC):
         valid = Levels(self.levels).check(x_0)
         if not checks.holds(valid):
             whole = bool(((x_0 == x_0.round()) & (x_0 >= 0) & (x_0 < self.levels)).all()) and float(x_0.max()) > 1
-            hint = f": they look like such k, so give pyrodiff.dequantize(x_0, levels={self.levels})" if whole else ""
+            hint = f": they look like such k, so give pyrodiff.from_levels(x_0, levels={self.levels})" if whole else ""
             raise ArgumentError(
                 "x_0",
                 f"must be one of {self.levels} levels on [-1, 1] everywhere, the values that "
-                f"pyrodiff.dequantize(k, levels={self.levels}) gives for k in 0..{self.levels - 1}, but "
+                f"pyrodiff.from_levels(k, levels={self.levels}) gives for k in 0..{self.levels - 1}, but "
                 f"{int((~valid).sum())} of its {x_0.numel()} values are not, the first {x_0[~valid][0].item():.6g}; "
                 f"they lie in [{x_0.min().item():.6g}, {x_0.max().item():.6g}]{hint}",
             )

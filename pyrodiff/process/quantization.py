@@ -23,7 +23,7 @@ from ..base.arguments import ArgumentError
 from ..base.precision import default_home, float64, home
 from ..base.randomness import generator_of
 
-__all__ = ["DiscretizedNormal", "LevelCategorical", "Levels", "bin_width", "dequantize", "quantize"]
+__all__ = ["DiscretizedNormal", "LevelCategorical", "Levels", "bin_width", "from_levels", "to_levels"]
 
 Shape = tuple[int, ...] | list[int]  # as torch's laws take it; a torch.Size is a tuple
 
@@ -44,7 +44,7 @@ def bin_width(levels: int) -> float:
     return 2 / (arguments.levels(levels) - 1)
 
 
-def dequantize(
+def from_levels(
     k: Tensor,
     levels: int,
     uniform: bool = False,
@@ -53,7 +53,7 @@ def dequantize(
 ) -> Tensor:
     r"""The points :math:`v_k` of whole levels, or, for a model with a density, uniform draws from the bins around them.
 
-    :func:`quantize` gives back the levels of either, exactly.
+    :func:`to_levels` gives back the levels of either, exactly.
 
     Arguments:
         k: Whole numbers in 0..levels-1, of any dtype and shape.
@@ -76,7 +76,7 @@ def dequantize(
         https://arxiv.org/abs/1511.01844
 
     Example:
-        >>> pyrodiff.dequantize(torch.tensor([0, 8, 16]), levels=17)
+        >>> pyrodiff.from_levels(torch.tensor([0, 8, 16]), levels=17)
         tensor([-1.,  0.,  1.])
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -95,13 +95,13 @@ def dequantize(
     if uniform:
         source = generator_of(generator, home(k.device))
         noise = torch.rand(k.shape, generator=source, dtype=torch.float64, device=home(k.device))
-        rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in quantize
+        rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in to_levels
         inside = 1 - 2 * rounding / width  # so that it does not leave the bin
         x = x + width * (noise - 0.5) * inside
     return x.to(dtype).to(k.device)
 
 
-def quantize(x: Tensor, levels: int) -> Tensor:
+def to_levels(x: Tensor, levels: int) -> Tensor:
     r"""The levels of the bins that numbers lie in; the first and the last bin hold all that lies beyond them.
 
     Arguments:
@@ -115,7 +115,7 @@ def quantize(x: Tensor, levels: int) -> Tensor:
         ValueError: If ``x`` is not a floating tensor or not finite somewhere, or ``levels`` is below 2.
 
     Example:
-        >>> pyrodiff.quantize(torch.tensor([-3.0, 0.01, 0.07, 1.0]), levels=17)
+        >>> pyrodiff.to_levels(torch.tensor([-3.0, 0.01, 0.07, 1.0]), levels=17)
         tensor([ 0,  8,  9, 16])
     """
     arguments.levels(levels)

@@ -125,7 +125,8 @@ class AnnealedLangevinSampler(Sampler):
     so many times at each t, with :math:`\sigma_t = b_t` and :math:`s(x, \sigma_t) = (\hat x_0(x, t) - x) / \sigma_t^2`,
     whatever the network predicts. (Their i = 1..L runs from the largest noise, as t = T..1 does: their
     :math:`\sigma_L` is :math:`\sigma_1` here.) What is left of the noise is then taken out by Tweedie's formula,
-    :math:`x + \sigma_1^2 s(x, \sigma_1) = \hat x_0(x, 1)`. The decoder is not asked: of data in levels, quantize.
+    :math:`x + \sigma_1^2 s(x, \sigma_1) = \hat x_0(x, 1)`. The decoder is not asked: to data in levels,
+    apply ``to_levels``.
 
     It is called as any sampler, for a diffusion whose signal is 1 throughout (:class:`GeometricSchedule`). The state
     x_t of a trajectory is the one that the updates of t start from. In fewer steps, :math:`\sigma_1` is the smallest

@@ -15,7 +15,7 @@ which is DDIM's step; the others improve on the :math:`\hat x_0` in it. Here s i
 are taken. All coefficients are computed in float64, and cast to the dtype of the state.
 
 The last step of a solver, from t = 1, is :math:`\hat x_0`. For quantised data that is a mean and no level:
-``pyrodiff.quantize`` rounds it, and :class:`AncestralSampler` draws a level by the decoder.
+``pyrodiff.to_levels`` rounds it, and :class:`AncestralSampler` draws a level by the decoder.
 """
 
 import math

@@ -332,7 +332,7 @@ KEEPERS = {
 def test_what_changes_at_every_call_is_named_and_runs_as_it_is(name, interpreted):
     keep, value = KEEPERS[name]
     svi = SVI(Counting(keep), nothing, still, DiffusionELBO(), compile=True)
-    said, calls = [], 1  # a rehearsal, which is validated
+    said, calls = [], 1  # a dry run, which is validated
     for _ in range(6):
         loss, messages = heard(lambda: svi.step(X))
         said += messages

@@ -473,7 +473,7 @@ def test_validating_never_is_also_at_the_first_step(one_step):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("one_step", [False, True])
-def test_what_is_rehearsed_leaves_no_trace(one_step, wrapped):
+def test_a_dry_run_leaves_no_trace(one_step, wrapped):
     """First steps of shapes draw, count and learn what steps do that are never validated: random numbers of all
     sources, statistics of the batch, the costs that a drawing keeps; also where functions call the pair."""
 
@@ -495,7 +495,7 @@ def test_what_is_rehearsed_leaves_no_trace(one_step, wrapped):
 
 
 def test_what_is_put_in_the_place_of_a_buffer_is_put_back():
-    """Of a rehearsal; two modules may share a buffer."""
+    """Of a dry run; two modules may share a buffer."""
 
     class Mean(nn.Module):
         def __init__(self):
@@ -523,7 +523,7 @@ def test_what_is_put_in_the_place_of_a_buffer_is_put_back():
     assert torch.equal(*losses)
 
 
-def test_ever_new_arguments_are_not_rehearsed_for_ever():
+def test_ever_new_arguments_do_not_have_dry_runs_for_ever():
     calls = []
 
     def model(weight):
@@ -701,7 +701,7 @@ def test_whoever_listens_hears_all_sites(one_step, direct):
     svi = stepped(pair_of(make(), one_step))
     for _ in range(3):
         svi.step(X_0)
-    assert direct == {True: 3, False: 1}  # the rehearsal is heard
+    assert direct == {True: 3, False: 1}  # the dry run is heard
     for _ in range(2):
         with Listener() as listener:
             svi.step(X_0)

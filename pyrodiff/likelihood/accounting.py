@@ -24,7 +24,7 @@ from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..pair.terms import step_costs
 from ..pair.times import Drawing, ImportanceDrawing, LossSecondMoment, LowDiscrepancyDrawing, UniformDrawing
-from ..running.evaluation import Batch, batches, evaluating, look, progress_bar
+from ..running.evaluation import Batch, batches, dry_run, evaluating, progress_bar
 
 __all__ = ["VarianceAccount", "variance_account"]
 
@@ -163,7 +163,7 @@ def variance_account(
 @torch.no_grad()
 def _costs(diffusion: Diffusion, data: Batch, num_particles: int, memory_budget: int) -> Tensor:
     """Costs at each t of data drawn with replacement, with shape (T, num_particles)."""
-    T, rows, device = diffusion.num_steps, look(memory_budget, diffusion, data).rows, data.x_0.device
+    T, rows, device = diffusion.num_steps, dry_run(memory_budget, diffusion, data).rows, data.x_0.device
     i = torch.randint(len(data), (T * num_particles,), device=device)
     t = torch.arange(T * num_particles, device=device) // num_particles + 1
     costs, q = [], diffusion.forward_process

@@ -42,7 +42,7 @@ from ..model.variances import LearnedVariance
 from ..pair.diffusion import Diffusion
 from ..pair.programs import Generative
 from ..pair.terms import prior_cost, runs, step_costs
-from ..running.evaluation import Batch, Look, batches, evaluating, expect, guided, look, progress_bar
+from ..running.evaluation import Batch, DryRun, batches, dry_run, evaluating, expect, guided, progress_bar
 from .estimate import Likelihood
 from .psis import effective_size, pareto_k, pareto_words, warn_of_tails
 
@@ -269,7 +269,7 @@ def bound(
         bounds, first, start = [], None, 0
         squares: Tensor | float = 0.0
         for batch in batches(diffusion, x_0, context, "num_particles"):
-            first = first or look(memory_budget, diffusion, batch)
+            first = first or dry_run(memory_budget, diffusion, batch)
             squares = squares + batch.x_0.detach().float().square().sum()
             expect(bar, x_0, (1 + num_times) * num_particles * len(batch))
             draws = _Draws(diffusion.model, batch, start, seed, num_particles, first)
@@ -319,8 +319,8 @@ def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, cou
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
         blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
         drawn = (block() for block in islice(blocks, rank, None, count))
-        whole = draws.look.rows // draws.rows * draws.rows  # as many blocks as fit, so that none is cut
-        for i, t, size, draw, x_t, *rest in _joined(drawn, whole or draws.look.rows):
+        whole = draws.dry_run.rows // draws.rows * draws.rows  # as many blocks as fit, so that none is cut
+        for i, t, size, draw, x_t, *rest in _joined(drawn, whole or draws.dry_run.rows):
             data, x_s = batch.rows(i), rest[0] if rest else None
             costs = step_costs(diffusion.model, data.x_0, t, x_t, data.context, x_s, first=first, later=not first)
             terms.add(i, t, draw, costs * size, first)
@@ -409,12 +409,14 @@ class _Draws:
         start: The position of the first datum of the batch among all data.
         seed: The seed of the whole.
         num_particles: The number of particles P.
-        look: How network calls are batched, and whether x_s is needed.
+        dry_run: How network calls are batched, and whether x_s is needed.
     """
 
-    def __init__(self, model: Generative, batch: Batch, start: int, seed: int, num_particles: int, look: Look) -> None:
+    def __init__(
+        self, model: Generative, batch: Batch, start: int, seed: int, num_particles: int, dry_run: DryRun
+    ) -> None:
         self.model, self.batch, self.x_0, self.start, self.seed = model, batch, batch.x_0, start, seed
-        self.num_particles, self.look = num_particles, look
+        self.num_particles, self.dry_run = num_particles, dry_run
         self.rows = max(1, min(_ROWS, _NUMBERS // max(1, model.event_shape.numel())))
 
     def groups(self, size: int) -> Iterator[_Group]:
@@ -457,7 +459,7 @@ class _Draws:
                 t = t + (u * size.to(u.device)).long().to(device).clamp(max=size - 1)
             x_0 = self.x_0.index_select(0, i)
             states = [q.marginal(x_0, t).sample()]
-            if not self.look.is_analytic:
+            if not self.dry_run.is_analytic:
                 states.append(q.posterior(states[0], x_0, t.clamp(min=2)).sample())
         inside = slice(group.inside.start * parts, group.inside.stop * parts)
         return tuple(value[inside] for value in (i, t, size, draw, *states))
@@ -634,7 +636,7 @@ def importance_bound(
     with evaluated as (seed, global_kl), progress_bar(progress, "importance bound") as bar:
         weights, first, start = [], None, 0
         for batch in batches(diffusion, x_0, context, "num_particles"):
-            first = first or look(memory_budget, diffusion, batch)
+            first = first or dry_run(memory_budget, diffusion, batch)
             expect(bar, x_0, K * len(batch) * T)
             weights.append(_log_weights(_Draws(diffusion.model, batch, start, seed, K, first), bar))
             start += len(batch)
@@ -645,7 +647,7 @@ def importance_bound(
 
 def _log_weights(draws: _Draws, bar: tqdm) -> Tensor:
     """log p(x_0:T) - log q(x_1:T | x_0) of K trajectories per datum, with shape (K, B)."""
-    K, model, rows = draws.num_particles, draws.model, draws.look.rows
+    K, model, rows = draws.num_particles, draws.model, draws.dry_run.rows
     width = min(K, draws.rows)
     blocks = [
         (slice(particle, min(particle + width, K)), group)

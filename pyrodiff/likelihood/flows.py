@@ -24,7 +24,7 @@ from ..model.decoders import GaussianDecoder
 from ..pair.diffusion import Diffusion
 from ..pair.flow import Flow, check_flow, refuse_a_cut_graph
 from ..pair.terms import runs
-from ..running.evaluation import Batch, batches, evaluating, expect, guided, look, progress_bar
+from ..running.evaluation import Batch, batches, dry_run, evaluating, expect, guided, progress_bar
 from .estimate import Likelihood
 
 __all__ = ["FlowLikelihood", "ode_log_prob"]
@@ -170,7 +170,7 @@ def ode_log_prob(
         flow, results = Flow(diffusion, tolerance, max_steps, num_probes, differentiable), []
         for batch in batches(diffusion, x_0, context, "num_probes"):
             batch = batch.differentiable()
-            rows = max(1, look(memory_budget, diffusion, batch).rows // 4)  # two times, and their gradients
+            rows = max(1, dry_run(memory_budget, diffusion, batch).rows // 4)  # two times, and their gradients
             one = batch.rows(slice(1))
             refuse_a_cut_graph(diffusion, one.x_0, one.context)
             draws, B = (num_particles or 1) if is_bound else 1, len(batch)

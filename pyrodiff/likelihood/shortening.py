@@ -32,7 +32,7 @@ from ..pair.diffusion import Diffusion, evenly_spaced
 from ..pair.terms import prior_cost, runs, step_costs
 from ..process.forward import GaussianForward, with_parts
 from ..process.quantization import bin_width
-from ..running.evaluation import Batch, batches, evaluating, expect, guided, look, progress_bar
+from ..running.evaluation import Batch, batches, dry_run, evaluating, expect, guided, progress_bar
 
 __all__ = ["analytic_variance", "best_subchain"]
 
@@ -110,7 +110,7 @@ def analytic_variance(
         for batch in batches(diffusion, x_0, context, "num_particles"):
             if isinstance(x_0, Tensor):
                 _refuse_one(len(batch))
-            first = first or look(memory_budget, diffusion, batch)
+            first = first or dry_run(memory_budget, diffusion, batch)
             expect(bar, x_0, T * num_particles * len(batch))
             for state in _states(diffusion, batch, start, range(1, T + 1), seed, num_particles, first.rows):
                 data, x_t = state.data, state.x_t
@@ -243,7 +243,7 @@ def best_subchain(
     evaluated = evaluating(diffusion, generator, guide=guide, given=guided(x_0, context))
     with evaluated as (seed, _), progress_bar(progress, "best subchain") as bar:
         for batch in batches(diffusion, x_0, context, "num_steps"):
-            first = first or look(memory_budget, diffusion, batch)
+            first = first or dry_run(memory_budget, diffusion, batch)
             expect(bar, x_0, len(times) * num_particles * len(batch))
             for state in _states(diffusion, batch, start, times, seed, num_particles, first.rows):
                 costs.add(state)

@@ -23,14 +23,14 @@ from ..pair.terms import Recorder
 
 __all__ = [
     "Batch",
-    "Look",
+    "DryRun",
     "batches",
     "bytes_per_row",
     "evaluating",
     "evaluation_mode",
     "expect",
     "guided",
-    "look",
+    "dry_run",
     "progress_bar",
     "seeded",
     "validated",
@@ -48,7 +48,7 @@ def evaluating(
     """Within: evaluation mode, random weights drawn once, no validation, and draws from a source of their own.
 
     Afterwards each submodule has its own mode again, and torch's global sources are where they were. What is given is
-    validated by :func:`batches` and :func:`look`.
+    validated by :func:`batches` and :func:`dry_run`.
 
     Arguments:
         diffusion: The diffusion.
@@ -214,7 +214,7 @@ def _batch(diffusion: Diffusion, x_0: Any, context: Sequence, keyword: str = "")
     return Batch(x_0, tuple(values.expand(len(x_0), *values.shape[1:]) for values in context))
 
 
-class Look(NamedTuple):
+class DryRun(NamedTuple):
     """What a first, validated call of the kernels for one datum says.
 
     Arguments:
@@ -226,7 +226,7 @@ class Look(NamedTuple):
     is_analytic: bool
 
 
-def look(memory_budget: int, diffusion: Diffusion, batch: Batch) -> Look:
+def dry_run(memory_budget: int, diffusion: Diffusion, batch: Batch) -> DryRun:
     """Validate the kernels, and say how network calls are batched.
 
     Arguments:
@@ -251,7 +251,7 @@ def look(memory_budget: int, diffusion: Diffusion, batch: Batch) -> Look:
             "memory_budget", f"must hold one datum, which takes {size} bytes here, but it is {memory_budget}"
         )
     cached = min(memory_budget, max(_CACHE, size)) if one.x_0.device.type == "cpu" else memory_budget
-    return Look(max(1, cached // max(1, size)), _is_analytic(diffusion, one.x_0, kernel))
+    return DryRun(max(1, cached // max(1, size)), _is_analytic(diffusion, one.x_0, kernel))
 
 
 _CACHE = 2**26  # bytes of results on the way, few of which live at the same time
@@ -268,7 +268,7 @@ def bytes_per_row(diffusion: Diffusion, x_0: Tensor, *context: Tensor) -> int:
         *context: What is known of it.
 
     Raises:
-        ValueError: As :func:`look`.
+        ValueError: As :func:`dry_run`.
     """
     return _called(diffusion, Batch(x_0, context))[0]
 

@@ -40,7 +40,7 @@ class Programs:
         self.model, self.guide = model, guide
         self._roots = dict.fromkeys(program for program in (model, guide) if isinstance(program, nn.Module))
         self._stored: dict[str, Tensor] = {}  # parameters of none of the modules, by their names in Pyro's store
-        self._is_as_seen: Callable[[], bool] = lambda: False
+        self._is_unchanged: Callable[[], bool] = lambda: False
 
     def modules(self) -> list[nn.Module]:
         """All modules, each once."""
@@ -79,37 +79,37 @@ class Programs:
             found |= {parameter: f"{root}.{name}" for name, parameter in module.named_parameters()}
         return found
 
-    def look(self, heard: dict[str, Tensor]) -> list[Tensor]:
-        """What can be learned; :meth:`are_as_seen` counts from here.
+    def collect(self, found: dict[str, Tensor]) -> list[Tensor]:
+        """Collect the parameters that can be learned; :meth:`are_unchanged` compares with the programs as they are now.
 
         Arguments:
-            heard: The parameters of Pyro's messages, by name.
+            found: The parameters of Pyro's messages, by name.
         """
         own = self.tensors("_parameters")
-        self._stored |= heard
+        self._stored |= found
         self._stored = {name: value for name, value in self.stored().items() if value not in own}
         tensors = list(own | dict.fromkeys(self._stored.values()))
         tables = [table for module in self.modules() for table in (module._parameters, module._modules)]
 
-        def seen() -> tuple[list, list]:
+        def snapshot() -> tuple[list, list]:
             return list(chain.from_iterable(map(_VALUES, tables))), list(map(_KIND, tensors))
 
-        parts, kinds = seen()
+        parts, kinds = snapshot()
 
-        def is_as_seen() -> bool:
-            parts_now, kinds_now = seen()
+        def is_unchanged() -> bool:
+            parts_now, kinds_now = snapshot()
             return kinds_now == kinds and len(parts_now) == len(parts) and all(map(operator.is_, parts_now, parts))
 
-        self._is_as_seen = is_as_seen
+        self._is_unchanged = is_unchanged
         return [parameter for parameter in tensors if _can_be_learned(parameter)]
 
-    def are_as_seen(self) -> bool:
+    def are_unchanged(self) -> bool:
         """Whether they have the modules and parameters that they had, and the same of these is learned."""
-        return self._is_as_seen() and len(self.stored()) == len(self._stored)
+        return self._is_unchanged() and len(self.stored()) == len(self._stored)
 
     @contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        """Within, the programs work on copies of buffers and counts, and modules that functions call are noted."""
+    def isolated(self) -> Iterator[None]:
+        """Within, the programs change copies of their buffers and counts; modules that functions call are collected."""
         seen: set[nn.Module] = set()
         before: list[tuple[dict, str, Any]] = []
         copies: dict[Tensor, Tensor] = {}
@@ -141,7 +141,7 @@ class Programs:
             for drawing in self.drawings():
                 vars(drawing).pop("tell", None)  # the class has it
 
-    def take_back(self, names: set[str]) -> None:
+    def take_from_store(self, names: set[str]) -> None:
         """Take the modules' parameters out of Pyro's store.
 
         Arguments:
@@ -162,9 +162,9 @@ class Programs:
 class Gradient:
     """The loss of a pair of programs, and its gradient, which is added to that of the parameters.
 
-    What is new, programs or a kind of arguments, is rehearsed: the programs run once, validated, and leave no trace
-    but parameters of Pyro's. Then the loss is taken as at every other step, so a resumed run, which rehearses again,
-    draws what it would have drawn.
+    Before the first step with new programs, or with arguments of a new kind, there is a dry run: the programs run once,
+    validated, and leave nothing behind but parameters in Pyro's store. Then the step is taken as every other one, so
+    that a resumed run, which makes the dry run again, draws what it would have drawn.
 
     Arguments:
         programs: The programs.
@@ -192,7 +192,7 @@ class Gradient:
         self.parameters: dict[Tensor, None] = {}
         self.compiled: Compiled | None = None
         self.scaler: torch.amp.GradScaler | None = None
-        self._rehearsed: set[Hashable] = set()  # kinds of arguments
+        self._validated: set[Hashable] = set()  # kinds of arguments
         self._key = ranks.set_apart()
         self._synchronise(self.programs.tensors("_parameters"))
 
@@ -210,18 +210,18 @@ class Gradient:
             ValueError: If there is nothing to learn.
         """
         kind, settled = _kind(args, kwargs), self._is_settled()
-        if settled and kind in self._rehearsed:
-            # every step but the first with arguments of a kind: nothing is new, and nothing is validated
+        if settled and kind in self._validated:
+            # every step but the first with arguments of a kind
             compiled = self._compilation(args, kwargs) if self.compile else None
             return self._run(args, kwargs, accept) if compiled is None else self._replay(compiled, args, kwargs, accept)
         is_first = not self.parameters
-        if self._must_rehearse(settled):
-            self.rehearse(args, kwargs)
+        if self._needs_dry_run(settled):
+            self.dry_run(args, kwargs)
         if is_first and self.validate is not False:
-            self._look_at_data(args)
+            self._warn_of_scale(args)
         loss = self._run(args, kwargs, accept)
-        if len(self._rehearsed) < _MOST:
-            self._rehearsed.add(kind)
+        if len(self._validated) < _MOST:
+            self._validated.add(kind)
         return loss
 
     def value(self, args: tuple, kwargs: dict) -> Tensor:
@@ -233,32 +233,32 @@ class Gradient:
         kind, settled = _kind(args, kwargs), self._is_settled()
         alone = "without a gradient", kind
         with torch.no_grad():
-            known = settled and self._rehearsed & {kind, alone}
-            if self.validate is None and not known and self._must_rehearse(settled):
-                self._hear(args, kwargs)
-                self._rehearsed.add(alone)
+            known = settled and self._validated & {kind, alone}
+            if self.validate is None and not known and self._needs_dry_run(settled):
+                self._parameters_of(args, kwargs)
+                self._validated.add(alone)
             with pyro.validation_enabled(self.validate is True):
                 loss = ranks.together([self._loss(*args, **kwargs)])[0]
         ranks.shard_again(self.programs.modules())
         return loss
 
-    def rehearse(self, args: tuple, kwargs: dict) -> None:
-        """Validate the programs, and find the parameters.
+    def dry_run(self, args: tuple, kwargs: dict) -> None:
+        """Run the programs once, validated, to find their parameters; nothing else is kept.
 
         Arguments:
             args, kwargs: What the programs are called with.
         """
-        settled, heard = self._is_settled(), self._hear(args, kwargs)
-        if not settled or self._are_new(heard):
-            self.find(heard)
+        settled, found = self._is_settled(), self._parameters_of(args, kwargs)
+        if not settled or self._are_new(found):
+            self.register(found)
 
-    def find(self, heard: dict[str, Tensor]) -> None:
-        """Look through the programs, and learn what was not there before.
+    def register(self, found: dict[str, Tensor]) -> None:
+        """Collect the parameters, and learn those that are new.
 
         Arguments:
-            heard: As of :meth:`Programs.look`.
+            found: As of :meth:`Programs.collect`.
         """
-        new = [parameter for parameter in self.programs.look(heard) if parameter not in self.parameters]
+        new = [parameter for parameter in self.programs.collect(found) if parameter not in self.parameters]
         self._synchronise(new)
         if not new:
             return
@@ -312,16 +312,16 @@ class Gradient:
                 return self.loss.differentiable_loss(model, guide, *args, **kwargs)
         finally:
             if store:
-                self.programs.take_back(names)
+                self.programs.take_from_store(names)
 
     def _run(self, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
         """Add the gradient by running the programs."""
         counts = False
         try:
-            with pyro.validation_enabled(self.validate is True), Recorder() as heard:
+            with pyro.validation_enabled(self.validate is True), Recorder() as run:
                 loss = self._loss(*args, **kwargs)
-            if self._are_new(heard.parameters):
-                self.find(heard.parameters)
+            if self._are_new(run.parameters):
+                self.register(run.parameters)
             if not self.parameters or not loss.requires_grad:
                 raise ValueError(
                     "model and guide must have a parameter to learn, but none was found that requires grad: let a "
@@ -381,34 +381,37 @@ class Gradient:
     # What is new
 
     def _is_settled(self) -> bool:
-        """Whether the programs are those that were looked through; sharded modules have parts and wholes by turns."""
-        return self.programs.are_as_seen() or self._is_sharded()
+        """Whether the programs are as when their parameters were collected.
+
+        Modules that are sharded count as settled: they hold their parts and their whole tensors by turns.
+        """
+        return self.programs.are_unchanged() or self._is_sharded()
 
     def _is_sharded(self) -> bool:
         return any(map(ranks.is_sharded, self.parameters))
 
-    def _must_rehearse(self, settled: bool) -> bool:
-        """Whether new arguments are to be rehearsed: not for ever, where each step has another number.
+    def _needs_dry_run(self, settled: bool) -> bool:
+        """Whether arguments of a new kind need a dry run: not for ever, where each step has another number.
 
         Nor where ranks talk to each other as they run: of a batch of a new shape, one would wait for the others.
         """
         if not settled:
             return True
         talks = self._is_sharded() or any(isinstance(module, nn.SyncBatchNorm) for module in self.programs.modules())
-        return self.validate is None and len(self._rehearsed) < _MOST and not talks
+        return self.validate is None and len(self._validated) < _MOST and not talks
 
-    def _hear(self, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-        """The parameters of Pyro's messages, by name; the programs run validated, and without a trace."""
+    def _parameters_of(self, args: tuple, kwargs: dict) -> dict[str, Tensor]:
+        """The parameters in Pyro's messages, by name: the programs run, validated and isolated."""
         gradients = torch.is_grad_enabled() and not any(map(ranks.is_sharded, self.programs.tensors("_parameters")))
-        validated, rehearsing = pyro.validation_enabled(self.validate is not False), self.programs.rehearsing()
-        with kept_sources(), rehearsing, validated, torch.set_grad_enabled(gradients), Recorder() as heard:
+        validated, isolated = pyro.validation_enabled(self.validate is not False), self.programs.isolated()
+        with kept_sources(), isolated, validated, torch.set_grad_enabled(gradients), Recorder() as run:
             with as_written():
                 self._loss(*args, **kwargs)
         ranks.shard_again(self.programs.modules())
-        return heard.parameters
+        return run.parameters
 
-    def _are_new(self, heard: dict[str, Tensor]) -> bool:
-        return any(value not in self.parameters and _can_be_learned(value) for value in heard.values())
+    def _are_new(self, found: dict[str, Tensor]) -> bool:
+        return any(value not in self.parameters and _can_be_learned(value) for value in found.values())
 
     def _synchronise(self, parameters: Iterable[Tensor]) -> None:
         """Give every rank the parameters and buffers of the first, and spread the times over the batches of all."""
@@ -420,7 +423,7 @@ class Gradient:
             if drawing.share is None:
                 drawing.spread(ranks.number(), ranks.count(), self._key, device)
 
-    def _look_at_data(self, args: tuple) -> None:
+    def _warn_of_scale(self, args: tuple) -> None:
         """Warn of data of a Gaussian diffusion far from mean 0 and variance 1, which its prior is made for."""
         x_0, model = args[0].detach() if args and isinstance(args[0], Tensor) else None, self.programs.model
         if not isinstance(model, Generative) or not isinstance(model.forward_process, GaussianForward):
@@ -441,12 +444,12 @@ class Gradient:
             )
 
 
-_MOST = 100  # kinds of arguments that are rehearsed
+_MOST = 100  # kinds of arguments that have a dry run
 _KIND, _VALUES = operator.attrgetter("requires_grad", "dtype", "device"), operator.methodcaller("values")
 
 
 def _kind(args: tuple, kwargs: dict) -> Hashable:
-    """What is rehearsed once; another one each time where arguments cannot be hashed."""
+    """What arguments have in common that need one dry run; another each time where they cannot be hashed."""
     kind = kind_of((args, kwargs) if kwargs else args)
     try:
         hash(kind)

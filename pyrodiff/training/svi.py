@@ -32,11 +32,11 @@ class SVI:
     all, and the gradient is clipped by its global norm. The parameters are those of the model and of the guide, where
     they are modules, and of every ``pyro.param`` and ``pyro.module`` that they come upon, whenever they first do.
 
-    The first step with data of some shape is rehearsed: the programs run once more before it, validated by Pyro and by
-    the checks of the pair and of the data, whatever ``pyro.enable_validation`` says, and without a trace in the global
-    sources of random numbers and in buffers; what else a program changes (a counter in Python, a generator of its own,
-    a parameter in place, a buffer that it registers as it runs) it changes once more. No other step is validated, nor
-    waits for the device. Pyro's store is left as it was found, but for parameters that no module holds. Under
+    Before the first step with data of some shape there is a dry run: the programs run once more, validated by Pyro and
+    by the checks of the pair and of the data, whatever ``pyro.enable_validation`` says, and leave the global sources of
+    random numbers and all buffers as they were; what else a program changes (a counter in Python, a generator of its
+    own, a parameter in place, a buffer that it registers as it runs) it changes once more. No other step is validated,
+    nor waits for the device. Pyro's store is left as it was found, but for parameters that no module holds. Under
     ``torch.distributed`` every rank takes its own step on its own batch, and what is learned, and returned, is that of
     all batches joined (see :doc:`training`).
 
@@ -149,7 +149,7 @@ class SVI:
         if not torch.is_grad_enabled():
             raise ArgumentError("gradients", "must be enabled for a step, but it is taken under torch.no_grad()")
         if self._state is not None:
-            self._gradient.rehearse(args, kwargs)
+            self._gradient.dry_run(args, kwargs)
             self._resume(self._state)
         self._calls += 1
         replayed = self._replayed(args, kwargs) if self._captures else None
@@ -177,7 +177,7 @@ class SVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss without a step, as :meth:`step` returns it."""
         if self._state is not None:
-            self._gradient.rehearse(args, kwargs)
+            self._gradient.dry_run(args, kwargs)
             self._resume(self._state)
         return self._gradient.value(args, kwargs)
 
@@ -415,7 +415,7 @@ class SVI:
             _refuse_other_modules(_of_modules({name: roots[name] for name in roots if "called" not in name}), state)
         state = copy.deepcopy(state)
         if not is_lazy and roots.keys() == state["modules"].keys() and set(state["names"]) <= set(names):
-            self._gradient.find({})
+            self._gradient.register({})
             self._resume(state)
         else:
             self._state = state

@@ -69,7 +69,7 @@ def test_the_evidence_is_that_of_the_density_in_the_units_given(home):
     one = torch.from_numpy(np.load(home / "points-one.npy"))
     mask = torch.tensor([True, False])
     part = pyrodiff.Inpainting(mask, run.form.encoded(one[None])[0], noise=0.1)
-    found = pyrodiff.posterior(run.diffusion, part, num_particles=8, twist=pyrodiff.IsotropicTwist(), generator=0)
+    found = pyrodiff.posterior(run.diffusion, part, num_particles=8, generator=0)
     expected = float(run.form.scale[0].log()) - float(found.log_evidence)
     printed = float(re.search(r"-log p of what is known: (\S+)", done.out)[1])
     assert printed == pytest.approx(expected, abs=0.05)

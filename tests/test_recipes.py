@@ -21,6 +21,7 @@ from pyrodiff.command.plans import prepare
 from pyrodiff.command.runs import Run
 from pyrodiff.command.stopping import Stop
 from pyrodiff.command.train import Trainer
+from pyrodiff.running import threads as measuring
 
 pytestmark = pytest.mark.filterwarnings("ignore:the data have mean")  # of few levels in a corner of 256
 
@@ -580,26 +581,29 @@ def test_samples_and_final_times(made, tmp_path):
 
 def test_threads(made, tmp_path, monkeypatch):
     """The number that is given, or else the fastest one, measured without a trace in the run, and recorded."""
-    asked, path, measured = [], made(FLOATS), []
+    asked, path, measured, real = [], made(FLOATS), [], training.fastest_threads
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(measuring, "_physical_cores", lambda: 2)
 
     def fastest(work):
-        measured.extend([work(), work()])
+        real(lambda: measured.append(work()), seconds=0.01)
         return 2
 
     monkeypatch.setattr(training, "fastest_threads", fastest)
     assert train(path, tmp_path / "given", threads=2).code == 0
     assert (asked[0], measured) == (2, [])
     assert train(path, tmp_path / "measured").code == 0
-    assert len(measured) == 2
-    assert asked.count(2) == 2
+    number = len(measured)
+    assert number > 0
+    assert asked[-1] == 2
     record = [options.read(tmp_path / name / "settings.toml", "record") for name in ("given", "measured")]
     assert record[0] == record[1]
     ours, theirs = (checkpoints.load(tmp_path / name / "checkpoints" / "best.pt") for name in ("given", "measured"))
     del ours["more"]["state"]["seconds"], theirs["more"]["state"]["seconds"]
     assert same(ours, theirs)
     assert call("train", "--out", tmp_path / "measured", "--resume", "--train-steps=8").code == 0
-    assert len(measured) == 2, "a run is resumed with the number that it had"
+    assert len(measured) == number, "a run is resumed with the number that it had"
 
 
 def test_compile(made, tmp_path, monkeypatch):

@@ -217,7 +217,7 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
     for s in range(given.diffusion.num_steps, -1, -1):
         if before is not None:
             if bool(needs_resampling(log_w).any()):
-                tails.append(_tail(given, log_w))
+                tails.append(_tail(log_w))
             before, psi, log_w = resampled(before, psi, log_w)
         law = given.law(s, before, n, *context)
         q = twist.proposal(given, law, s, before, *context)
@@ -230,19 +230,19 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
         log_w = torch.where(log_w.isneginf(), log_w, log_w + ratio + now - psi)
         psi = now
         sizes.append(effective_size(log_w, -1).sum())
-    k = torch.stack([*tails, _tail(given, log_w)]).amax()
+    k = torch.stack([*tails, _tail(log_w)]).amax()
     return Posterior(x, log_w.flatten(), torch.stack(sizes), islands, k)
 
 
-def _tail(given: Conditioned, log_w: Tensor) -> Tensor:
+def _tail(log_w: Tensor) -> Tensor:
     """Pareto's k of the weights of all islands, each island's relative to their mean.
 
-    Those that are equal up to rounding have none: it is 0.
+    Weights that are equal up to rounding count as equal.
     """
     mean = log_mean(log_w)[:, None]
     relative = torch.where(mean.isneginf(), log_w, log_w - mean)
-    k = pareto_k(relative.flatten()[:, None])[0]
-    return torch.where(relative.amax() < 1e-3, torch.zeros_like(k), k)
+    relative = torch.where(relative.amax() < 1e-3, torch.zeros_like(relative), relative)
+    return pareto_k(relative.flatten()[:, None])[0]
 
 
 def _check_twist(value: object, n: int, s: int) -> None:

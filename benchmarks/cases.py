@@ -11,7 +11,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyrodiff
-from pyrodiff.running.evaluation import Batch, look
+from pyrodiff.running.evaluation import Batch, dry_run
 
 __all__ = [
     "Case",
@@ -260,7 +260,7 @@ def bare_calls(case: Case, sizes: Sequence[int]) -> Call:
 def bound_calls(case: Case, compile: bool) -> dict[str, Call]:
     """All terms of the bound, and the bare network called as often, on batches as large."""
     x_0, diffusion = case.data(case.num_data), case.diffusion(case.num_bounded)
-    number, rows = case.num_bounded * case.num_data, look(case.memory_budget, diffusion, Batch(x_0, ())).rows
+    number, rows = case.num_bounded * case.num_data, dry_run(case.memory_budget, diffusion, Batch(x_0, ())).rows
     sizes = [rows] * (number // rows) + [number % rows] * (number % rows > 0)
     options = {"memory_budget": case.memory_budget}
     found = {

@@ -34,7 +34,7 @@ def options(description: str, out: str, num_steps: int, batch_size: int) -> argp
     parser.add_argument("--device", type=torch.device, default="cuda" if cuda else "cpu", help="cuda or cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compile the step")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=cuda, help="networks in bfloat16")
-    parser.add_argument("--small", action="store_true", help="a small network and few pictures, for a CPU")
+    parser.add_argument("--small", action="store_true", help="a small network and a shorter chain, for a CPU")
     return parser
 
 

@@ -26,7 +26,7 @@ class Size(NamedTuple):
 
 
 FULL = Size((96, 192, 256), 2, 1000, 5000, 10000, 100, 500, 48, 2**35)
-SMALL = Size((16, 32, 64), 1, 200, 100, 100, 40, 5, 8, 2**28)
+SMALL = Size((16, 32, 64), 1, 200, 1000, 10000, 20, 50, 48, 2**28)
 
 
 def mean(estimate: pyrodiff.Likelihood, unit: str) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from exact import bit_diffusion, gaussian_diffusion
 
 import pyrodiff
 from pyrodiff import Bound, FlowLikelihood, ImportanceBound
+from pyrodiff.likelihood.estimate import rounded
 
 LOG2 = math.log(2)
 SCHEDULE = pyrodiff.BetaSchedule([0.1, 0.2, 0.35])
@@ -197,10 +198,12 @@ def table(it):
 
 
 def row(values):
-    """Mean and standard error by hand, in nats and in bits."""
+    """Mean and standard error by hand, in nats and in bits, each to the second digit of the error."""
     mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    return pytest.approx([mean, spread, mean / LOG2, spread / LOG2], abs=5.1e-5)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    last = [10.0 ** (math.floor(math.log10(one)) - 1) for one in (error, error / LOG2)]  # the place of that digit
+    numbers = zip((mean, error, mean / LOG2, error / LOG2), (last[0], last[0], last[1], last[1]), strict=True)
+    return [pytest.approx(number, abs=0.51 * place) for number, place in numbers]
 
 
 def group_means(log_weights, k):
@@ -225,6 +228,27 @@ def test_the_table_of_an_importance_bound_has_its_numbers(K, ks):
     size = f"effective sample size {float(sizes.mean()):.3g} of K = {K}"
     title = f"importance-weighted bound on -log p(x_0), {size}, T = 4, mean of 7 data of 6 dimensions"
     assert str(it).splitlines()[0] == title
+
+
+@pytest.mark.parametrize(
+    ("error", "written"),
+    [
+        (0.0314, "1.163 ± 0.031"),
+        (0.5, "1.16 ± 0.50"),
+        (31.4, "1 ± 31"),
+        (0.0, "1.1631 ± 0.0000"),
+        (math.nan, "1.1631 ± nan"),
+    ],
+)
+def test_a_number_is_written_to_the_second_digit_of_its_error(error, written):
+    assert rounded(1.16314, error) == written
+
+
+@pytest.mark.parametrize("levels", [None, 2, 17])
+def test_a_summary_has_the_unit_that_people_compare(levels):
+    it = made_up(levels=levels, B=9)
+    values, unit = (it.bits_per_dim, "bits/dim") if levels == 17 else (it.nats, "nats")
+    assert it.summary == f"{rounded(float(values.mean()), float(it.standard_error(values)))} {unit}"
 
 
 def test_the_table_of_a_flow_has_its_numbers():

@@ -112,6 +112,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "put_sources",
     "refuse_a_cut_graph",
     "relative_entropy",
+    "rounded",
     "runs",
     "seed_draws",
     "seeded",

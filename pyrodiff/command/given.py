@@ -11,7 +11,8 @@ from ..base.arguments import ArgumentError
 from ..inference.approximations import replacement
 from ..inference.observations import Inpainting
 from ..inference.posterior import posterior
-from .runs import Run, rounded, say, show
+from ..likelihood.estimate import rounded
+from .runs import Run, say, show
 
 __all__ = ["Given", "completed"]
 

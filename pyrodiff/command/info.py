@@ -9,7 +9,7 @@ import torch
 from .. import __version__
 from ..base.files import printable
 from .options import BUILT_IN
-from .runs import Metrics, Run, bound_in, show, spelled
+from .runs import Metrics, Run, bound_in, show
 
 __all__ = ["info", "versions"]
 
@@ -78,5 +78,5 @@ def _run(folder: Path) -> dict[str, str]:
     }
     path = folder / "bound.npz"
     if path.is_file():
-        facts["test bound"] = spelled(bound_in(path))
+        facts["test bound"] = bound_in(path).summary
     return {**facts, "checkpoints": ", ".join(sorted(one.name for one in (folder / "checkpoints").glob("*.pt")))}

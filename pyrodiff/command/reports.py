@@ -20,7 +20,7 @@ from ..likelihood.bounds import Bound
 from ..likelihood.yardsticks import Yardsticks
 from .info import versions
 from .options import BUILT_IN
-from .runs import Metrics, Run, curves, picture, spelled
+from .runs import Metrics, Run, curves, picture
 
 __all__ = ["report"]
 
@@ -56,13 +56,13 @@ def report(run: Run, found: Bound, beside: Yardsticks, samples: Tensor, x_0: Ten
     number = sum(parameter.numel() for parameter in run.diffusion.parameters())
     parts = [
         f"<h1>{_text(name)}</h1>",
-        f"<p class=number>{_text(spelled(found))}</p>",
+        f"<p class=number>{_text(found.summary)}</p>",
         f"<p>The bound on &minus;log p(x<sub>0</sub>) of {len(found.nats)} test data; {_text(found.convention)}. The "
         f"weights are those of step {run.state['best_step']}, the best on held-out data"
         f"{', averaged' * (plan.training.average > 0)}; {number:,} parameters; {trained}.</p>",
         f"<pre>{_text(found)}</pre>",
         "<p>For comparison, simple distributions fitted to the training data:</p>",
-        _table({"this model, at most": spelled(found), **{law: spelled(one) for law, one in beside.items()}}),
+        _table({"this model, at most": found.summary, **{law: one.summary for law, one in beside.items()}}),
         *_samples(run, samples, x_0),
         "<h2>Training</h2>",
         _picture(curves(form, records), "the loss, and the bound on held-out data")
@@ -78,7 +78,7 @@ def report(run: Run, found: Bound, beside: Yardsticks, samples: Tensor, x_0: Ten
         "<h2>Versions</h2>",
         _table(versions(run.device)),
     ]
-    title = f"<title>{_text(name)}: {_text(spelled(found))}</title>"
+    title = f"<title>{_text(name)}: {_text(found.summary)}</title>"
     phone = '<meta name=viewport content="width=device-width, initial-scale=1">'
     head = f"<!doctype html><html lang=en><meta charset=utf-8>{phone}{title}<style>{_STYLE}</style>"
     path = run.folder / "report.html"

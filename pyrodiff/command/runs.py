@@ -38,7 +38,6 @@ from ..base import arguments, ranks
 from ..base.arguments import ArgumentError
 from ..base.files import plainly, printable, write
 from ..likelihood.bounds import Bound
-from ..likelihood.estimate import Likelihood
 from ..pair.diffusion import Diffusion
 from ..pair.elbo import DiffusionELBO
 from ..sampling.sampler import Sampler
@@ -58,12 +57,10 @@ __all__ = [
     "numbered",
     "picture",
     "resumed_from",
-    "rounded",
     "save_arrays",
     "save_figure",
     "say",
     "show",
-    "spelled",
 ]
 
 
@@ -557,24 +554,3 @@ def bound_in(path: Path) -> Bound:
         if sum(info.file_size for info in file.infolist()) > 100 * path.stat().st_size:
             raise ArgumentError("RUN", f"must be the folder of a run, but {path} says to hold more than it does")
     return Bound.load(path)
-
-
-def spelled(found: Likelihood) -> str:
-    """A bound in the unit that people are shown, rounded to its standard error: "1.719 ± 0.011 bits/dim".
-
-    Arguments:
-        found: The bound.
-    """
-    is_levels = found.levels is not None and found.levels > 2
-    values = found.bits_per_dim if is_levels else found.nats
-    return f"{rounded(float(values.mean()), float(found.standard_error(values)))} {'bits/dim' if is_levels else 'nats'}"
-
-
-def rounded(value: float, error: float) -> str:
-    """A number beside its standard error, both to the error's second digit.
-
-    Arguments:
-        value, error: The two, in one unit.
-    """
-    digits = 3 if not 1e-6 < error < math.inf else max(1 - math.floor(math.log10(error)), 0)
-    return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -44,7 +44,6 @@ from .runs import (
     save_figure,
     say,
     show,
-    spelled,
 )
 from .stopping import Interrupted, Stop
 from .use import write_samples
@@ -384,7 +383,7 @@ class Trainer:
             drawn = found.prior if samples is None else run.form.decoded(samples)
             if not ranks.all_say(bool(drawn.isfinite().all()) and not bool(found.nats.isnan().any())):
                 raise ValueError("samples or the bound")
-        self._bound = f", bound {spelled(found)}"
+        self._bound = f", bound {found.summary}"
         if samples is not None:
             self._note(found, samples)
         run.state["evaluated"] = step
@@ -412,7 +411,7 @@ class Trainer:
                 reconstruction=float(found.reconstruction.mean()),
                 seconds=round(run.state["seconds"], 3),
             )
-        say(f"step {step}: held-out bound {spelled(found)}")
+        say(f"step {step}: held-out bound {found.summary}")
 
     def _refuse_what_is_not_finite(self) -> None:
         """Neither to be evaluated, nor to take the place of a checkpoint from before."""
@@ -468,8 +467,8 @@ def _finish(run: Run, data: Data, stop: Stop) -> None:
     found.save(folder / "bound.npz")
     beside = yardsticks(data.raw("train").blocks(), data.raw("test").blocks(), data.form.outcomes)
     show(found)
-    show(f"test data: {spelled(found)}")
-    show("for comparison, " + ", ".join(f"{law} {spelled(one)}" for law, one in beside.items()))
+    show(f"test data: {found.summary}")
+    show("for comparison, " + ", ".join(f"{law} {one.summary}" for law, one in beside.items()))
     number, x_0 = plan.watching.samples, data.split("test", plan.watching.samples)
     draw = run.sampler("ancestral")
     samples = write_samples(run, folder / "samples.npz", draw, number, 256, plan.training.seed, x_0)

@@ -23,7 +23,7 @@ from .data import Data
 from .given import Given, completed
 from .models import shortened
 from .plans import prepare
-from .runs import Metrics, Run, bound_in, curves, finite, picture, save_arrays, save_figure, show, spelled
+from .runs import Metrics, Run, bound_in, curves, finite, picture, save_arrays, save_figure, show
 from .stopping import Stop
 
 __all__ = ["bound", "plot", "sample", "save_samples", "write_samples"]
@@ -61,7 +61,7 @@ def bound(
         found = bound_of(diffusion, stop.between(batches), num_times=times, generator=seed, progress=True)
         found = opened.form.in_units(found)
         show(found)
-        show(f"{split} data: {spelled(found)}")
+        show(f"{split} data: {found.summary}")
         if particles is not None:
             tighter = importance_bound(
                 diffusion, stop.between(batches), num_particles=particles, generator=seed, progress=True

@@ -67,12 +67,7 @@ class Yardsticks(dict[str, Yardstick]):
     """What simple laws cost, by their names. Printed, a line for each: name, mean cost, standard error, unit."""
 
     def __repr__(self) -> str:
-        lines = []
-        for name, law in self.items():
-            in_bits = law.levels is not None and law.levels > 2
-            values, unit = (law.bits_per_dim, "bits/dim") if in_bits else (law.nats, "nats")
-            lines.append(f"{name:24}{float(values.mean()):11.4f} ± {float(law.standard_error(values)):.4f} {unit}")
-        return "\n".join(lines)
+        return "\n".join(f"{name:24}{law.summary}" for name, law in self.items())
 
 
 @torch.no_grad()

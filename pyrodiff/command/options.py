@@ -206,7 +206,9 @@ class Watching:
     evaluate_times: int = _option("how many of the T terms to evaluate per datum, at random", 50, _count(1))
     checkpoint_every: int = _option("steps between checkpoints", 500, _count(1), changes=True, varies=True)
     keep: int = _option("how many of the last checkpoints to keep, beside the best", 2, _count(1), changes=True)
-    log_every: int = _option("steps between lines of metrics", 50, _count(1), changes=True)
+    log_every: int = _option(
+        "steps between lines of metrics (a fortieth of all, 50 at most)", 50, _count(1), changes=True, varies=True
+    )
     samples: int = _option("how many samples to draw at each evaluation", 64, _count(1), changes=True, varies=True)
     final_times: int | None = _option("how many of the T terms the last bound has (all)", None, _count(1), changes=True)
 

@@ -79,6 +79,7 @@ def resolve(given: Mapping[str, Any], found: Found) -> Plan:
         samples=2000 if found.event_shape == (2,) else 64,
         evaluate_every=max(1, steps // 10),
         checkpoint_every=max(1, min(500, steps // 10)),
+        log_every=max(1, min(50, steps // 40)),
     )
     plan = plan.but(**{name: value for name, value in given.items() if value is not None})
     if plan.model.network == "unet" and plan.model.channels and "attention" not in given and _is_picture(found):

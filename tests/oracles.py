@@ -1,9 +1,11 @@
 """Arithmetic that the tests compare with: numpy in float64 and exact fractions, from the definitions alone."""
 
+import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from itertools import pairwise
 
+import mpmath
 import numpy as np
 
 
@@ -27,9 +29,35 @@ def reciprocal_betas(num_steps):
 
 def log_snr_betas(num_steps, first, last):
     """Of alpha_bar_t = 1 / (1 + exp(-log SNR_t)), with the log SNR on a line."""
-    line = [first + (last - first) * i / max(num_steps - 1, 1) for i in range(num_steps)]
-    alpha_bars = [1.0, *(1 / (1 + np.exp(-value)) for value in line)]
-    return [1 - after / before for before, after in pairwise(alpha_bars)]
+    return betas_of_log_snrs([first + (last - first) * i / max(num_steps - 1, 1) for i in range(num_steps)])
+
+
+def betas_of_log_snrs(log_snrs):
+    """1 - alpha_bar_t / alpha_bar_{t-1}, to thirty digits, so that nothing cancels."""
+    with mpmath.workdps(30):
+        alpha_bars = [mpmath.mpf(1), *(1 / (1 + mpmath.exp(-mpmath.mpf(value))) for value in log_snrs)]
+        return [float(1 - after / before) for before, after in pairwise(alpha_bars)]
+
+
+def monotone_log_snrs(times, num_steps, first, last, line, slopes, offsets, weights):
+    """Of the learned schedule: lambda_1 + g(u) / g(1) (lambda_T - lambda_1) at u = (t - 1) / (T - 1), with
+
+    g(u) = w u + mean of v (sigmoid(s u + c) - sigmoid(c)), and w, s and v the softplus of the parameters; to forty
+    digits.
+    """
+    with mpmath.workdps(40):
+        line, *slopes = (mpmath.log1p(mpmath.exp(x)) for x in (line, *slopes))
+        weights = [mpmath.log1p(mpmath.exp(x)) for x in weights]
+        units = list(zip(weights, slopes, map(mpmath.mpf, offsets), strict=True))
+
+        def sigmoid(x):
+            return 1 / (1 + mpmath.exp(-x))
+
+        def g(u):
+            return line * u + sum(v * (sigmoid(s * u + c) - sigmoid(c)) for v, s, c in units) / len(units)
+
+        fall = (mpmath.mpf(last) - mpmath.mpf(first)) / g(mpmath.mpf(1))
+        return [mpmath.mpf(first) + g(mpmath.mpf(t - 1) / max(num_steps - 1, 1)) * fall for t in times]
 
 
 def geometric_sigmas(num_steps, low, high):
@@ -62,6 +90,36 @@ def condition(mean, variance, gain, noise_variance, observed):
     return (mean / variance + gain * observed / noise_variance) / precision, 1 / precision
 
 
+def span(steps, s, t):
+    """(gain, variance) of x_t given x_s."""
+    return moments(steps[:t], s)[-1]
+
+
+def forward_variances(steps, times):
+    """The variance of x_t given the kept state before, for each of the times that are kept."""
+    return [span(steps, s, t)[1] for s, t in pairwise((0, *times))]
+
+
+def posterior_variances(steps, times):
+    """The variance of each kept state given x_0 and the kept state after; at the first time that of the second."""
+    found = best_variances(steps, times, 0.0)[1:]
+    return [*found[:1], *found] if found else forward_variances(steps, times)
+
+
+def best_variances(steps, times, v):
+    """Var(x_s | x_t) of data with variance v, of each kept state (and the data) given the kept state after."""
+    found, whole = [], moments(steps)
+    for s, t in pairwise((0, *times)):
+        before = whole[s][0] ** 2 * v + whole[s][1]
+        found.append(condition(0.0, before, *span(steps, s, t), 0.0)[1] if np.all(before) else 0.0)
+    return found
+
+
+def weight_of_data(steps, s, t):
+    """The weight of x_0 in the mean of q(x_s | x_t, x_0)."""
+    return condition(span(steps, 0, s)[0], span(steps, 0, s)[1], *span(steps, s, t), 0.0)[0] if s else 1.0
+
+
 def log_normal(x, mean, variance):
     return -0.5 * (np.log(2 * np.pi * variance) + (x - mean) ** 2 / variance)
 
@@ -69,6 +127,32 @@ def log_normal(x, mean, variance):
 def normal_kl(mean_q, variance_q, mean_p, variance_p):
     ratio = variance_q / variance_p
     return 0.5 * (ratio - 1 - np.log(ratio) + (mean_q - mean_p) ** 2 / variance_p)
+
+
+def points(levels):
+    return np.array([2 * k / (levels - 1) - 1 for k in range(levels)])
+
+
+@np.vectorize
+def below(z):
+    """The normal distribution function."""
+    return math.erfc(-z / math.sqrt(2)) / 2
+
+
+def masses(mean, deviation, levels):
+    """What N(mean, deviation^2) gives to the bin of each level, along a new last dimension, from the smaller tail."""
+    edges = np.concatenate([[-np.inf], points(levels)[:-1] + 1 / (levels - 1), [np.inf]])
+    z = (edges - np.asarray(mean)[..., None]) / np.asarray(deviation)[..., None]
+    low, high = z[..., :-1], z[..., 1:]
+    sign = np.where(low + high > 0, -1, 1)
+    return np.abs(below(sign * high) - below(sign * low))
+
+
+def softmax(x_1, gain, variance, levels):
+    """Bayes' rule for a level known through x_1 ~ N(gain v, variance) alone, along a new last dimension."""
+    log_p = log_normal(np.asarray(x_1)[..., None], gain * points(levels), variance)
+    likelihood = np.exp(log_p - log_p.max(-1, keepdims=True))
+    return likelihood / likelihood.sum(-1, keepdims=True)
 
 
 def bit_matrix(betas, rate, s, t):

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import cases
 import mpmath
 import numpy as np
 import oracles
@@ -10,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import log_snr_schedule
 from exact import far, gradient
 from loops import adam, pair_of, same, values
 from torch import nn
@@ -25,20 +27,12 @@ BETAS = [0.05, 0.2, 0.1, 0.5, 0.7]
 MILLION = 10**6
 
 
-def log_snr_schedule(T=T, first=4.0, last=-3.0, hidden=6, learn_ends=True, seed=0, shaken=1.0):
-    """One whose parameters are far from those of the start, the ends but for that."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        schedule = LearnedLogSNRSchedule(T, first, last, hidden, learn_ends)
-        for parameter in (schedule.line, schedule.slopes, schedule.offsets, schedule.weights):
-            parameter += shaken * torch.randn_like(parameter)
-    return schedule
-
+close = partial(cases.close, rtol=1e-12, atol=1e-14)
 
 MAKE = {
     "betas": lambda: LearnedBetaSchedule(BETAS),
-    "log SNR": log_snr_schedule,
-    "log SNR, ends kept": partial(log_snr_schedule, learn_ends=False),
+    "log SNR": partial(log_snr_schedule, T),
+    "log SNR, ends kept": partial(log_snr_schedule, T, learn_ends=False),
 }
 every = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 every_pair = pytest.mark.parametrize("one_step", [False, True], ids=["trajectory", "one step"])
@@ -79,101 +73,11 @@ def svi_of(pair, **options):
     return SVI(pair.model, pair.guide, adam, DiffusionELBO(), **options)
 
 
-def close(actual, expected, rtol=1e-12, atol=1e-14):
-    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=rtol, atol=atol)
-
-
-# What they are
+# What they are: what every schedule is, is in test_schedules.py
 
 
 def betas_of(schedule):
     return schedule.beta(torch.arange(1, schedule.num_steps + 1)).detach()
-
-
-@every
-def test_a_learned_schedule_is_the_chain_of_its_betas(make):
-    schedule = make()
-    steps = oracles.preserving_steps(betas_of(schedule).tolist())
-    for s in range(T):
-        gain, variance = np.array(oracles.moments(steps, s)).T
-        t = torch.arange(s + 1, T + 1)
-        signal, noise = schedule.step(t, torch.full_like(t, s))
-        close(signal, gain[1:])
-        close(noise**2, variance[1:])
-        if s == 0:
-            close(schedule.signal(t), gain[1:])
-            close(schedule.noise(t) ** 2, variance[1:])
-            close(schedule.log_snr(t), np.log(gain[1:] ** 2 / variance[1:]))
-            close(schedule.scales(t)[1] ** 2, variance[1:])
-    start = [method(0).item() for method in (schedule.beta, schedule.signal, schedule.noise, schedule.log_snr)]
-    assert start == [0, 1, 0, math.inf]
-
-
-@every
-def test_its_posterior_is_that_of_the_fixed_schedule_of_the_same_betas(make):
-    schedule = make()
-    fixed = pyrodiff.BetaSchedule(betas_of(schedule))
-    t = torch.arange(1, T + 1)
-    close(schedule.posterior(t), fixed.posterior(t))
-    for s in (0, 1, 3):
-        close(schedule.posterior(t[s:], torch.full_like(t[s:], s)), fixed.posterior(t[s:], torch.full_like(t[s:], s)))
-        close(schedule.posterior(4, s), fixed.posterior(4, s))
-
-
-@every
-def test_an_int_and_a_tensor_of_any_shape_give_the_same(make):
-    schedule = make()
-    for method in (schedule.beta, schedule.signal, schedule.noise, schedule.log_snr, schedule.alpha_bar):
-        one_by_one = torch.stack([method(t) for t in range(T + 1)])
-        for dtype in (torch.int32, torch.int64):
-            t = torch.tensor([[0, T, 3], [1, 1, 2]], dtype=dtype)
-            close(method(t), one_by_one[t.long()].detach(), rtol=1e-14)
-            assert method(t[:0]).shape == (0, 3)
-        assert torch.equal(method(np.int64(3)), one_by_one[3])
-        assert one_by_one.dtype == torch.float64
-
-
-@every
-@pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half, lambda m: nn.Sequential(m).bfloat16()[0]])
-def test_parameters_stay_float64_whatever_the_module_is_cast_to(make, cast):
-    kept, schedule = make(), cast(make())
-    assert {tensor.dtype for tensor in (*schedule.parameters(), *schedule.buffers())} == {torch.float64}
-    assert all(map(torch.equal, kept.state_dict().values(), schedule.state_dict().values()))
-    assert len(kept.state_dict()) == len(schedule.state_dict()) > 0
-
-
-@every
-def test_a_schedule_that_was_made_without_memory_is_loaded(make):
-    schedule = make().to("meta").to_empty(device="cpu")
-    schedule.load_state_dict(make().state_dict())
-    assert torch.equal(betas_of(schedule), betas_of(make()))
-    assert "num_steps=5" in repr(make().to("meta"))
-
-
-@every
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_gradients_are_finite_at_both_ends(make):
-    schedule, t = make(), torch.arange(T + 1)
-    with torch.autograd.detect_anomaly(check_nan=True):
-        found = [schedule.beta(t), schedule.scales(t), schedule.posterior(t[1:]), *schedule.step(t[1:], 0 * t[1:])]
-        assert bool(gradient(sum(values.sum() for values in found), schedule).isfinite().all())
-
-
-def test_the_network_between_the_ends_is_the_documented_one():
-    schedule = log_snr_schedule(T=9, first=3.0, last=-8.0)
-    line, slopes, weights = (
-        np.log1p(np.exp(p.detach().numpy())) for p in (schedule.line, schedule.slopes, schedule.weights)
-    )
-    units = list(zip(weights, slopes, schedule.offsets.tolist(), strict=True))
-
-    def sigmoid(x):
-        return 1 / (1 + np.exp(-x))
-
-    def g(u):
-        return line * u + sum(v * (sigmoid(s * u + c) - sigmoid(c)) for v, s, c in units) / 6
-
-    u = np.arange(9) / 8
-    close(schedule.log_snr(torch.arange(1, 10)), 3 + g(u) / g(1.0) * (-11))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -326,7 +230,7 @@ def test_the_best_signal_to_noise_ratios_are_geometric(T, first, last, seed):
 
 def test_the_terms_are_those_of_the_kernels():
     """What the test above makes least is what the bound has with the posterior's variance."""
-    diffusion = exact(log_snr_schedule(), pyrodiff.PosteriorVariance())
+    diffusion = exact(log_snr_schedule(T), pyrodiff.PosteriorVariance())
     x_0 = M + math.sqrt(V) * torch.randn(20000, 2, dtype=torch.float64)
     found = pyrodiff.bound(diffusion, x_0, generator=2).denoising
     expected = terms(diffusion.forward_process.schedule, mean_squared_error_of_x_0, torch.arange(2, T + 1))
@@ -416,26 +320,13 @@ def test_three_schedules_of_the_same_ends_have_one_bound(continuous):
 
 def test_falls_of_the_log_snr_are_exact_to_nine_digits_in_a_million_steps():
     """Against forty digits: the difference of two log SNRs, of 2e-5 or so each, does not cancel too far."""
-    mpmath.mp.dps = 40
     schedule = log_snr_schedule(MILLION, 13.3, -5.0, 16, False)
-    line, *rest = (p.tolist() for p in (schedule.line, schedule.slopes, schedule.weights, schedule.offsets))
-    slopes, weights = ([mpmath.log1p(mpmath.exp(x)) for x in values] for values in rest[:2])
-
-    def sigmoid(x):
-        return 1 / (1 + mpmath.exp(-x))
-
-    def g(u):
-        units = zip(weights, slopes, rest[2], strict=True)
-        return mpmath.log1p(mpmath.exp(line)) * u + sum(v * (sigmoid(s * u + c) - sigmoid(c)) for v, s, c in units) / 16
-
-    def log_snr(t):
-        return mpmath.mpf(13.3) + g(mpmath.mpf(t - 1) / (MILLION - 1)) / g(1) * (mpmath.mpf(-5.0) - mpmath.mpf(13.3))
-
     for t in (2, 1000, 333333, 777777, MILLION):
-        fall = log_snr(t) - log_snr(t - 1)
-        assert (schedule.log_snr(t) - schedule.log_snr(t - 1)).item() == pytest.approx(float(fall), rel=2e-9)
-        a_s = mpmath.sqrt(sigmoid(log_snr(t - 1)))
-        assert schedule.posterior(t)[1].item() == pytest.approx(float(-a_s * mpmath.expm1(fall)), rel=2e-9)
+        before, now = cases.log_snrs(schedule, (t - 1, t))
+        assert (schedule.log_snr(t) - schedule.log_snr(t - 1)).item() == pytest.approx(float(now - before), rel=2e-9)
+        a_s = mpmath.sqrt(1 / (1 + mpmath.exp(-before)))
+        expected = float(-a_s * mpmath.expm1(now - before))
+        assert schedule.posterior(t)[1].item() == pytest.approx(expected, rel=2e-9)
 
 
 class Largest(TorchDispatchMode):
@@ -469,7 +360,7 @@ class Steady(DiffusionELBO):
 
 
 def test_between_the_ends_the_gradient_is_that_of_the_squares_and_the_bounds_elsewhere():
-    pair = networked(log_snr_schedule()).one_step()
+    pair = networked(log_snr_schedule(T)).one_step()
     schedule, losses, gradients = pair.model.forward_process.schedule, [], []
     for loss in (Steady(), DiffusionELBO()):
         torch.manual_seed(2)
@@ -492,7 +383,7 @@ def names(pair):
 
 
 def test_without_a_gradient_the_steadied_loss_is_the_sum():
-    schedule = log_snr_schedule()
+    schedule = log_snr_schedule(T)
     with torch.no_grad():
         assert float(schedule.steadied(torch.tensor([1.0, 2.0]))) == 3
     costs = schedule.log_snr(torch.tensor([1, T]))
@@ -714,11 +605,3 @@ BAD = {
 def test_bad_input_is_refused_in_words(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@every
-@pytest.mark.parametrize("t", [-1, T + 1, 1.0, torch.tensor([0, T + 1]), torch.tensor([0.5])])
-def test_a_time_outside_of_the_chain_is_refused(make, t):
-    for method in (make().beta, make().log_snr, make().scales):
-        with pytest.raises(ValueError, match="t must"):
-            method(t)

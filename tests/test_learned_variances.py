@@ -11,7 +11,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import Returns, close
 from exact import far, repeat
+from loops import adam, values
+from oracles import span
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
@@ -40,22 +43,12 @@ every_times = pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
 every_variance = pytest.mark.parametrize("kind", VARIANCES)
 
 
-def close(actual, expected, rtol=1e-9, atol=0.0):
-    arrays = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (actual, expected))
-    np.testing.assert_allclose(*arrays, rtol=rtol, atol=atol)
-
-
 def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def data(number, V, seed=0):
     return torch.from_numpy(M) + torch.from_numpy(V).sqrt() * normal(number, 2, seed=seed)
-
-
-def span(steps, s, t):
-    """(gain, variance) of x_t given x_s."""
-    return oracles.moments(steps, s)[t - s]
 
 
 def of_data(steps, t, V, x_t=0.0):
@@ -65,29 +58,18 @@ def of_data(steps, t, V, x_t=0.0):
 
 def optimal(steps, times, V):
     """Var(x_s | x_t) of data N(M, V), with a row for each of the times."""
-    found = []
-    for s, t in itertools.pairwise((0, *times)):
-        gain, variance = span(steps, 0, s)
-        found.append(oracles.condition(0.0, gain**2 * V + variance, *span(steps, s, t), 0.0)[1])
-    return np.array(found)
+    return np.array(oracles.best_variances(steps, times, V))
 
 
 def posteriors(steps, times):
     """beta_t, beta-tilde_t and the weight of x_0 in the posterior's mean, at each of the times."""
-    found = []
-    for s, t in itertools.pairwise((0, *times)):
-        gain_s, variance_s = span(steps, 0, s)
-        gain, beta = span(steps, s, t)
-        tilde = oracles.condition(0.0, variance_s, gain, beta, 0.0)[1] if s else 0.0
-        found.append((beta, tilde, gain_s * tilde / variance_s if s else 1.0))
-    return np.array(found).T
+    weights = [oracles.weight_of_data(steps, s, t) for s, t in itertools.pairwise((0, *times))]
+    return np.array([oracles.forward_variances(steps, times), oracles.best_variances(steps, times, 0.0), weights])
 
 
 def ends(steps, times):
     """The logarithms of the range's ends: beta-tilde, the second one at t = 1 and beta_1 if there is none; and beta."""
-    beta, tilde, _ = posteriors(steps, times)
-    tilde[0] = tilde[1] if len(times) > 1 else beta[0]
-    return np.log(tilde), np.log(beta)
+    return np.log(oracles.posterior_variances(steps, times)), np.log(oracles.forward_variances(steps, times))
 
 
 def right(kind, steps, V):
@@ -143,17 +125,6 @@ class Two(nn.Module):
         return torch.stack([self.first(h), self.second(h)], -1)
 
 
-class Returns(nn.Module):
-    """A network that returns what a function makes of a state and a time."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def forward(self, x_t, t):
-        return self.make(x_t, t)
-
-
 def first(network):
     return Returns(lambda x_t, t: network(x_t, t)[..., 0])
 
@@ -167,24 +138,7 @@ def learned(kind="range", name="preserving", network=None, decoder=None, denoise
     return pyrodiff.Diffusion(forward, reverse, (2,), decoder=decoder)
 
 
-# the variances
-
-
-@every_chain
-@every_times
-def test_the_range_is_even_in_the_logarithm_from_the_posteriors_variance_to_the_forward_ones(name, times):
-    schedule, steps = CHAINS[name]
-    chains = [pyrodiff.GaussianForward(schedule).subchain(times)]
-    chains += [pyrodiff.GaussianForward(schedule)] * (len(times) == T)
-    low, high = ends(steps, times)
-    v, t = 1.5 * normal(len(times), 2), torch.arange(1, len(times) + 1)
-    part = (1 + v.numpy()) / 2
-    for q in chains:
-        close(RangeVariance()(q, t, v), np.exp(part * high[:, None] + (1 - part) * low[:, None]))
-        for sign, end in ((-1.0, low), (1.0, high)):
-            close(RangeVariance()(q, t, torch.full_like(v, sign)), np.exp(end)[:, None].repeat(2, 1))
-        for k in range(1, len(times) + 1):
-            close(RangeVariance()(q, k, v), np.exp(part * high[k - 1] + (1 - part) * low[k - 1]))
+# the variances: what every variance is, is in test_variances.py
 
 
 def test_the_range_is_that_of_the_first_code():
@@ -201,21 +155,17 @@ def test_the_range_is_that_of_the_first_code():
 
 
 @every_chain
-@every_times
-def test_the_variance_of_the_data_given_a_state_gives_that_of_a_step_of_any_length(name, times):
-    """Var(x_s | x_t) by conditioning, of data of variance below and above 1."""
+def test_the_variance_of_the_data_given_a_state_gives_that_of_a_step_of_any_length(name):
+    """Var(x_s | x_t) by conditioning, of data of variance below and above 1; v = 0 is right for data of variance 1."""
     schedule, steps = CHAINS[name]
-    whole, v, t = pyrodiff.GaussianForward(schedule), right("diagonal", steps, WIDE), torch.arange(1, len(times) + 1)
-    v = torch.from_numpy(v[np.array(times) - 1])
-    chains = [whole.subchain(times), whole.subchain((1, 2, 3, 4)).subchain(times), *[whole] * (len(times) == T)]
-    for q in chains:
+    whole, best = pyrodiff.GaussianForward(schedule), right("diagonal", steps, WIDE)
+    for times in TIMES.values():
+        q, v = whole.subchain(times), torch.from_numpy(best[np.array(times) - 1])
+        t, zero = torch.arange(1, len(times) + 1), torch.zeros_like(v)
         close(DiagonalVariance()(q, t, v), optimal(steps, times, WIDE))
-        for k in range(1, len(times) + 1):
-            close(DiagonalVariance()(q, k, v[k - 1 : k]), optimal(steps, times, WIDE)[k - 1 : k])
+        close(DiagonalVariance()(q, t, zero), optimal(steps, times, np.ones(2)))
         if name == "preserving":
-            beta = posteriors(steps, times)[0]
-            close(DiagonalVariance()(q, t, torch.zeros_like(v)), beta[:, None].repeat(2, 1))
-        close(DiagonalVariance()(q, t, torch.zeros_like(v)), optimal(steps, times, np.ones(2)))
+            close(DiagonalVariance()(q, t, zero), posteriors(steps, times)[0][:, None].repeat(2, 1))
 
 
 @every_chain
@@ -224,20 +174,6 @@ def test_data_of_variance_at_most_1_are_within_the_range_after_the_first_step(na
     assert (np.abs(v) < 1).all()
     if name == "preserving":
         assert (right("range", CHAINS[name][1], WIDE)[1:, 1] > 1).all()
-
-
-@every_variance
-def test_it_has_the_shape_and_the_dtype_of_what_the_network_says(kind):
-    q, t, v = pyrodiff.GaussianForward(CHAINS["preserving"][0]), torch.tensor([[1, 3, 4]] * 2), normal(2, 3, 2, 2)
-    found = VARIANCES[kind]()(q, t, v)
-    one = torch.stack([VARIANCES[kind]()(q, int(k), v[:, i]) for i, k in enumerate(t[0])], 1)
-    torch.testing.assert_close(found, one)
-    single = VARIANCES[kind]()(q, t, v.float())
-    assert single.dtype == torch.float32
-    close(single, found, rtol=1e-5)
-    for bad, match in ((0, "t must lie in 1..4, but it is 0"), (5, "but it is 5"), (1.5, "but it is 1.5")):
-        with pytest.raises(ValueError, match=match):
-            VARIANCES[kind]()(q, bad, v)
 
 
 # with the right mean
@@ -441,29 +377,29 @@ def test_in_the_mean_it_is_the_noises_error_and_the_scaled_bound(validate):
     noise, t = normal(K, 64, T, 2, seed=7), torch.arange(1, T + 1).expand(K, 64, T)
     x_t = schedule.signal(t)[..., None] * x_0[:, None] + schedule.noise(t)[..., None] * noise
     simple = (noise - network(x_t, t)[..., 0]).square().sum(-1).mean((1, 2)).detach()
-    bounds = repeat(200, lambda: pyrodiff.bound(diffusion, x_0).nats.mean() - bound.prior.mean())
+    bounds = pyrodiff.bound(diffusion, x_0.repeat(200, 1)).nats.reshape(200, 64).mean(1) - bound.prior.mean()
     pyro.set_rng_seed(3)
+    many = x_0.repeat(20, 1)
     with pyro.validation_enabled(validate):
-        losses = repeat(500, lambda: DiffusionELBO().loss(pair.model, pair.guide, x_0) / 64)
+        losses = repeat(25, lambda: DiffusionELBO().loss(pair.model, pair.guide, many) / len(many))
     expected = bound.prior.mean() + 0.05 * bounds.mean() + simple.mean()
-    error = (losses.var() / 500 + 0.05**2 * bounds.var() / 200 + simple.var() / K).sqrt()
+    error = (losses.var() / 25 + 0.05**2 * bounds.var() / 200 + simple.var() / K).sqrt()
     assert (losses.mean() - expected).abs() < 5 * error
     assert error < 0.01 * expected
 
 
-def test_compiled_it_is_the_same():
+def test_compiled_it_is_the_same(interpreted):
     results, x_0 = [], data(8, WIDE)
-    with torch._inductor.config.patch({"cpp.simdlen": 1}):
-        for compiled in (False, True):
-            pair = learned("diagonal").one_step(weighting=HybridWeighting(0.1))
-            optim, elbo = (lambda p: torch.optim.Adam(p, 0.01)), DiffusionELBO()
-            svi = pyrodiff.SVI(pair.model, pair.guide, optim, elbo, compile=compiled)
-            losses = []
-            for number in range(4):
-                pyro.set_rng_seed(number)
-                losses.append(float(svi.step(x_0)))
-            results.append((losses, [p.detach().clone() for p in pair.model.parameters()]))
-            assert not compiled or len(svi._gradient.compiled._graphs) == 1
+    for compiled in (False, True):
+        pair = learned("diagonal").one_step(weighting=HybridWeighting(0.1))
+        svi = pyrodiff.SVI(pair.model, pair.guide, adam, DiffusionELBO(), compile=compiled)
+        losses = []
+        for number in range(4):
+            pyro.set_rng_seed(number)
+            losses.append(float(svi.step(x_0)))
+        results.append((losses, values(pair.model)))
+        assert not compiled or len(svi._gradient.compiled._graphs) == 1
+    assert interpreted
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 

@@ -454,12 +454,11 @@ def test_a_frozen_schedule_stays(make):
     assert not same(before, values(schedule))
 
 
-@every
-@every_pair
-def test_a_graph_learns_as_the_programs_do(make, one_step, interpreted):
+@pytest.mark.parametrize(("name", "one_step"), [("betas", False), ("log SNR", True), ("log SNR, ends kept", True)])
+def test_a_graph_learns_as_the_programs_do(name, one_step, interpreted):
     found = []
     for compile in (False, True):
-        pair = pair_of(networked(make()), one_step)
+        pair = pair_of(networked(MAKE[name]()), one_step)
         svi = svi_of(pair, compile=compile)
         for seed in range(3):
             torch.manual_seed(seed)
@@ -483,11 +482,11 @@ SEEN = {
 }
 
 
-@every
+@pytest.mark.parametrize("name", ["betas", "log SNR"])
 @pytest.mark.parametrize("see", SEEN.values(), ids=SEEN)
-def test_what_reads_a_schedule_reads_what_was_learned(make, see):
+def test_what_reads_a_schedule_reads_what_was_learned(name, see):
     """As it would a fixed schedule of these betas, before it learns and after."""
-    diffusion = networked(make())
+    diffusion = networked(MAKE[name]())
     for learns in (False, True):
         if learns:
             svi_of(diffusion.one_step()).step(data())
@@ -499,9 +498,9 @@ def test_what_reads_a_schedule_reads_what_was_learned(make, see):
         torch.testing.assert_close(found, see(fixed), rtol=1e-4, atol=1e-4)
 
 
-@every
-def test_a_diffusion_of_one_is_verified(make):
-    found = pyrodiff.verify(networked(make()).double(), data(dtype=torch.float64), num_repeats=20, generator=4)
+@pytest.mark.parametrize("name", ["betas", "log SNR"])
+def test_a_diffusion_of_one_is_verified(name):
+    found = pyrodiff.verify(networked(MAKE[name]()).double(), data(dtype=torch.float64), num_repeats=20, generator=4)
     assert found.passed, str(found)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from torch import nn
+from cases import Returns
 
 import pyrodiff
 
@@ -20,7 +20,6 @@ CHAINS = {
 }
 PREDICTIONS = ("DataPrediction", "NoisePrediction", "ScorePrediction", "VelocityPrediction")
 every_chain = pytest.mark.parametrize("kind", CHAINS)
-every_time = pytest.mark.parametrize("t", range(1, T + 1))
 every_size = pytest.mark.parametrize("D", [1, 3])
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -85,75 +84,70 @@ class Mixture:
         }
 
 
-class Returns(nn.Module):
-    def __init__(self, output):
-        super().__init__()
-        self.output = output
-
-    def forward(self, x_t, t):
-        return self.output(x_t) if callable(self.output) else self.output
-
-
 def denoiser(name, kind, output):
     return getattr(pyrodiff, name)(Returns(output), pyrodiff.GaussianForward(CHAINS[kind][0]))
 
 
 @every_chain
-@every_time
 @every_size
-def test_the_mean_of_the_data_is_told_by_the_score(kind, t, D):
+def test_the_mean_of_the_data_is_told_by_the_score(kind, D):
     """E[x_0 | x_t] = (x_t + b^2 score) / a: Eqs. 131 to 133."""
-    mixture = Mixture(kind, t, D)
-    mean, _ = mixture.posterior()
-    torch.testing.assert_close((mixture.x_t + mixture.b**2 * mixture.score()) / mixture.a, mean, **EXACT)
-    torch.testing.assert_close(denoiser("ScorePrediction", kind, mixture.score())(mixture.x_t, t), mean, **EXACT)
+    for t in range(1, T + 1):
+        mixture = Mixture(kind, t, D)
+        mean, _ = mixture.posterior()
+        torch.testing.assert_close((mixture.x_t + mixture.b**2 * mixture.score()) / mixture.a, mean, **EXACT)
+        torch.testing.assert_close(denoiser("ScorePrediction", kind, mixture.score())(mixture.x_t, t), mean, **EXACT)
 
 
 @every_chain
-@every_time
 @every_size
-def test_the_covariance_of_the_data_is_told_by_the_jacobian_of_the_score(kind, t, D):
+def test_the_covariance_of_the_data_is_told_by_the_jacobian_of_the_score(kind, D):
     """Cov[x_0 | x_t] = b^2 / a^2 (I + b^2 Jacobian); and b^2 / a times the Jacobian of the mean."""
-    mixture = Mixture(kind, t, D)
-    _, covariance = mixture.posterior()
-    a, b, eye = mixture.a, mixture.b, torch.eye(D, dtype=torch.float64)
-    torch.testing.assert_close(b**2 / a**2 * (eye + b**2 * mixture.score_jacobian()), covariance, **EXACT)
-    reads = denoiser("ScorePrediction", kind, mixture.score)
-    jacobian = torch.autograd.functional.jacobian(lambda x: reads(x, t).sum(0), mixture.x_t).transpose(0, 1)
-    torch.testing.assert_close(b**2 / a * jacobian, covariance, **EXACT)
+    for t in range(1, T + 1):
+        mixture = Mixture(kind, t, D)
+        _, covariance = mixture.posterior()
+        a, b, eye = mixture.a, mixture.b, torch.eye(D, dtype=torch.float64)
+        torch.testing.assert_close(b**2 / a**2 * (eye + b**2 * mixture.score_jacobian()), covariance, **EXACT)
+        reads = denoiser("ScorePrediction", kind, lambda x_t, t, mixture=mixture: mixture.score(x_t))
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, t=t, reads=reads: reads(x, t).sum(0), mixture.x_t
+        ).transpose(0, 1)
+        torch.testing.assert_close(b**2 / a * jacobian, covariance, **EXACT)
 
 
 @every_chain
-@every_time
 @pytest.mark.parametrize("name", PREDICTIONS)
-def test_each_prediction_is_told_by_each_other(name, kind, t):
+def test_each_prediction_is_told_by_each_other(name, kind):
     """Eqs. 115, 133, 149 and 151: the network that returns the conditional mean of its target reads E[x_0 | x_t]."""
-    mixture = Mixture(kind, t, 3)
-    targets, forward = mixture.targets(), pyrodiff.GaussianForward(CHAINS[kind][0])
-    x_0 = denoiser(name, kind, targets[name])(mixture.x_t, t)
-    torch.testing.assert_close(x_0, targets["DataPrediction"], **EXACT)
-    torch.testing.assert_close(forward.noise(mixture.x_t, x_0, t), targets["NoisePrediction"], **EXACT)
-    torch.testing.assert_close(forward.score(mixture.x_t, x_0, t), mixture.score(), **EXACT)
-    torch.testing.assert_close(forward.velocity(mixture.x_t, x_0, t), targets["VelocityPrediction"], **EXACT)
+    for t in range(1, T + 1):
+        mixture = Mixture(kind, t, 3)
+        targets, forward = mixture.targets(), pyrodiff.GaussianForward(CHAINS[kind][0])
+        x_0 = denoiser(name, kind, targets[name])(mixture.x_t, t)
+        torch.testing.assert_close(x_0, targets["DataPrediction"], **EXACT)
+        torch.testing.assert_close(forward.noise(mixture.x_t, x_0, t), targets["NoisePrediction"], **EXACT)
+        torch.testing.assert_close(forward.score(mixture.x_t, x_0, t), mixture.score(), **EXACT)
+        torch.testing.assert_close(forward.velocity(mixture.x_t, x_0, t), targets["VelocityPrediction"], **EXACT)
 
 
 @every_chain
-@every_time
-def test_the_noise_is_minus_the_scaled_score(kind, t):
+def test_the_noise_is_minus_the_scaled_score(kind):
     """Eqs. 150 and 151, in the mean given x_t."""
-    mixture = Mixture(kind, t, 3)
-    torch.testing.assert_close(-mixture.b * mixture.score(), mixture.targets()["NoisePrediction"], **EXACT)
+    for t in range(1, T + 1):
+        mixture = Mixture(kind, t, 3)
+        torch.testing.assert_close(-mixture.b * mixture.score(), mixture.targets()["NoisePrediction"], **EXACT)
 
 
-@every_time
-def test_the_mean_of_the_reverse_step_is_told_by_the_score(t):
+def test_the_mean_of_the_reverse_step_is_told_by_the_score():
     """Eqs. 142 and 143: (x_t + beta_t score) / sqrt(1 - beta_t), which is the mean of the exact p(x_{t-1} | x_t)."""
-    mixture = Mixture("VP", t, 3)
-    forward = pyrodiff.GaussianForward(CHAINS["VP"][0])
-    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.ScorePrediction(Returns(mixture.score), forward))
-    beta = BETAS[t - 1]
-    expected = (mixture.x_t + beta * mixture.score()) / (1 - beta) ** 0.5
-    torch.testing.assert_close(reverse(mixture.x_t, t).mean, expected, **EXACT)
+    for t in range(1, T + 1):
+        mixture = Mixture("VP", t, 3)
+        forward = pyrodiff.GaussianForward(CHAINS["VP"][0])
+        reverse = pyrodiff.GaussianReverse(
+            forward, pyrodiff.ScorePrediction(Returns(lambda x_t, t, mixture=mixture: mixture.score(x_t)), forward)
+        )
+        beta = BETAS[t - 1]
+        expected = (mixture.x_t + beta * mixture.score()) / (1 - beta) ** 0.5
+        torch.testing.assert_close(reverse(mixture.x_t, t).mean, expected, **EXACT)
 
 
 @every_chain

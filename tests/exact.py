@@ -1,8 +1,11 @@
 """Diffusions that are known in closed form, and the judgement of random numbers by their standard error."""
 
+import contextlib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroSample
@@ -20,6 +23,41 @@ def far(draws: Tensor, expected: Tensor | float, errors: float = 5.0) -> bool:
 def repeat(number: int, draw: Callable[[], Tensor | float]) -> Tensor:
     """So many draws, stacked in float64."""
     return torch.stack([torch.as_tensor(draw(), dtype=torch.float64).detach() for _ in range(number)])
+
+
+def differ(ours: Tensor, theirs: Tensor, rounding: float = 1e-10) -> bool:
+    """Whether the means of two samples are, anywhere, 5 standard errors apart."""
+    error = (ours.var(0) / len(ours) + theirs.var(0) / len(theirs)).sqrt()
+    return bool(((ours.mean(0) - theirs.mean(0)).abs() > 5 * error + rounding).any())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within, Pyro, and this package, may say what they like."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def side_by_side(number: int, *programs: Callable) -> list[Callable]:
+    """The programs, each run so often at once: in a plate around all their sites, which makes draws of each run.
+
+    A loss is then the sum of so many, for the time that Python takes for one.
+    """
+
+    def many(program: Callable) -> Callable:
+        def run(*args: object, **kwargs: object) -> object:
+            with pyro.plate("num_particles_vectorized", number, dim=-4):  # as Pyro calls its own
+                return program(*args, **kwargs)
+
+        return run
+
+    return [many(program) for program in programs]
+
+
+def of_each(terms: dict[str, Tensor], number: int) -> Tensor:
+    """The losses of runs side by side, from the terms of all sites."""
+    return sum(term.detach().double().reshape(number, -1).sum(1) for term in terms.values())
 
 
 def gradient(loss: Tensor, module: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ The bound is E_q log q(z) / p(z, x): in closed form, or the mean of Pyro's Trace
 """
 
 import contextlib
+import functools
 import math
 import warnings
 
@@ -11,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import far, gaussian_diffusion, gradient, repeat
+from exact import differ, far, gaussian_diffusion, gradient, of_each, quiet, repeat, side_by_side
 from loops import still
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, autoguide, config_enumerate
@@ -26,25 +27,15 @@ from pyrodiff import SVI, DiffusionELBO
 X = torch.tensor([0.3, -1.2, 2.0, 0.8, -0.5])
 ODD = torch.tensor([True, False, True, False, True])
 LOG_2PI = math.log(2 * math.pi)
+RUNS = 25  # side by side
+differ = functools.partial(differ, rounding=1e-5)
 
 
-@contextlib.contextmanager
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def differ(ours, theirs):
-    """Whether the means of two samples are 5 standard errors apart."""
-    error = (ours.var(0) / len(ours) + theirs.var(0) / len(theirs)).sqrt()
-    return bool(((ours.mean(0) - theirs.mean(0)).abs() > 5 * error + 1e-5).any())
-
-
-def means(model, guide, *args, number=400, elbos=(DiffusionELBO, Trace_ELBO), **options):
-    """Losses by each ELBO."""
+def means(model, guide, *args, calls=20, elbos=(DiffusionELBO, Trace_ELBO), **options):
+    """Losses by each ELBO: of 25 runs side by side the mean; with options, of the particles that these ask for."""
+    runs, pair = (1, (model, guide)) if options else (RUNS, side_by_side(RUNS, model, guide))
     with quiet():
-        return [repeat(number, lambda e=elbo: e(**options).loss(model, guide, *args)) for elbo in elbos]
+        return [repeat(calls, lambda e=elbo: e(**options).loss(*pair, *args) / runs) for elbo in elbos]
 
 
 def kl(m, s, loc=0.0, scale=1.0):
@@ -101,7 +92,7 @@ TWO = {  # the moments of a, of b - a and of x - b
 def test_two_sites_have_the_closed_form(name):
     guide, expected = TWO[name]
     expected = expected - entropy(0.5)
-    ours, pyros = means(two, guide, number=600, elbos=(DiffusionELBO, TraceMeanField_ELBO))
+    ours, pyros = means(two, guide, calls=24, elbos=(DiffusionELBO, TraceMeanField_ELBO))
     assert not far(ours, expected)
     assert far(pyros, expected) == (name == "the other way")  # where Pyro warns, and is wrong
     with warnings.catch_warnings(record=True) as record:
@@ -115,6 +106,7 @@ def test_a_parameter_of_the_guide_has_the_gradient_of_the_closed_form():
     with quiet():
         factorised()
     loc = pyro.get_param_store()._params["loc"]
+    model, guide = side_by_side(RUNS, two, factorised)
     for wrap, weight in ((contextlib.nullcontext, 1.0), (lambda: poutine.scale(scale=3.0), 3.0)):
 
         def scaled(program, wrap=wrap):
@@ -122,17 +114,17 @@ def test_a_parameter_of_the_guide_has_the_gradient_of_the_closed_form():
                 program()
 
         def draw(scaled=scaled):
-            loss = DiffusionELBO().differentiable_loss(lambda: scaled(two), lambda: scaled(factorised))
-            return torch.autograd.grad(loss, loc)[0]
+            loss = DiffusionELBO().differentiable_loss(lambda: scaled(model), lambda: scaled(guide))
+            return torch.autograd.grad(loss, loc)[0] / RUNS
 
-        assert not far(repeat(300, draw), weight * (0.4 - 0.3))
-    svi = SVI(two, factorised, still, DiffusionELBO())
+        assert not far(repeat(20, draw), weight * (0.4 - 0.3))
+    svi = SVI(model, guide, still, DiffusionELBO())
 
     def step():
         svi.step()
-        return loc.grad
+        return loc.grad / RUNS
 
-    assert not far(repeat(300, step), 0.1)
+    assert not far(repeat(20, step), 0.1)
 
 
 def test_a_model_without_latents_costs_what_it_observes():
@@ -148,7 +140,7 @@ def test_a_model_without_latents_costs_what_it_observes():
 
 
 def test_latents_without_data_cost_their_kl():
-    draws = repeat(500, lambda: DiffusionELBO().loss(poutine.block(two, hide=["x"]), factorised))
+    (draws,) = means(poutine.block(two, hide=["x"]), factorised, elbos=[DiffusionELBO])
     assert not far(draws, TWO["factorised"][1] - square(0.3, 0.09) - entropy(0.5))
 
 
@@ -202,7 +194,7 @@ MASKS = {"all": True, "none": False, "odd": ODD, "all, as a tensor": torch.tenso
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("kind", ["law", "handler"])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}], ids=["one", "particles"]
+    "options", [{}, {"num_particles": 25, "vectorize_particles": True, "max_plate_nesting": 1}], ids=["one", "particles"]
 )
 def test_a_mask_in_both_programs_masks_the_kl(name, kind, options):
     mask = MASKS[name]
@@ -216,7 +208,7 @@ def test_a_mask_in_both_programs_masks_the_kl(name, kind, options):
         terms = DiffusionELBO(**options).terms(model, guide, X)
         torch.testing.assert_close(terms["z"], costs)
     expected = float((costs + square(0.5 * X, 0.49)).sum())
-    ours, theirs = means(model, guide, X, number=250, **options)
+    ours, theirs = means(model, guide, X, **options)
     assert not far(ours, expected)
     assert not far(theirs, expected)
 
@@ -309,7 +301,7 @@ def test_nested_and_crossed_plates_have_the_closed_form():
     mean = 0.3 + 0.3 * torch.arange(3.0) + 1.2
     expected = 2 * one + kl(0.3 * torch.arange(3.0), 0.5, 0.2 * torch.arange(3.0)).sum() + 24 * one
     assert not far(means(model, guide)[0], expected + 2 * square(1 - mean, 6 * 0.25).sum())
-    options = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+    options = {"num_particles": RUNS, "vectorize_particles": True, "max_plate_nesting": 2}
     assert not far(means(model, guide, **options)[0], expected + 2 * square(1 - mean, 6 * 0.25).sum())
 
 
@@ -338,7 +330,7 @@ def test_subsamples_in_both_programs_count_for_all(sequential):
                     pyro.sample("z", dist.Normal(0.4 * data[index], 0.7))
 
     expected = (kl(0.4 * data, 0.7) + square(0.6 * data, 0.49)).sum()
-    assert not far(means(model, guide, number=800, elbos=[DiffusionELBO])[0], expected)
+    assert not far(means(model, guide, calls=100, elbos=[DiffusionELBO])[0], expected)
 
 
 # Deltas, and laws without a KL
@@ -404,10 +396,10 @@ def test_a_law_without_a_kl_is_right_in_mean_and_in_silence(name):
     def guide():
         pyro.sample("z", q())
 
-    ours = repeat(800, lambda: DiffusionELBO().loss(model, guide))
+    ours = of_each(DiffusionELBO().terms(*side_by_side(4000, model, guide)), 4000)
     law_q, law_p = q(), p()
     with torch.no_grad():
-        z = torch.stack([law_q.sample() for _ in range(3000)])
+        z = law_q.sample((4000,))
         ratio = (law_q.log_prob(z) - law_p.log_prob(z)).double()
     assert not differ(ours, ratio)
 
@@ -486,7 +478,7 @@ MESSENGERS = ("AutoNormalMessenger", "AutoHierarchicalNormalMessenger")
 def test_an_automatic_guide_has_the_mean_of_trace_elbo(name):
     guide = GUIDES[name](hierarchical)
     guide(X)
-    assert not differ(*means(hierarchical, guide, X, number=250))
+    assert not differ(*means(hierarchical, guide, X))
 
 
 @pytest.mark.parametrize("name", MESSENGERS)
@@ -495,8 +487,9 @@ def test_a_guide_that_is_the_model_with_other_laws_has_the_mean_of_trace_elbo(na
     """Its trace has the model's observed sites too, which are no part of q."""
     guide = messenger(name)(hierarchical)
     guide(X)
+    particles = {"num_particles": RUNS, "vectorize_particles": True, "max_plate_nesting": 1}
     with pyro.validation_enabled(validated):
-        assert not differ(*means(hierarchical, guide, X, number=250))
+        assert not differ(*means(hierarchical, guide, X, **particles))
 
 
 @pytest.mark.parametrize("name", ["AutoNormal", "AutoDiagonalNormal", "AutoMultivariateNormal"])
@@ -509,7 +502,7 @@ def test_the_jacobian_of_a_constrained_site_counts(name):
 
     guide = getattr(autoguide, name)(model, init_loc_fn=init_to_median, init_scale=0.2)
     guide()
-    ours, theirs, pyros = means(model, guide, number=300, elbos=(DiffusionELBO, Trace_ELBO, TraceMeanField_ELBO))
+    ours, theirs, pyros = means(model, guide, elbos=(DiffusionELBO, Trace_ELBO, TraceMeanField_ELBO))
     assert not differ(ours, theirs)
     assert abs(float(pyros.mean() - ours.mean())) > 1
     medians = guide.median()
@@ -545,11 +538,13 @@ def test_an_automatic_guide_learns_by_the_gradient_of_trace_elbo(name):
     guide = GUIDES[name](hierarchical)
     guide(X)
 
+    pair = side_by_side(RUNS, hierarchical, guide)
+
     def draw(elbo):
-        return gradient(elbo.differentiable_loss(hierarchical, guide, X), guide)
+        return gradient(elbo.differentiable_loss(*pair, X), guide) / RUNS
 
     with quiet():
-        ours, theirs = (repeat(300, lambda e=elbo: draw(e())) for elbo in (DiffusionELBO, Trace_ELBO))
+        ours, theirs = (repeat(20, lambda e=elbo: draw(e())) for elbo in (DiffusionELBO, Trace_ELBO))
     assert float(ours.mean(0).abs().max()) > 1
     assert not differ(ours, theirs)
 
@@ -561,7 +556,7 @@ def test_a_reparameterised_model_has_the_mean_of_trace_elbo(config):
     model = poutine.reparam(hierarchical, config=config)
     guide = autoguide.AutoNormal(model, init_loc_fn=init_to_median)
     guide(X)
-    assert not differ(*means(model, guide, X, number=250))
+    assert not differ(*means(model, guide, X))
 
 
 def test_a_factor_of_the_model_counts_and_one_of_the_guide_is_refused():
@@ -607,12 +602,12 @@ def test_the_one_step_pair_has_the_bound_where_nothing_is_enumerated(dtype, opti
     expected = torch.cat([-log_p[None], gradient(-log_p, diffusion)]).detach().double()
 
     def draw():
-        loss = elbo.differentiable_loss(pair.model, pair.guide, x_0)
+        loss = elbo.differentiable_loss(pair.model, pair.guide, x_0.repeat(RUNS, 1)) / RUNS
         assert loss.dtype == dtype
         return torch.cat([loss[None], gradient(loss, diffusion)])
 
     with quiet():
-        draws = repeat(250, draw)
+        draws = repeat(20, draw)
     assert not far(draws, expected)
     with pytest.warns(UserWarning, match="no sample sites configured for enumeration"):
         elbo.loss(pair.model, pair.guide, x_0)
@@ -659,22 +654,20 @@ def label_bound():
 @pytest.mark.parametrize("one_step", [False, True])
 def test_a_pair_beside_an_enumerated_label_has_the_sum_of_their_bounds(dtype, first, one_step):
     diffusion, x_0 = small_diffusion(dtype), DATA.to(dtype)
-    model, guide = labelled(diffusion.one_step() if one_step else diffusion, inside=first)
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    model, guide = side_by_side(RUNS, *labelled(diffusion.one_step() if one_step else diffusion, inside=first))
+    elbo = TraceEnum_ELBO(max_plate_nesting=4)
     log_p = diffusion.model.prior.law(0).log_prob(x_0).sum()
 
     def draw():
-        loss = elbo.differentiable_loss(model, guide, x_0)
+        loss = elbo.differentiable_loss(model, guide, x_0) / RUNS
         return torch.cat([loss[None], gradient(loss, diffusion)])
 
-    draws = repeat(200, draw)
+    draws = repeat(20, draw)
     expected = torch.cat([label_bound() - log_p[None], gradient(-log_p, diffusion)]).detach().double()
     rounding = 1e-4 if dtype is torch.float32 else 1e-9
     off = (draws.mean(0) - expected).abs()
-    assert bool((off <= 5 * draws.std(0) / 200**0.5 + rounding).all())
-    with torch.no_grad():  # the label itself is summed over: of the trajectory pair, whose kernels are exact, no draw
-        spread = repeat(20, lambda: elbo.loss(model, guide, x_0)).std()
-    assert one_step or float(spread) < rounding
+    assert bool((off <= 5 * draws.std(0) / 20**0.5 + rounding).all())  # the label itself is summed over:
+    assert one_step or float(draws[:, 0].std()) < rounding  # of the trajectory pair, whose kernels are exact, no draw
 
 
 class ByTheLabel(nn.Module):
@@ -732,8 +725,8 @@ def test_a_chain_of_bits_is_enumerated_to_rounding():
     expected = sum(bit_bound(diffusion.reverse, int(x)) for x in x_0)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient(loss, diffusion), gradient(expected, diffusion), rtol=1e-9, atol=1e-10)
-    draws = repeat(300, lambda: DiffusionELBO().loss(diffusion.model, diffusion.guide, x_0))
-    assert not far(draws, float(expected.detach()))
+    draws = of_each(DiffusionELBO().terms(diffusion.model, diffusion.guide, x_0.repeat_interleave(3000)), 9000)
+    assert not far(draws.reshape(3, 3000).sum(0), float(expected.detach()))
 
 
 @pytest.mark.parametrize("validated", [True, False])
@@ -756,16 +749,16 @@ def test_a_label_of_all_data_is_summed_over_before_the_chain(validated):
     mean = x_0[:, None] * (1 - 0.6 * math.sqrt(0.7)) - reverse.loc
     of_label = (prior[:, None] + square(mean, 0.36 * 0.3, 0.8)).sum(0)
     expected = (q * (of_label + q.log() + math.log(3))).sum()
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    elbo, pair = TraceEnum_ELBO(max_plate_nesting=4), side_by_side(RUNS, model, guide)
 
     def draw():
-        loss = elbo.differentiable_loss(model, guide, x_0)
+        loss = elbo.differentiable_loss(*pair, x_0) / RUNS
         return torch.cat([loss[None], gradient(loss, diffusion)])
 
-    ours = repeat(800, lambda: DiffusionELBO().loss(model, guide, x_0))
+    (ours,) = means(model, guide, x_0, calls=32, elbos=[DiffusionELBO])
     assert not far(ours, float(expected.detach()))
     with pyro.validation_enabled(validated):
-        draws = repeat(500, draw)
+        draws = repeat(20, draw)
     assert not far(draws, torch.cat([expected[None], gradient(expected, diffusion)]).detach())
 
 

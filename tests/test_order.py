@@ -16,7 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import far, gaussian_diffusion, gradient, repeat
+from exact import differ, far, gaussian_diffusion, gradient, of_each, quiet, repeat, side_by_side
 from loops import sgd, still
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -27,12 +27,7 @@ import pyrodiff
 from pyrodiff import SVI, DiffusionELBO
 
 
-@contextlib.contextmanager
-def quiet():
-    """Within, Pyro, and this package, may say what they like."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+RUNS = 25  # side by side
 
 
 def warned(call):
@@ -46,12 +41,6 @@ def warned(call):
 def named(message, names):
     """Those of the names that a message mentions, as words."""
     return {name for name in names if re.search(rf"\b{name}\b", message)}
-
-
-def differ(ours, theirs):
-    """Whether the means of two samples are, anywhere, 5 standard errors apart."""
-    error = (ours.var(0) / len(ours) + theirs.var(0) / len(theirs)).sqrt()
-    return bool(((ours.mean(0) - theirs.mean(0)).abs() > 5 * error + 1e-10).any())
 
 
 # All orders of three bits, all outcomes summed
@@ -225,7 +214,7 @@ def test_a_guide_from_x_1_up_has_the_bound_in_mean(shift, widen, options):
     guide, expected = natural(diffusion), closed_bound(shift, widen)
     with quiet():
         ours, pyros = (
-            repeat(150, lambda elbo=elbo: elbo(**options).loss(diffusion.model, guide, X_0))
+            repeat(20, lambda elbo=elbo: elbo(**options).loss(diffusion.model, guide, X_0.repeat(RUNS, 1)) / RUNS)
             for elbo in (DiffusionELBO, TraceMeanField_ELBO)
         )
     assert not far(ours, expected)
@@ -238,8 +227,9 @@ def test_a_guide_from_x_1_up_has_the_gradient_of_the_pair(shift, widen):
     diffusion, elbo = diffusion_of(shift, widen), DiffusionELBO()
 
     def draws(guide):
+        x_0 = X_0.repeat(2 * RUNS, 1)
         return repeat(
-            200, lambda: gradient(elbo.differentiable_loss(diffusion.model, guide, X_0.repeat(4, 1)) / 4, diffusion)
+            20, lambda: gradient(elbo.differentiable_loss(diffusion.model, guide, x_0) / 2 / RUNS, diffusion)
         )
 
     with quiet():
@@ -297,7 +287,7 @@ def test_a_subclass_of_the_guide_that_draws_in_another_order_is_not_taken_for_th
     elbo = DiffusionELBO()
     with quiet(), pyro.validation_enabled(False):
         assert elbo.loss(diffusion.model, diffusion.guide, X_0) > 0
-        draws = repeat(150, lambda: elbo.loss(diffusion.model, guide, X_0))
+        draws = repeat(20, lambda: elbo.loss(diffusion.model, guide, X_0.repeat(RUNS, 1)) / RUNS)
     assert not far(draws, closed_bound(*SHIFTED[1]))
 
 
@@ -339,7 +329,7 @@ def chain_of_the_diffusion(diffusion):
 
 
 class FromTheDatum(nn.Module):
-    """q(z_0) with a learned mean and scale of each datum, and q(z_1:6 | z_0) of the forward process."""
+    """q(z_0) with a learned mean and scale of each datum of Y, and q(z_1:6 | z_0) of the forward process."""
 
     def __init__(self, diffusion):
         super().__init__()
@@ -347,10 +337,13 @@ class FromTheDatum(nn.Module):
         self.scale = nn.Parameter(torch.tensor([0.4, 0.7, 0.5], dtype=torch.float64))
         self.diffusion = [diffusion]
 
+    def law(self, y):
+        return dist.Normal(*(part.repeat(len(y) // len(Y)) for part in (self.loc, self.scale)))
+
     def forward(self, y):
         q, T = self.diffusion[0].forward_process, self.diffusion[0].num_steps
         with pyro.plate("data", len(y), dim=-1):
-            x_0 = pyro.sample("x_0", dist.Normal(self.loc, self.scale))
+            x_0 = pyro.sample("x_0", self.law(y))
             x = pyro.sample(f"x_{T}", q.marginal(x_0, times(x_0, T, 0)))
             for t in range(T, 1, -1):
                 x = pyro.sample(f"x_{t - 1}", q.posterior(x, x_0, times(x, t, 0)))
@@ -361,7 +354,7 @@ class WithTheDiffusionsGuide(FromTheDatum):
 
     def forward(self, y):
         with pyro.plate("latent", len(y), dim=-1):
-            x_0 = pyro.sample("x_0", dist.Normal(self.loc, self.scale))
+            x_0 = pyro.sample("x_0", self.law(y))
         self.diffusion[0].guide(x_0)
 
 
@@ -390,7 +383,7 @@ def test_a_diffusion_as_a_prior_has_the_evidence_and_the_gap(chain):
     expected, _ = loss_given(guide)
     with quiet():
         ours, pyros, plain = (
-            repeat(200, lambda elbo=elbo: elbo.loss(model, guide, Y))
+            repeat(20, lambda elbo=elbo: elbo.loss(model, guide, Y.repeat(RUNS)) / RUNS)
             for elbo in (DiffusionELBO(), TraceMeanField_ELBO(), Trace_ELBO())
         )
     assert not far(ours, expected)
@@ -405,8 +398,10 @@ def test_a_diffusion_as_a_prior_has_the_gradient_of_the_gap(chain):
     model, guide = CHAINS[chain][0](diffusion), CHAINS[chain][1](diffusion)
     _, expected = loss_given(guide)
     with quiet():
-        draws = repeat(250, lambda: gradient(DiffusionELBO().differentiable_loss(model, guide, Y), guide))
-        pyros = repeat(250, lambda: gradient(TraceMeanField_ELBO().differentiable_loss(model, guide, Y), guide))
+        draws, pyros = (
+            repeat(20, lambda e=elbo: gradient(e.differentiable_loss(model, guide, Y.repeat(RUNS)) / RUNS, guide))
+            for elbo in (DiffusionELBO(), TraceMeanField_ELBO())
+        )
     assert float(expected.abs().max()) > 0.5
     assert not far(draws, expected)
     assert far(pyros, expected)
@@ -449,8 +444,8 @@ ODD = torch.tensor([True, False, True, False, True])
 PARTICLES = {
     "one": {},
     "many": {"num_particles": 3},
-    "vectorised": {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1},
-    "vectorised, guessed": {"num_particles": 3, "vectorize_particles": True},
+    "vectorised": {"num_particles": RUNS, "vectorize_particles": True, "max_plate_nesting": 1},
+    "vectorised, guessed": {"num_particles": RUNS, "vectorize_particles": True},
 }
 particles = pytest.mark.parametrize("options", PARTICLES.values(), ids=PARTICLES)
 
@@ -528,22 +523,25 @@ HANDLERS = {
 }
 
 
-@particles
-@pytest.mark.parametrize("handlers", HANDLERS)
+@pytest.mark.parametrize(
+    ("handlers", "options"),
+    [*((name, PARTICLES["one"]) for name in HANDLERS), *(("both", PARTICLES[name]) for name in list(PARTICLES)[1:])],
+)
 def test_a_global_drawn_last_with_handlers_in_both_has_the_closed_form(handlers, options):
     """Value and gradient, to what the model learns and to what the guide does."""
     around, weights = HANDLERS[handlers]
     pair = nn.ModuleList([Local(*around), GlobalLast(*around)])
     bound = local_bound(*pair, **weights)
     expected = torch.cat([bound[None], gradient(bound, pair)]).detach()
-    elbo = DiffusionELBO(**options)
+    elbo, runs = DiffusionELBO(**options), 1 if "vectorize_particles" in options else RUNS
+    programs = pair if runs == 1 else side_by_side(runs, *pair)
 
     def draw():
-        loss = elbo.differentiable_loss(*pair, X)
+        loss = elbo.differentiable_loss(*programs, X) / runs
         return torch.cat([loss[None], gradient(loss, pair)])
 
     with quiet():
-        draws = repeat(250, draw)
+        draws = repeat(20, draw)
     assert not far(draws, expected)
 
 
@@ -567,12 +565,12 @@ def test_the_global_drawn_first_has_the_closed_form_too():
     of_z = (square(0.5 * X - 0.1, 0.36 + 0.25, 0.7) - entropy(0.6)).sum()
 
     def draw(guide):
-        terms = DiffusionELBO().terms(model, guide, X)
-        return torch.stack([sum(term.sum() for term in terms.values()), terms["z"].sum()])
+        terms = DiffusionELBO().terms(*side_by_side(1000, model, guide), X)
+        return torch.stack([of_each(terms, 1000), of_each({"z": terms["z"]}, 1000)], -1)
 
-    draws = [repeat(400, lambda: draw(first))]  # in silence
+    draws = [draw(first)]  # in silence
     with quiet():
-        draws.append(repeat(400, lambda: draw(last)))
+        draws.append(draw(last))
     assert not any(far(each, torch.stack([expected, of_z])) for each in draws)
     assert draws[0][:, 1].var() < draws[1][:, 1].var()  # a KL is the mean of a log ratio, given what was drawn before
 
@@ -606,13 +604,16 @@ def nested(first):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 2}], ids=["one", "particles"]
+    "options",
+    [{}, {"num_particles": RUNS, "vectorize_particles": True, "max_plate_nesting": 2}],
+    ids=["one", "particles"],
 )
 def test_nested_plates_in_either_order(first, options):
     model, guide = nested(first)
+    runs, pair = (1, (model, guide)) if options else (RUNS, side_by_side(RUNS, model, guide))
     with quiet():
         ours, theirs = (
-            repeat(500, lambda elbo=elbo: elbo(**options).loss(model, guide)) for elbo in (DiffusionELBO, Trace_ELBO)
+            repeat(24, lambda elbo=elbo: elbo(**options).loss(*pair) / runs) for elbo in (DiffusionELBO, Trace_ELBO)
         )
         terms = DiffusionELBO(**options).terms(model, guide)
     assert not differ(ours, theirs)
@@ -634,8 +635,9 @@ def test_a_subsampled_plate_in_either_order():
             pyro.sample("z", dist.Normal(0.5 * x[index], 0.6))
         pyro.sample("g", dist.Normal(number(0.2), 0.5))
 
+    pair = side_by_side(RUNS, model, guide)
     with quiet():
-        draws = repeat(2000, lambda: DiffusionELBO().loss(model, guide))
+        draws = repeat(200, lambda: DiffusionELBO().loss(*pair) / RUNS)
     of_z = square(0.5 * x - 0.2, 0.36 + 0.25, 0.7) - entropy(0.6) + square(0.5 * x, 0.36, 0.9)
     assert not far(draws, float(of_z.sum()) + square(-0.1, 0.25, 1.2) - float(entropy(0.5)))
 
@@ -661,12 +663,14 @@ def test_a_delta_in_either_order_costs_its_log_density(order):
     bound = square(mean, 0.09, 1.0) - entropy(0.3) + 0.25 + square(point - mean, 0.09, 0.8) + square(1.5 - point, 0, 1)
     expected = torch.stack([bound, *torch.autograd.grad(bound, point)]).detach()
 
+    pair = side_by_side(3 * RUNS, model, guide)
+
     def draw():
-        loss = DiffusionELBO().differentiable_loss(model, guide)
+        loss = DiffusionELBO().differentiable_loss(*pair) / 3 / RUNS
         return torch.stack([loss, *torch.autograd.grad(loss, point)])
 
     with quiet():
-        draws = repeat(1500, draw)
+        draws = repeat(20, draw)
     assert not far(draws, expected)
 
 
@@ -688,7 +692,7 @@ def test_where_a_law_has_no_kl_another_order_is_right_all_the_same():
     log_p = torch.distributions.StudentT(3.0, 0.2, 1.1).log_prob(a) + torch.distributions.Normal(a, 0.8).log_prob(b)
     log_q = torch.distributions.Normal(0.4, 0.5).log_prob(b) + torch.distributions.Normal(0.5 * b, 0.6).log_prob(a)
     with quiet():
-        draws = repeat(2000, lambda: DiffusionELBO().loss(model, guide))
+        draws = of_each(DiffusionELBO().terms(*side_by_side(2000, model, guide)), 2000)
     assert not far(draws, float((weights * (log_q - log_p)).sum()))
 
 
@@ -817,7 +821,7 @@ def reversible(x, order="gz", weight=None):
     z = number(0.5)
     for name in order:
         if name == "g":
-            mean = z.mean(-1) if z.dim() else z
+            mean = z.mean(-1, keepdim=z.dim() > 1) if z.dim() else z
             pyro.sample("g", dist.Normal(weight * mean + 0.1, 0.5))
         else:
             with pyro.plate("data", len(x), dim=-1):
@@ -837,17 +841,13 @@ def test_the_order_is_judged_at_every_call_validated_or_not(validated):
         last_first += (square(mean_z - 0.3, 0.61, 0.7) - square(mean_z - 0.1, 0.61, 0.7)).sum()
         last.weight.fill_(0.4)
         other = local_bound(model, last)
+
+    def draw(order):
+        return elbo.loss(*side_by_side(RUNS, model, lambda x: reversible(x, order)), X) / RUNS
+
     with quiet(), pyro.validation_enabled(validated):
-        both = torch.stack(
-            [
-                repeat(600, lambda order=order: elbo.loss(model, lambda x: reversible(x, order), X))
-                for order in ("gz", "zg")
-            ],
-            -1,
-        )
-        turns = repeat(
-            600, lambda: torch.tensor([elbo.loss(model, lambda x, o=o: reversible(x, o), X) for o in ("gz", "zg")])
-        )
+        both = torch.stack([repeat(24, lambda order=order: draw(order)) for order in ("gz", "zg")], -1)
+        turns = repeat(24, lambda: torch.tensor([draw(order) for order in ("gz", "zg")]))
     expected = torch.stack([last_first, other])
     assert not far(both, expected)
     assert not far(turns, expected)
@@ -865,15 +865,15 @@ def test_training_on_a_pair_in_another_order_has_the_bound_in_mean(compiled, int
     pair = nn.ModuleList([Local(), GlobalLast()])
     bound = local_bound(*pair)
     expected = torch.cat([bound[None], gradient(bound, pair)]).detach()
-    svi = SVI(*pair, still, DiffusionELBO(), compile=compiled)
+    svi = SVI(*side_by_side(RUNS, *pair), still, DiffusionELBO(), compile=compiled)
     messages = []
 
     def draw():
         messages.extend(warned(lambda: losses.append(svi.step(X))))
-        return torch.cat([losses[-1][None], *(p.grad[None] for p in pair.parameters())])
+        return torch.cat([losses[-1][None], *(p.grad[None] for p in pair.parameters())]) / RUNS
 
     losses = []
-    draws = repeat(500, draw)
+    draws = repeat(20, draw)
     assert not far(draws, expected)
     assert len(interpreted) == compiled
     assert len(messages) == 1
@@ -884,15 +884,15 @@ def test_training_on_a_pair_in_another_order_has_the_bound_in_mean(compiled, int
 def test_one_object_in_two_trainings_judges_each(compiled, interpreted):
     elbo, model, last = DiffusionELBO(), Local(), GlobalLast()
     ordered = SVI(model, lambda x: reversible(x, "gz", 0.0 * last.weight), still, elbo, compile=compiled)
-    other = SVI(model, last, still, elbo, compile=compiled)
+    other = SVI(*side_by_side(RUNS, model, last), still, elbo, compile=compiled)
     expected = float(local_bound(model, last).detach())
     with quiet():
         for _ in range(5):
             ordered.step(X)
         draws = []
-        for _ in range(500):
-            draws.append(other.step(X))
-            ordered.step(X) if len(draws) % 50 == 0 else None
+        for _ in range(20):
+            draws.append(other.step(X) / RUNS)
+            ordered.step(X) if len(draws) % 5 == 0 else None
     assert not far(torch.stack(draws), expected)
 
 
@@ -903,7 +903,7 @@ def test_a_diffusion_trained_by_a_guide_from_x_1_up_is_trained_by_the_bound(comp
     guide = ForwardGuide(diffusion.forward_process, diffusion.event_shape)
     svi = SVI(diffusion.model, guide, still, DiffusionELBO(), compile=compiled)
     with quiet():
-        draws = repeat(150, lambda: svi.step(X_0))
+        draws = repeat(20, lambda: svi.step(X_0.repeat(RUNS, 1)) / RUNS)
     assert not far(draws, closed_bound(*SHIFTED[1]))
     assert len(interpreted) == compiled
 
@@ -913,9 +913,9 @@ def test_steps_in_another_order_are_those_of_pyro_s_trace_elbo_in_mean():
     found = []
     for elbo in (DiffusionELBO(), Trace_ELBO()):
         ends = []
-        for _ in range(300):
+        for _ in range(20):
             pair = nn.ModuleList([Local(), GlobalLast()])
-            svi = SVI(*pair, lambda p: sgd(p, lr=0.05), elbo, validate=False)
+            svi = SVI(*side_by_side(RUNS, *pair), lambda p: sgd(p, lr=0.05 / RUNS), elbo, validate=False)
             with quiet():
                 svi.step(X)
             ends.append(torch.stack([p.detach() for p in pair.parameters()]))

@@ -30,10 +30,9 @@ def stacked(result):
     return torch.cat([result.reconstruction[None], result.denoising, result.prior[None]])
 
 
-def mean_of_copies(diffusion, copies, num_particles, **options):
-    """The terms of X_0, as means over copies of it in one batch."""
-    result = bound(diffusion, X_0.repeat(copies, 1), num_particles=num_particles, **options)
-    return stacked(result).unflatten(1, (copies, len(X_0))).mean(1)
+def draws_of(diffusion, copies, x_0=X_0, **options):
+    """Draws of the terms of all data, from copies of them in one batch, with shape (copies, T + 1, B)."""
+    return stacked(bound(diffusion, x_0.repeat(copies, 1), **options)).unflatten(1, (copies, len(x_0))).transpose(0, 1)
 
 
 def test_a_bound_is_the_sum_of_its_terms_in_any_unit():
@@ -102,8 +101,7 @@ def expected_kls(x_0, shift, widen):
 
 @pytest.mark.parametrize(("shift", "widen"), [(0.0, 1.0), (0.3, 1.4)])
 def test_each_term_of_a_linear_gaussian_diffusion_is_its_closed_form(shift, widen):
-    diffusion = gaussian_diffusion(SCHEDULE, M, V, shift, widen)
-    draws = torch.stack([mean_of_copies(diffusion, 20, num_particles=10) for _ in range(30)])
+    draws = draws_of(gaussian_diffusion(SCHEDULE, M, V, shift, widen), 3000, num_particles=2)
     expected = expected_kls(X_0, shift, widen)
     assert not far(draws, expected)
     torch.testing.assert_close(draws[0, -1], expected[-1])
@@ -160,16 +158,6 @@ def test_each_term_stays_at_its_time_and_datum_whatever_the_batches(rows, num_pa
     assert result.reconstruction.tolist() == pytest.approx(expected, rel=1e-9)
     expected = [0.5 * (alpha_bar[4] * x**2 - alpha_bar[4] - math.log(1 - alpha_bar[4])) for x in (0.0, 1e6, 1e9)]
     assert result.prior.tolist() == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 10**6])
-def test_the_mean_does_not_depend_on_the_memory_budget(rows):
-    diffusion = gaussian_diffusion(SCHEDULE, M, V, 0.3, 1.4)
-    memory_budget = rows * bytes_per_row(diffusion, X_0[:1])
-    draws = torch.stack(
-        [stacked(bound(diffusion, X_0, num_particles=2, memory_budget=memory_budget)) for _ in range(50)]
-    )
-    assert not far(draws, expected_kls(X_0, 0.3, 1.4))
 
 
 def test_the_memory_budget_bounds_the_batches():
@@ -273,7 +261,7 @@ def test_a_prior_without_an_analytic_kl_is_bounded_in_mean():
     x = math.sqrt(alpha_bar) * X_0[..., None] + math.sqrt(1 - alpha_bar) * torch.tensor(nodes)
     log_p = (dist.StudentT(5.0, 0.0, 1.2).log_prob(x) @ torch.tensor(weights / weights.sum())).sum(-1)
     expected = -(1 + math.log(2 * math.pi * (1 - alpha_bar))) - log_p
-    assert not far(torch.stack([bound(diffusion, X_0, num_particles=60).prior for _ in range(30)]), expected)
+    assert not far(draws_of(diffusion, 2000)[:, -1], expected)
 
 
 @pytest.mark.parametrize("variance", [pyrodiff.ForwardVariance(), pyrodiff.PosteriorVariance()])
@@ -288,7 +276,6 @@ def test_no_bound_is_below_the_entropy_and_the_exact_denoiser_comes_near(varianc
     error = float(gap.std()) / 4000**0.5
     assert float(gap.mean()) > -5 * error
     assert float(gap.mean()) < (0.6 if isinstance(variance, pyrodiff.ForwardVariance) else 5.0)
-    assert repeat(1, lambda: bound(diffusion, x_0[:100]).nats.mean()).isfinite().all()
 
 
 def test_a_random_weight_is_drawn_once_for_the_whole_bound():
@@ -391,7 +378,7 @@ def test_the_global_source_comes_back_after_an_error_too():
 
 
 def test_a_seed_does_not_make_the_draws_less_random():
-    draws = torch.stack([mean_of_copies(shifted(), 10, num_particles=8, generator=seed) for seed in range(60)])
+    draws = torch.stack([draws_of(shifted(), 100, generator=seed).mean(0) for seed in range(20)])
     assert not far(draws, expected_kls(X_0, 0.3, 1.4))
 
 
@@ -427,22 +414,18 @@ loaders = pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 @loaders
 @pytest.mark.parametrize("rows", [1, 4, 10**6])
 def test_a_loader_has_the_terms_of_its_data_in_their_order(loader, rows):
-    diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Told(), (2,))
-    budget = rows * bytes_per_row(diffusion, DATA[:1])
-    result, whole = (
-        bound(diffusion, x_0, num_particles=2, memory_budget=budget, generator=1) for x_0 in (loader(), DATA)
-    )
-    assert torch.equal(result.prior, whole.prior)
-    torch.testing.assert_close(result.reconstruction, whole.reconstruction, rtol=1e-12, atol=0)
-    assert len(set(result.prior.tolist())) == len(set(result.reconstruction.tolist())) == 7
-    assert result.denoising.shape == whole.denoising.shape == (3, 7)
-    assert result.event_shape == (2,)
+    for diffusion in (pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Told(), (2,)), shifted()):
+        options = {"memory_budget": rows * bytes_per_row(diffusion, DATA[:1]), "num_particles": 2, "generator": 1}
+        result, whole = (bound(diffusion, x_0, **options) for x_0 in (loader(), DATA))
+        assert torch.equal(result.prior, whole.prior)
+        torch.testing.assert_close(stacked(result), stacked(whole), rtol=1e-12, atol=0)
+        assert all(len(set(term.tolist())) == 7 for term in (result.prior, result.reconstruction))
+        assert result.denoising.shape == (3, 7)
+        assert result.event_shape == (2,)
 
 
-@loaders
-def test_the_terms_of_a_loader_are_the_closed_form(loader):
-    draws = torch.stack([stacked(bound(shifted(), loader(), num_particles=20)) for _ in range(25)])
-    assert not far(draws, expected_kls(DATA, 0.3, 1.4))
+def test_the_terms_of_data_that_differ_much_are_the_closed_form():
+    assert not far(draws_of(shifted(), 4000, DATA), expected_kls(DATA, 0.3, 1.4))
 
 
 def test_a_loader_of_one_batch_is_that_batch():
@@ -516,17 +499,9 @@ def test_each_datum_sees_one_time_of_each_part(num_times):
 
 
 @pytest.mark.parametrize("num_times", [1, 2, 3])
-@pytest.mark.parametrize("rows", [2, 10**6])
-def test_some_of_the_times_are_unbiased_for_all_of_them(num_times, rows):
-    diffusion = shifted()
-    budget = rows * bytes_per_row(diffusion, X_0[:1])
-    particles, number = (4, 50) if rows == 2 else (16, 80)
-    draws = [
-        stacked(bound(diffusion, X_0, num_particles=particles, memory_budget=budget, num_times=num_times))
-        for _ in range(number)
-    ]
+def test_some_of_the_times_are_unbiased_for_all_of_them(num_times):
+    draws = torch.stack([draws_of(shifted(), 200, num_particles=2, num_times=num_times).mean(0) for _ in range(20)])
     expected = expected_kls(X_0, 0.3, 1.4)
-    draws = torch.stack(draws)
     assert not far(draws, expected)
     assert not far(draws.sum(1), expected.sum(0))
     torch.testing.assert_close(draws[0, -1], expected[-1])

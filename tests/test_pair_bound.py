@@ -16,7 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import bit_diffusion, far, gaussian_diffusion
+from exact import bit_diffusion, differ, far, gaussian_diffusion, of_each, quiet, side_by_side
 from pyro import poutine
 from pyro.infer import autoguide
 from torch import nn
@@ -70,9 +70,11 @@ def evidence(x):
     return cost(x, scale=V**0.5)
 
 
-def each(number, *args, **options):
-    """Bounds of so many seeds, each with shape (B,)."""
-    return torch.stack([pair_bound(*args, generator=seed, **options).nats for seed in range(number)])
+def each(number, model, guide, x, of=lambda bound: bound.nats, **options):
+    """Of copies of all data in one bound what ``of`` returns of it, with shape (number, ..., B)."""
+    copies = x.repeat(number, *(1,) * (x.dim() - 1))
+    found = of(pair_bound(model, guide, copies, **{"generator": 0, "batch_size": len(copies), **options}))
+    return found.unflatten(-1, (number, len(x))).movedim(-2, 0)
 
 
 # Closed forms
@@ -98,29 +100,27 @@ def test_under_the_exact_posterior_the_bound_is_the_evidence():
 def test_under_another_guide_the_gap_is_the_kl_to_the_posterior():
     gap = kl(0.5 * X + 0.3, 0.8, X / V, S / V**0.5)
     assert not far(each(400, model, wrong, X), evidence(X) + gap)
-    assert not far(each(100, model, wrong, X, num_particles=4, batch_size=3), evidence(X) + gap)
+    assert not far(each(100, model, wrong, X, num_particles=4, batch_size=50), evidence(X) + gap)
 
 
 def test_each_site_costs_what_its_closed_form_says():
-    bounds = [pair_bound(model, wrong, X, generator=seed) for seed in range(400)]
-    assert bounds[0].names == ("z", "x")
-    assert bounds[0].kinds == ("latent", "observed")
-    torch.testing.assert_close(bounds[0].terms["z"], kl(0.5 * X + 0.3, 0.8))
-    assert not far(torch.stack([bound.terms["x"] for bound in bounds]), cost(0.5 * X - 0.3, 0.64, S))
+    bound = pair_bound(model, wrong, X)
+    assert bound.names == ("z", "x")
+    assert bound.kinds == ("latent", "observed")
+    torch.testing.assert_close(bound.terms["z"], kl(0.5 * X + 0.3, 0.8))
+    assert not far(each(2000, model, wrong, X, lambda bound: bound.terms["x"]), cost(0.5 * X - 0.3, 0.64, S))
 
 
 def test_particles_are_averaged():
-    draws = [each(150, model, wrong, X, num_particles=k) for k in (1, 8)]
-    ratio = draws[0].var(0).mean() / draws[1].var(0).mean()
-    assert 6 < float(ratio) < 10.5
-    many = pair_bound(model, wrong, X, num_particles=1000)
-    torch.testing.assert_close(many.terms["x"], cost(0.5 * X - 0.3, 0.64, S), rtol=0.1, atol=0.3)
+    one, eight = (each(1000, model, wrong, X, lambda bound: bound.terms["x"], num_particles=k) for k in (1, 8))
+    assert 7 < float(one.var(0).mean() / eight.var(0).mean()) < 9
+    assert not far(eight, cost(0.5 * X - 0.3, 0.64, S))
 
 
 def shared_model(x):
     w = pyro.sample("w", dist.Normal(number(0.4), 1.3))
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(w.expand(len(x)), 0.9))
+        z = pyro.sample("z", dist.Normal(w + torch.zeros_like(x), 0.9))
         pyro.sample("x", dist.Normal(z, S), obs=x)
 
 
@@ -135,7 +135,7 @@ def test_what_all_data_share_is_in_a_row_of_its_own(batch_size):
     """Counted once, however many runs there are; the terms of the data are means over it."""
     bounds = [
         pair_bound(shared_model, shared_guide, X, batch_size=batch_size, num_particles=2, generator=seed)
-        for seed in range(300)
+        for seed in range(100)
     ]
     (name,), (shared,) = zip(*bounds[0].global_terms.items(), strict=True)
     assert name == "w"
@@ -154,14 +154,10 @@ def test_the_whole_is_the_loss_of_the_pair():
     found = pair_bound(shared_model, shared_guide, X, generator=3)
     total = float(found.nats.sum() + sum(found.global_terms.values()))
     assert found.total == pytest.approx(total)
-    losses = [DiffusionELBO().loss(shared_model, shared_guide, X) for _ in range(400)]
-    totals = [
-        float(b.nats.sum() + sum(b.global_terms.values()))
-        for b in (pair_bound(shared_model, shared_guide, X, generator=seed) for seed in range(400))
-    ]
-    assert total in totals
-    difference = number(losses).mean() - number(totals).mean()
-    assert abs(difference) < 5 * ((number(losses).var() + number(totals).var()) / 400).sqrt()
+    losses = of_each(DiffusionELBO().terms(*side_by_side(2000, shared_model, shared_guide), X), 2000)
+    totals = number([pair_bound(shared_model, shared_guide, X, generator=seed).total for seed in range(100)])
+    assert total in totals.tolist()
+    assert not differ(losses, totals)
 
 
 def test_another_order_has_the_same_closed_form_and_says_so():
@@ -186,24 +182,31 @@ def test_another_order_has_the_same_closed_form_and_says_so():
     )
     with pytest.warns(UserWarning, match="another order"):
         pair_bound(two, turned, X)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        draws = each(600, two, turned, X)
+    with quiet():
+        draws = each(1000, two, turned, X)
     assert not far(draws, expected)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        weights = pair_importance_bound(two, turned, X, num_particles=600).log_weights
+        weights = weights_of(two, turned, X, 10)
     assert heard == []  # where log q - log p is all there is, any order will do
     assert not far(-weights, expected)
 
 
+def weights_of(model, guide, x, num_particles, copies=100, **options):
+    """Log weights, of each datum in as many rows as there are particles of all copies of it."""
+    x = x.repeat(copies, *(1,) * (x.dim() - 1))
+    found = pair_importance_bound(model, guide, x, num_particles=num_particles, batch_size=len(x), **options)
+    return found.log_weights.unflatten(1, (copies, -1)).flatten(0, 1)
+
+
 def test_weights_average_to_the_likelihood_and_the_bound_falls_to_it():
-    found = pair_importance_bound(model, wrong, X, num_particles=4000, generator=1)
+    weights = weights_of(model, wrong, X, 100, copies=40, generator=1)
+    assert not far((weights + evidence(X)).exp(), 1.0)
+    assert not far(-weights, evidence(X) + kl(0.5 * X + 0.3, 0.8, X / V, S / V**0.5))
+    found = pair_importance_bound(model, wrong, X.repeat(40), num_particles=200, batch_size=280, generator=1)
     assert isinstance(found, ImportanceBound)
-    assert not far((found.log_weights + evidence(X)).exp(), 1.0)
-    gaps = [float((found.at(k) - evidence(X)).mean()) for k in (1, 10, 400)]
+    gaps = [float((found.at(k) - evidence(X.repeat(40))).mean()) for k in (1, 10, 200)]
     assert gaps[0] > gaps[1] > gaps[2] > -0.01
-    assert not far(-found.log_weights, evidence(X) + kl(0.5 * X + 0.3, 0.8, X / V, S / V**0.5))
 
 
 def without_kl(x):
@@ -255,10 +258,9 @@ def test_a_pair_of_bits_is_enumerated():
     assert found.levels == 2
     assert found.convention == "p is a probability, of 2 levels a dimension"
     assert found.event_shape == (2,)
-    assert not far(each(500, bits_model, bits_guide, BITS), bound)
-    weights = pair_importance_bound(bits_model, bits_guide, BITS, num_particles=3000)
-    assert weights.levels == 2
-    assert not far((weights.log_weights + evidence).exp(), 1.0)
+    assert not far(each(2000, bits_model, bits_guide, BITS), bound)
+    assert pair_importance_bound(bits_model, bits_guide, BITS, num_particles=2).levels == 2
+    assert not far((weights_of(bits_model, bits_guide, BITS, 30) + evidence).exp(), 1.0)
 
 
 @pytest.mark.parametrize("dim", [-1, -2])
@@ -336,12 +338,12 @@ def test_auxiliary_sites_of_an_autoguide_are_counted():
     guide = autoguide.AutoNormal(positive, init_scale=0.8, init_loc_fn=autoguide.init_to_value(values={"z": X.exp()}))
     guide(X)
     loc, scale = guide.locs.z.detach(), 0.8  # wider than the posterior, so that the weights have a variance
-    bounds = [pair_bound(positive, guide, X, generator=seed) for seed in range(300)]
+    bounds = [pair_bound(positive, guide, X, num_particles=5, generator=seed) for seed in range(20)]
     assert bounds[0].names == ("z", "x", "z_unconstrained")
     assert bounds[0].kinds == ("latent", "observed", "auxiliary")
     expected = kl(loc, scale) + cost(X - loc, scale**2, S)
     assert not far(torch.stack([bound.nats for bound in bounds]), expected)
-    weights = pair_importance_bound(positive, guide, X, num_particles=2000).log_weights
+    weights = pair_importance_bound(positive, guide, X, num_particles=500).log_weights
     assert not far(-weights, expected)
     assert not far((weights + evidence(X)).exp(), 1.0)
 
@@ -412,27 +414,25 @@ def test_the_pairs_of_a_diffusion_have_its_bound(kind):
     diffusion = diffusion_of()
     pair = diffusion.one_step() if kind == "one-step" else diffusion
     programs = by_hand(diffusion) if kind == "by hand" else (pair.model, pair.guide)
-    bounds = [pyrodiff.bound(diffusion, X_0, generator=seed) for seed in range(300)]
-    pairs = [pair_bound(*programs, X_0, generator=seed) for seed in range(300)]
-    torch.testing.assert_close(pairs[0].costs[0], bounds[0].prior)
-    ours = torch.stack([torch.stack([p.costs[0], p.costs[1:-1].sum(0), p.costs[-1]]) for p in pairs])
-    theirs = torch.stack([torch.stack([b.prior, b.denoising.sum(0), b.reconstruction]) for b in bounds])
-    error = ((ours.var(0) + theirs.var(0)) / 300).sqrt()
-    assert bool(((ours.mean(0) - theirs.mean(0)).abs() <= 5 * error + 1e-9).all())
-    assert (pairs[0].levels, pairs[0].event_shape) == (bounds[0].levels, bounds[0].event_shape)
-    assert pairs[0].names == (("x_T", "x_s", "x_0") if kind == "one-step" else ("x_4", "x_3", "x_2", "x_1", "x_0"))
+    x_0 = X_0.repeat(2000, 1)
+    bound, found = pyrodiff.bound(diffusion, x_0, generator=0), pair_bound(*programs, x_0, batch_size=4000, generator=0)
+    torch.testing.assert_close(found.costs[0], bound.prior)
+    ours = torch.stack([found.costs[0], found.costs[1:-1].sum(0), found.costs[-1]])
+    theirs = torch.stack([bound.prior, bound.denoising.sum(0), bound.reconstruction])
+    assert not differ(*(each.unflatten(1, (2000, 4)).movedim(1, 0) for each in (ours, theirs)), rounding=1e-9)
+    assert (found.levels, found.event_shape) == (bound.levels, bound.event_shape)
+    assert found.names == (("x_T", "x_s", "x_0") if kind == "one-step" else ("x_4", "x_3", "x_2", "x_1", "x_0"))
 
 
 def test_each_term_of_a_pair_is_the_term_of_the_bound():
     """Of bits too, whose posterior has no rsample."""
-    diffusion, x_0 = bit_diffusion([0.2, 0.4, 0.7], 0.3, 2), BITS
-    pairs = [pair_bound(diffusion.model, diffusion.guide, x_0, generator=seed) for seed in range(300)]
-    bounds = [pyrodiff.bound(diffusion, x_0, generator=seed) for seed in range(300)]
-    ours = torch.stack([pair.costs.flip(0) for pair in pairs])
-    theirs = torch.stack([torch.cat([b.reconstruction[None], b.denoising, b.prior[None]]) for b in bounds])
-    error = ((ours.var(0) + theirs.var(0)) / 300).sqrt()
-    assert bool(((ours.mean(0) - theirs.mean(0)).abs() <= 5 * error + 1e-9).all())
-    assert pairs[0].levels == diffusion.levels == 2
+    diffusion, x_0 = bit_diffusion([0.2, 0.4, 0.7], 0.3, 2), BITS.repeat(2000, 1)
+    found = pair_bound(diffusion.model, diffusion.guide, x_0, batch_size=5000, generator=0)
+    bound = pyrodiff.bound(diffusion, x_0, generator=0)
+    theirs = torch.cat([bound.reconstruction[None], bound.denoising, bound.prior[None]])
+    draws = (each.unflatten(1, (2000, 5)).movedim(1, 0) for each in (found.costs.flip(0), theirs))
+    assert not differ(*draws, rounding=1e-9)
+    assert found.levels == diffusion.levels == 2
 
 
 def test_importance_weights_of_a_diffusion_by_hand():

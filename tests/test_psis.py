@@ -109,7 +109,7 @@ def test_a_pair_with_heavy_weights_is_warned_of_and_one_with_light_ones_not():
     assert "(above 0.7 for 5)" in heavy.title
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        light = pyrodiff.pair_importance_bound(model, guide_of(0.8), x, num_particles=2000, generator=0)
+        light = pyrodiff.pair_importance_bound(model, guide_of(0.8), x, num_particles=1000, generator=0)
         few = pyrodiff.pair_importance_bound(model, guide_of(0.05), x, num_particles=99, generator=0)
     assert f"Pareto k {float(light.pareto_k.median()):.2f}" in light.title
     assert "above" not in light.title

@@ -10,7 +10,8 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import Drift, EightGaussians, Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion, repeat
+from computing import KNOWN, known_diffusion
+from exact import Drift, EightGaussians, Gaussian, GaussianPosterior, bit_diffusion, far, gaussian_diffusion
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -306,31 +307,6 @@ def test_a_state_dict_carries_weights_and_schedule(tmp_path):
     assert torch.equal(*numbers)
     with pytest.raises(RuntimeError, match="size mismatch"):
         build(pyrodiff.ReciprocalSchedule(5), 0.5).load_state_dict(saved.state_dict())
-
-
-class Known(nn.Module):
-    """Kernels of known costs: L_{t-1} = costs[t - 1] at every x_t, for data that are all of one value c."""
-
-    def __init__(self, forward, costs, c=0.75):
-        super().__init__()
-        self.forward_process, self.c = forward, c
-        self.register_buffer("costs", torch.as_tensor(costs, dtype=torch.float64))
-
-    def forward(self, x_t, t):
-        t = torch.as_tensor(t).expand(x_t.shape[:-1])
-        c, cost = torch.full_like(x_t, self.c), self.costs[t - 1][..., None]
-        true = self.forward_process.posterior(x_t, c, t.clamp(min=2)).base_dist
-        mean = torch.where(t[..., None] == 1, c, true.mean + (2 * cost).sqrt() * true.stddev)
-        scale = torch.where(t[..., None] == 1, cost.exp() / math.sqrt(2 * math.pi), true.stddev)
-        return dist.Normal(mean, scale).to_event(1)
-
-
-def known_diffusion(costs, c=0.75):
-    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(len(costs), 0.05, 0.4))
-    return pyrodiff.Diffusion(forward, Known(forward, costs, c), (1,))
-
-
-KNOWN = [3.0, 0.5, 1.25, 0.0625, 7.0, 2.0, 11.0]
 
 
 def test_known_costs_come_out_to_the_last_digit():

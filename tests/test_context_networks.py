@@ -184,9 +184,15 @@ def test_context_is_computed_in_the_network_s_precision(kind, options):
     torch.testing.assert_close(output.double(), exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
 
 
-@every_kind
-@every_context
-@pytest.mark.parametrize("batch_shape", [(6,), (2, 3)])
+@pytest.mark.parametrize(
+    ("kind", "options", "batch_shape"),
+    [
+        ("MLP", OPTIONS[0], (6,)),
+        ("MLP", OPTIONS[1], (2, 3)),
+        ("MLP", OPTIONS[2], (2, 3)),
+        ("U-Net", OPTIONS[2], (2, 3)),
+    ],
+)
 def test_a_traced_network_is_told_the_context_of_each_call(kind, options, batch_shape):
     network, x = made(kind, **options).requires_grad_(False), states(*batch_shape)
     context, others = of(options, batch_shape), [each.flip(0) for each in of(options, batch_shape)]

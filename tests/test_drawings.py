@@ -8,11 +8,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import bit_diffusion, far, gradient, repeat
+from computing import (
+    DRAWINGS,
+    KNOWN,
+    Apart,
+    concrete,
+    drawn,
+    known_diffusion,
+    learned,
+    make,
+)
+from exact import bit_diffusion, differ, far, gradient, repeat
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
-from test_bounds import KNOWN, known_diffusion
-from test_one_step import make, step_of
+from test_one_step import step_of
 
 import pyrodiff
 from pyrodiff import SVI, DiffusionELBO, Drawing, ImportanceDrawing, LossSecondMoment, UniformDrawing
@@ -26,20 +35,53 @@ GIVEN = {
     "many": [2 * t / (300 * 301) for t in range(1, 301)],
 }
 given = pytest.mark.parametrize("p", GIVEN.values(), ids=GIVEN)
+every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
 
-def learned(costs, **kwargs):
-    """A drawing that has been told the history of costs: costs[t - 1] is a row of them."""
-    costs = torch.as_tensor(costs, dtype=torch.float64)
-    drawing = LossSecondMoment(len(costs), history=costs.shape[1], **kwargs)
-    t = torch.arange(1, len(costs) + 1)
-    for column in costs.T:
-        drawing.tell(t, column, torch.ones_like(t, dtype=torch.bool))
-    return drawing
+# What all share
 
 
-def drawn(drawing, like, T):
-    return drawing(drawing.uniforms(like).sample(), T)
+def test_every_public_drawing_is_among_those_that_are_tested():
+    assert concrete(Drawing) <= {type(make(3)).__name__ for make, _ in DRAWINGS.values()}
+
+
+@every_drawing
+@pytest.mark.parametrize(("B", "T"), [(1, 4), (7, 5), (3, 10)])
+def test_every_datum_sees_every_time_by_its_probability(name, B, T):
+    """And is told that probability; the lowest u is of t = 1, the highest of T."""
+    drawing, p = (part(T) for part in DRAWINGS[name])
+    u = torch.stack([drawing.uniforms(torch.zeros(B)).sample() for _ in range(2000)])
+    t, probability = drawing(u, T)
+    assert t.shape == probability.shape == (2000, B)
+    torch.testing.assert_close(probability.double(), p[t - 1], rtol=1e-6, atol=0)
+    assert not far((t[..., None] == torch.arange(1, T + 1)).double(), p)
+
+
+@every_drawing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_times_stay_in_range_for_uniforms_at_the_ends(name, dtype):
+    u = torch.tensor([0.0, 1 - torch.finfo(dtype).eps / 2], dtype=dtype)
+    for T in (1, 3, 1000):
+        drawing, p = (part(T) for part in DRAWINGS[name])
+        t, probability = drawing(u, T)
+        assert t.tolist() == [1, T]
+        assert (t.dtype, probability.dtype) == (torch.long, dtype)
+        assert probability.tolist() == pytest.approx(p[t - 1].tolist())
+    if name in ("uniform", "low discrepancy"):
+        assert 10**6 - 1 <= drawing(u, 10**6)[0].tolist()[1] <= 10**6  # whose last part is less than float32's steps
+
+
+@pytest.mark.parametrize("B", [1, 7, 64])
+@pytest.mark.parametrize("name", [name for name in DRAWINGS if name not in ("uniform", "importance, apart")])
+def test_those_that_are_spread_see_each_time_as_often_as_its_probability_says(name, B):
+    """Evenly spread points fall into an interval of length p floor or ceil of B p times."""
+    drawing, p = (part(10) for part in DRAWINGS[name])
+    for _ in range(30):
+        counts = torch.bincount(drawn(drawing, torch.zeros(B).double(), 10)[0], minlength=11)[1:]
+        assert ((counts >= (B * p - 1e-6).floor()) & (counts <= (B * p + 1e-6).ceil())).all()
+
+
+# One by one
 
 
 @given
@@ -65,20 +107,9 @@ def test_where_the_counts_are_whole_they_are_exact():
         assert torch.bincount(t).tolist() == [0, 10, 4, 6]
 
 
-@pytest.mark.parametrize(
-    "make_drawing", [ImportanceDrawing, lambda p: learned(torch.tensor(p)[:, None], uniform=1e-12)]
-)
-@pytest.mark.parametrize("B", [1, 3, 7])
-def test_every_datum_sees_every_time_by_its_probability(make_drawing, B):
-    p = [0.5, 0.05, 0.15, 0.3]
-    drawing = make_drawing(p)
-    t, _ = drawing(torch.stack([drawing.uniforms(torch.zeros(B)).sample() for _ in range(4000)]), 4)
-    assert not far((t[..., None] == torch.arange(1, 5)).double(), torch.tensor(p).double())
-
-
 @given
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_times_stay_in_range_for_uniforms_at_the_ends(p, dtype):
+def test_times_of_any_probabilities_stay_in_range_for_uniforms_at_the_ends(p, dtype):
     last = 1 - torch.finfo(dtype).eps / 2
     t, probability = ImportanceDrawing(p)(torch.tensor([0.0, last], dtype=dtype), len(p))
     assert t.tolist()[0] == 1
@@ -133,13 +164,6 @@ def test_no_other_probabilities_have_a_lower_second_moment():
         assert float((m / other).sum()) > least * 1.1
 
 
-class Apart(ImportanceDrawing):
-    """The same probabilities, each datum by itself."""
-
-    def uniforms(self, like):
-        return UniformDrawing().uniforms(like)
-
-
 def losses(pair, x_0):
     """What the one-step pair says of each datum's bound."""
     with torch.no_grad():
@@ -168,18 +192,6 @@ def test_with_probabilities_in_proportion_to_known_costs_nothing_varies(kind):
     assert float(losses(diffusion.one_step(), x_0).std()) > 1
 
 
-def drawings(T):
-    weights = torch.arange(1.0, T + 1).double()
-    generator = torch.Generator().manual_seed(1)
-    history = torch.rand(T, 3, generator=generator).double() + 0.05
-    return {
-        "importance": ImportanceDrawing(weights / weights.sum()),
-        "importance, apart": Apart(weights.flip(0) / weights.sum()),
-        "loss second moment": learned(history),  # it goes on learning from the evaluations below
-        "loss second moment, from nothing": LossSecondMoment(T, history=2),
-    }
-
-
 def values_and_gradients(pair, x_0, number):
     def draw():
         loss = DiffusionELBO().differentiable_loss(pair.model, pair.guide, x_0) / len(x_0)
@@ -188,24 +200,23 @@ def values_and_gradients(pair, x_0, number):
     return repeat(number, draw)
 
 
-@pytest.fixture(scope="module", params=["vp", "bits"])
+@pytest.fixture(scope="module", params=["vp", "ve", "bits"])
 def trajectories(request):
     """A diffusion, data, and draws of the trajectory pair's value and gradient."""
     pyro.set_rng_seed(0)
     diffusion, x_0 = make(request.param)
-    return diffusion, x_0, values_and_gradients(diffusion, x_0, 60)
+    return diffusion, x_0.repeat(4, 1), values_and_gradients(diffusion, x_0.repeat(4, 1), 25)
 
 
-@pytest.mark.parametrize("drawing", drawings(1))
-def test_value_and_gradient_are_the_trajectory_pairs_in_mean(trajectories, drawing):
+@every_drawing
+def test_value_and_gradient_are_the_trajectory_pairs_in_mean(trajectories, name):
+    """The learned drawing goes on learning from the evaluations."""
     diffusion, x_0, expected = trajectories
-    pair = diffusion.one_step(drawings(5)[drawing])
-    samples = [expected, values_and_gradients(pair, x_0, 100)]
-    means = [sample.mean(0) for sample in samples]
-    error = sum(sample.var(0) / len(sample) for sample in samples).sqrt()
-    assert ((means[0] - means[1]).abs() <= 5 * error + 1e-10).all()
-    assert (means[0][1:].abs() > 5 * error[1:]).any()  # there is a gradient to see
-    assert float(error[0]) < 0.05 * float(means[0][0].abs())
+    found = values_and_gradients(diffusion.one_step(DRAWINGS[name][0](5)), x_0, 30)
+    assert not differ(expected, found)
+    error = (expected.var(0) / len(expected) + found.var(0) / len(found)).sqrt()
+    assert (expected.mean(0)[1:].abs() > 5 * error[1:]).any()  # there is a gradient to see
+    assert float(error[0]) < 0.05 * float(expected.mean(0)[0].abs())
 
 
 class Reference:

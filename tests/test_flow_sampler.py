@@ -90,7 +90,7 @@ def test_evaluations_are_counted():
 
 def test_rows_that_blow_up_or_take_too_many_steps_have_failed_alone():
     """y' = y^2 from 1 is 1 / (1 - t), infinite at 1; from 0.1 it is 0.125 at 2."""
-    found = solve(lambda t, y, rows: y**2, number([[1.0], [0.1]]), number(0), number(2), 1e-8, 10000)
+    found = solve(lambda t, y, rows: y**2, number([[1.0], [0.1]]), number(0), number(2), 1e-8, 1000)
     assert found.failed.tolist() == [True, False]
     torch.testing.assert_close(found.y[1], number([0.125]))
     few = solve(circle, STARTS, number(0), number(3), 1e-8, 3)
@@ -162,7 +162,7 @@ def test_log_p_has_the_gradient_of_finite_differences(num_probes):
     """To the data, the context, the network's weights and the schedule's, with an exact divergence and with probes."""
     diffusion = learned()
     x_0, y = torch.randn(3, 2).double().requires_grad_(), torch.randn(3).double().requires_grad_()
-    options = {"num_probes": num_probes, "tolerance": 1e-11, "max_steps": 10**6, "generator": 1}
+    options = {"num_probes": num_probes, "tolerance": 1e-9, "max_steps": 10**6, "generator": 1}
 
     def log_p(**more):
         return ode_log_prob(diffusion, x_0, y, **options, **more).log_prob.sum()
@@ -281,15 +281,13 @@ def test_a_decoder_makes_the_last_step():
         FlowSampler(diffusion).with_log_prob(3)
 
 
-def test_context_and_seeds():
+def test_log_p_of_draws_given_their_context():
     diffusion, y = learned(), torch.tensor([0.5, -1.0, 2.0]).double()
-    sampler = FlowSampler(diffusion)
-    before = torch.get_rng_state()
+    sampler, before = FlowSampler(diffusion), torch.get_rng_state()
     x_0, log_p = sampler.with_log_prob(3, y, generator=5, num_probes=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(sampler(3, y, generator=5), sampler(3, y, generator=5))
     torch.testing.assert_close(x_0, sampler(3, y, generator=5), rtol=1e-3, atol=1e-3)
-    exact = ode_log_prob(diffusion, x_0, y, num_probes=200, generator=1)
+    exact = ode_log_prob(diffusion, x_0, y, num_probes=50, generator=1)
     assert ((log_p - exact.log_prob).abs() < 3).all()
     single = sampler.with_log_prob(3, y[:1], generator=5)[0]
     torch.testing.assert_close(single[0], x_0[0], rtol=1e-3, atol=1e-3)

@@ -412,8 +412,7 @@ def test_a_lower_tolerance_leaves_a_lower_error_for_more_evaluations():
 
 
 @pytest.mark.parametrize("make", [pyrodiff.LogSNRSchedule, pyrodiff.CosineSchedule, pyrodiff.LinearSchedule])
-@pytest.mark.parametrize("tolerance", [1e-5, 1e-7])
-def test_kinks_between_the_times_are_not_stepped_over(make, tolerance):
+def test_kinks_between_the_times_are_not_stepped_over(make):
     """Of two narrow modes the velocity bends much at each of 20 times; a step across would not see its own error."""
     schedule = make(20)
 
@@ -426,8 +425,9 @@ def test_kinks_between_the_times_are_not_stepped_over(make, tolerance):
 
     diffusion, x_0 = diffusion_of(TwoModes(), schedule, (1,)), torch.linspace(-1.5, 1.5, 9).double()[:, None]
     exact = ode_log_prob(diffusion, x_0, tolerance=1e-10, max_steps=10**5).log_prob
-    found = ode_log_prob(diffusion, x_0, tolerance=tolerance).log_prob
-    assert (found - exact).abs().max() < 50 * tolerance
+    for tolerance in (1e-5, 1e-7):
+        found = ode_log_prob(diffusion, x_0, tolerance=tolerance).log_prob
+        assert (found - exact).abs().max() < 50 * tolerance
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -688,7 +688,7 @@ def test_data_that_do_not_converge_are_counted_and_the_first_is_named():
     x_0 = torch.cat([some_data((2,)), torch.tensor([[99.0, 0.0], [99.0, 1.0]]).double()])
     diffusion = diffusion_of(Broken((2,), schedule), schedule, (2,))
     with pytest.raises(RuntimeError, match=r"did not converge for 2 of 7 data, the first number 5 of its batch"):
-        ode_log_prob(diffusion, x_0)
+        ode_log_prob(diffusion, x_0, max_steps=200)
     row = bytes_per_row(diffusion, x_0[:1])
     with pytest.raises(RuntimeError, match=r"the first number 5 of its batch"):
-        ode_log_prob(diffusion, x_0, memory_budget=8 * row)
+        ode_log_prob(diffusion, x_0, max_steps=200, memory_budget=8 * row)

@@ -1,5 +1,7 @@
 """``pyrodiff train --labels``: the labels reach training, the bound, samples and a run that goes on."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,20 +13,23 @@ from pyrodiff.command.runs import Run
 SIZE = 60
 
 
-@pytest.fixture
-def data(tmp_path):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
     """Points that stand at -1 or 1, as their label says."""
+    path = tmp_path_factory.mktemp("data") / "xy.npz"
     y = np.arange(SIZE) % 2
     x = (2.0 * y - 1)[:, None] + 0.1 * np.random.default_rng(0).normal(size=(SIZE, 2))
-    np.savez(tmp_path / "xy.npz", x=x, y=y)
-    return tmp_path / "xy.npz"
+    np.savez(path, x=x, y=y)
+    return path
 
 
-@pytest.fixture
-def folder(data, tmp_path):
-    done = train(data, tmp_path / "run", "--labels", train_steps=6)
+@pytest.fixture(scope="module")
+def folder(data, tmp_path_factory):
+    """A run, which tests leave as it is."""
+    path = tmp_path_factory.mktemp("labels") / "run"
+    done = train(data, path, "--labels", train_steps=6)
     assert done.code == 0, done.err
-    return tmp_path / "run"
+    return path
 
 
 def test_the_network_is_told_the_labels(folder):
@@ -53,7 +58,8 @@ def test_bound_and_plot_and_info(folder):
         assert done.code == 0, (line, done.err)
 
 
-def test_a_run_goes_on_with_its_labels(data, folder):
+def test_a_run_goes_on_with_its_labels(folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "run")
     assert call("train", "--out", folder, "--resume", "--train-steps=9").code == 0
     run = Run.opened(folder, "last", "cpu")
     assert run.svi.num_steps == 9

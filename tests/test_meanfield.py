@@ -194,7 +194,9 @@ MASKS = {"all": True, "none": False, "odd": ODD, "all, as a tensor": torch.tenso
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("kind", ["law", "handler"])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_particles": 25, "vectorize_particles": True, "max_plate_nesting": 1}], ids=["one", "particles"]
+    "options",
+    [{}, {"num_particles": 25, "vectorize_particles": True, "max_plate_nesting": 1}],
+    ids=["one", "particles"],
 )
 def test_a_mask_in_both_programs_masks_the_kl(name, kind, options):
     mask = MASKS[name]

@@ -7,51 +7,15 @@ import pyro.infer
 import pyro.optim
 import pytest
 import torch
-from exact import bit_diffusion, far, gaussian_diffusion, gradient, repeat
+from computing import SCHEDULES, gaussian_network_diffusion, make
+from exact import far, gaussian_diffusion, gradient, repeat
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyrodiff
 from pyrodiff import BoundWeighting, DiffusionELBO, LowDiscrepancyDrawing, SimpleWeighting, UniformDrawing, networks
 
-SCHEDULES = {"vp": pyrodiff.LinearSchedule(5, 0.05, 0.5), "ve": pyrodiff.GeometricSchedule(5, 0.3, 4.0)}
 DRAWINGS = {"uniform": UniformDrawing, "low discrepancy": LowDiscrepancyDrawing}
-
-
-def gaussian_network_diffusion(schedule, prediction=pyrodiff.NoisePrediction, variance=None, network=None):
-    forward = pyrodiff.GaussianForward(schedule)
-    network = networks.MLP((2,), hidden=8, num_blocks=1) if network is None else network
-    for parameter in network.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    reverse = pyrodiff.GaussianReverse(forward, prediction(network.double(), forward), variance)
-    return pyrodiff.Diffusion(forward, reverse, (2,))
-
-
-def make(kind):
-    """A diffusion, and data unlike its noise."""
-    if kind == "bits":
-        return bit_diffusion([0.1, 0.2, 0.3, 0.4, 0.6], 0.2, 2), (torch.rand(48, 2) < 0.7).double()
-    x_0 = torch.randn(48, 2, dtype=torch.float64) * torch.tensor([0.4, 1.6]) + torch.tensor([1.0, -2.0])
-    return gaussian_network_diffusion(SCHEDULES[kind]), x_0.double()
-
-
-@pytest.mark.parametrize("drawing", DRAWINGS)
-@pytest.mark.parametrize("kind", ["vp", "ve", "bits"])
-def test_value_and_gradient_are_the_trajectory_pairs_in_mean(kind, drawing):
-    diffusion, x_0 = make(kind)
-    elbo, samples = DiffusionELBO(), []
-    for pair in (diffusion, diffusion.one_step(DRAWINGS[drawing]())):
-
-        def draw(pair=pair):
-            loss = elbo.differentiable_loss(pair.model, pair.guide, x_0) / len(x_0)
-            return torch.cat([loss.detach()[None], gradient(loss, diffusion.reverse)])
-
-        samples.append(repeat(120, draw))
-    means = [sample.mean(0) for sample in samples]
-    error = sum(sample.var(0) / len(sample) for sample in samples).sqrt()
-    assert ((means[0] - means[1]).abs() <= 5 * error + 1e-10).all()
-    assert (means[0][1:].abs() > 5 * error[1:]).any()  # there is a gradient to see
-    assert float(error[0]) < 0.05 * float(means[0][0].abs())
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
@@ -92,40 +56,11 @@ def test_there_is_one_network_call_of_the_batch_whatever_T(T):
     assert calls == [7]
 
 
-@pytest.mark.parametrize(("B", "T"), [(10, 10), (33, 10), (16, 3)])
-def test_the_low_discrepancy_drawing_sees_every_time(B, T):
-    drawing = LowDiscrepancyDrawing()
-    for _ in range(100):
-        t, p = drawing(drawing.uniforms(torch.zeros(B)).sample(), T)
-        assert t.shape == p.shape == (B,)
-        assert torch.allclose(p, torch.tensor(1 / T))
-        counts = torch.bincount(t, minlength=T + 1)[1:]
-        assert len(counts) == T
-        assert ((counts >= B // T) & (counts <= -(-B // T))).all()
-
-
-@pytest.mark.parametrize("drawing", DRAWINGS)
-@pytest.mark.parametrize(("B", "T"), [(7, 5), (3, 10)])
-def test_every_datum_sees_every_time_equally_often(drawing, B, T):
-    drawing = DRAWINGS[drawing]()
-    t = torch.stack([drawing(drawing.uniforms(torch.zeros(B)).sample(), T)[0] for _ in range(4000)])
-    assert not far((t[..., None] == torch.arange(1, T + 1)).double(), 1 / T)
-
-
 def test_the_uniform_drawing_draws_each_datum_by_itself():
     drawing = UniformDrawing()
     t = torch.stack([drawing(drawing.uniforms(torch.zeros(2)).sample(), 4)[0] for _ in range(4000)]).double() - 2.5
     assert not far(t[:, 0] * t[:, 1], 0.0)
     assert not far(t**2, 1.25)
-
-
-def test_times_stay_in_range_for_uniforms_at_the_ends():
-    u = torch.tensor([0.0, 1.0 - 2**-24])
-    for T in (1, 3, 1000, 10**6):
-        for drawing in (UniformDrawing(), LowDiscrepancyDrawing()):
-            t, _ = drawing(u, T)
-            assert t.tolist()[0] == 1
-            assert T - 1 <= t.tolist()[1] <= T
 
 
 class WideKernel(torch.nn.Module):
@@ -142,7 +77,7 @@ def test_the_low_discrepancy_drawing_lowers_the_variance():
     elbo, variance = DiffusionELBO(), {}
     for name, drawing in DRAWINGS.items():
         pair = diffusion.one_step(drawing())
-        variance[name] = repeat(200, lambda pair=pair: elbo.loss(pair.model, pair.guide, x_0)).var()
+        variance[name] = repeat(60, lambda pair=pair: elbo.loss(pair.model, pair.guide, x_0)).var()
     assert variance["low discrepancy"] < 0.1 * variance["uniform"]
 
 
@@ -250,8 +185,8 @@ def test_plain_trace_elbo_agrees_in_mean():
     pair = diffusion.one_step()
     bound = pyrodiff.bound(diffusion, x_0, num_particles=400).nats.sum()
     for elbo in (Trace_ELBO, TraceMeanField_ELBO):
-        draws = repeat(300, lambda elbo=elbo: elbo().loss(pair.model, pair.guide, x_0))
-        error = math.hypot(float(draws.std()) / 300**0.5, 0.01 * float(bound.abs()) / 5)
+        draws = repeat(30, lambda elbo=elbo: elbo().loss(pair.model, pair.guide, x_0.repeat(10, 1)) / 10)
+        error = math.hypot(float(draws.std()) / 30**0.5, 0.01 * float(bound.abs()) / 5)
         assert abs(float(draws.mean() - bound)) < 5 * error
 
 
@@ -260,9 +195,9 @@ def test_plain_pyro_trains_either_pair(kind):
     for one_step in (False, True):
         diffusion, x_0 = make(kind)
         pair = diffusion.one_step() if one_step else diffusion
-        svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-2}), TraceMeanField_ELBO())
+        svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 2e-2}), TraceMeanField_ELBO())
         before = float(pyrodiff.bound(diffusion, x_0, num_particles=10).nats.mean())
-        for _ in range(80):
+        for _ in range(50):
             svi.step(x_0)
         after = float(pyrodiff.bound(diffusion, x_0, num_particles=10).nats.mean())
         assert after < before - 0.5

@@ -26,7 +26,6 @@ from torch import nn
 import pyrodiff
 from pyrodiff import SVI, DiffusionELBO
 
-
 RUNS = 25  # side by side
 
 
@@ -228,9 +227,7 @@ def test_a_guide_from_x_1_up_has_the_gradient_of_the_pair(shift, widen):
 
     def draws(guide):
         x_0 = X_0.repeat(2 * RUNS, 1)
-        return repeat(
-            20, lambda: gradient(elbo.differentiable_loss(diffusion.model, guide, x_0) / 2 / RUNS, diffusion)
-        )
+        return repeat(20, lambda: gradient(elbo.differentiable_loss(diffusion.model, guide, x_0) / 2 / RUNS, diffusion))
 
     with quiet():
         natural_draws = draws(natural(diffusion))

@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import far, gaussian_diffusion
+from test_context import shared, step_of
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -619,6 +620,7 @@ def work(rank, folder):
     )
     found = {name: job(name, sharded=True) for name in JOBS}
     found["kinds"] = {name: of_kind(name, sharded=True) for name in KINDS}
+    found["labels"] = shared(sharded=True) | {"step": step_of(rank)}
     torch.save(found, f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
@@ -646,8 +648,8 @@ def in_two_processes():
         return [torch.load(f"{folder}/{rank}") for rank in range(2)]
 
 
-def test_the_states_are_the_same_in_two_processes():
-    """Each has a part of the rows, together they have all, and both have all terms."""
+def test_two_processes_share_the_work_and_find_the_same():
+    """Each has a part of the rows, together they have all, and both have all terms; with labels, and steps, too."""
     found = in_two_processes()
     for name in JOBS:
         alone = job(name, sharded=False)
@@ -661,6 +663,10 @@ def test_the_states_are_the_same_in_two_processes():
     for name in KINDS:
         for each in found:
             close(each["kinds"][name], of_kind(name, sharded=False))
+    alone = shared(sharded=False) | {"step": step_of(None)}
+    for each in found:
+        for name, value in alone.items():
+            torch.testing.assert_close(each["labels"][name], value)
 
 
 if __name__ == "__main__":

@@ -120,10 +120,9 @@ def test_what_is_right_passes(kind):
     assert all(tried[name] for name in CLAIMS if name not in (BAYES, ANY_S))
 
 
-@pytest.mark.parametrize("first", [0, 5, 10, 15])
 @pytest.mark.parametrize("kind", ["network", "bits"])
-def test_no_seed_raises_a_false_alarm(kind, first):
-    for seed in range(first, first + 5):
+def test_no_seed_raises_a_false_alarm(kind):
+    for seed in range(10):
         pyro.set_rng_seed(seed)
         diffusion, x_0 = (mlp(T=3), data(4, torch.float32)) if kind == "network" else right("bits")
         result = verify(diffusion, x_0, num_repeats=10, num_particles=4, generator=seed)
@@ -401,7 +400,7 @@ def test_a_one_step_pair_that_is_biased_fails(drawing):
 
     base = mlp(torch.float64, T=4) if drawing is Steep else gaussian(shift=1.0)  # terms as unlike as it takes
     diffusion = Biased(base.forward_process, base.reverse, (2,), prior=base.model.prior)
-    found = failed(verify(diffusion, data(200), num_repeats=30))
+    found = failed(verify(diffusion, data(200), num_repeats=20))
     assert UNBIASED in found
     assert set(found) <= {UNBIASED, GRADIENT}
     assert " at the bound; beyond 5 at the bound" in found[UNBIASED]
@@ -429,7 +428,7 @@ def different(**options):
 
 @pytest.mark.parametrize(("t", "name"), [(1, "L_0 (t = 1)"), (3, "L_2 (t = 3)"), (4, "L_3 (t = 4)")])
 def test_a_trajectory_pair_that_costs_something_else_at_one_time_fails_there(t, name):
-    found = failed(verify(different(at=t), data(50)))
+    found = failed(verify(different(at=t), data(50), num_repeats=15))
     assert SITES in found
     assert found[SITES].endswith(f"; beyond 5 at {name}")
     assert set(found) <= {SITES, GRADIENT, WEIGHTS}  # weights too are of a trajectory
@@ -451,7 +450,7 @@ def test_a_prior_that_differs_between_the_pair_and_the_bound_is_named():
 
 
 def test_a_gradient_that_is_cut_in_one_pair_fails_and_the_parameter_is_named():
-    found = failed(verify(different(at=0, cut=True), data(50)))
+    found = failed(verify(different(at=0, cut=True), data(50), num_repeats=20))
     assert set(found) == {GRADIENT}
     assert found[GRADIENT].endswith("; beyond 5 at reverse.gain")
 
@@ -464,7 +463,7 @@ def test_log_weights_of_another_mean_fail(monkeypatch):
         return pyrodiff.ImportanceBound(result.log_weights + 3.0, result.event_shape)
 
     monkeypatch.setattr(verification, "importance_bound", shifted)
-    assert set(failed(verify(gaussian(), data(50)))) == {WEIGHTS}
+    assert set(failed(verify(gaussian(), data(50), num_repeats=15))) == {WEIGHTS}
 
 
 def test_a_bound_that_rises_with_k_fails(monkeypatch):

@@ -1,4 +1,4 @@
-"""What computes with a diffusion, one entry of each kind: the ways to draw t, and samplers; and small diffusions."""
+"""What computes with a diffusion, one of each kind: ways to draw t, samplers, likelihoods; and small diffusions."""
 
 import functools
 import inspect
@@ -91,6 +91,25 @@ def small(denoiser=None, T=12, dtype=torch.float64):
         nn.init.normal_(network.outlet.weight, std=0.3)
         denoiser = pyrodiff.VelocityPrediction(network, forward)
     return pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), (2,)).to(dtype)
+
+
+# Estimates of the likelihood
+
+
+def of_pair(estimate, **given):
+    """That of a pair of programs, for the pair of a diffusion."""
+    return lambda diffusion, *data, **options: estimate(diffusion.model, diffusion.guide, *data, **given, **options)
+
+
+LIKELIHOODS = {  # name: what is called with a diffusion, data and their context
+    "bound": pyrodiff.bound,
+    "bound of some times": functools.partial(pyrodiff.bound, num_times=2, num_particles=2),
+    "importance bound": functools.partial(pyrodiff.importance_bound, num_particles=2),
+    "flow": functools.partial(pyrodiff.ode_log_prob, tolerance=1e-2),
+    "pair bound": of_pair(pyrodiff.pair_bound, batch_size=3),
+    "importance bound of a pair": of_pair(pyrodiff.pair_importance_bound, num_particles=2, batch_size=3),
+}
+IN_MEMORY = [name for name in LIKELIHOODS if "pair" not in name]  # those that fill a memory with network calls
 
 
 # Small diffusions

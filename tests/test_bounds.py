@@ -188,37 +188,6 @@ def test_particles_lower_the_variance():
     assert variances[1] == pytest.approx(variances[0] / 16, rel=0.3)
 
 
-def test_evaluation_mode_within_and_each_modules_own_mode_after():
-    modes = []
-
-    class Watched(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.frozen = nn.Dropout(0.9), nn.Dropout(0.9).eval()
-            self.scale = nn.Parameter(torch.ones(()).double())
-
-        def forward(self, x_t, t):
-            modes.extend(module.training for module in self.modules())
-            return dist.Normal(self.frozen(self.inner(x_t)) * self.scale, torch.ones_like(x_t)).to_event(1)
-
-    diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Watched(), (2,))
-    before = {name: module.training for name, module in diffusion.named_modules()}
-    bound(diffusion, X_0)
-    assert not any(modes)
-    assert {name: module.training for name, module in diffusion.named_modules()} == before
-    assert not before["model.reverse.frozen"]
-    assert before["model.reverse.inner"]
-
-    class Broken(Watched):
-        def forward(self, x_t, t):
-            raise RuntimeError("broken")
-
-    diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Broken(), (2,))
-    with pytest.raises(RuntimeError, match="broken"):
-        bound(diffusion, X_0)
-    assert diffusion.reverse.training
-
-
 def test_dropout_is_off():
     forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(1, 0.5))
     network = networks.MLP((2,), hidden=16, dropout=0.8).double()
@@ -323,28 +292,6 @@ def equal(one, other):
     return torch.equal(stacked(one), stacked(other))
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "bits"])
-def test_a_seed_gives_the_same_number_and_leaves_the_global_source_alone(kind):
-    diffusion = shifted() if kind == "gaussian" else bit_diffusion(BETA, 0.2, 2)
-    x_0 = X_0 if kind == "gaussian" else torch.tensor([[1.0, 0.0], [1.0, 1.0]]).double()
-    before = torch.get_rng_state()
-    first = bound(diffusion, x_0, generator=3)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(5)
-    assert equal(bound(diffusion, x_0, generator=3), first)
-    assert not equal(bound(diffusion, x_0, generator=4), first)
-    generator = torch.Generator().manual_seed(5)
-    before = torch.get_rng_state()
-    draws = [bound(diffusion, x_0, generator=generator) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not equal(*draws)  # the generator goes on
-    generator.manual_seed(5)
-    assert equal(bound(diffusion, x_0, generator=generator), draws[0])
-    assert equal(bound(diffusion, x_0, generator=generator), draws[1])
-    bound(diffusion, x_0)
-    assert not torch.equal(torch.get_rng_state(), before)
-
-
 def test_the_global_source_comes_back_after_an_error_too():
     diffusion, before = shifted(), torch.get_rng_state()
     with pytest.raises(ValueError, match="in batch 1"):
@@ -358,12 +305,6 @@ def test_a_seed_does_not_make_the_draws_less_random():
     assert not far(draws, expected_kls(X_0, 0.3, 1.4))
 
 
-@pytest.mark.parametrize("generator", [1.5, True, "3", (3,), np.random.default_rng(3)])
-def test_a_source_of_another_kind_is_refused(generator):
-    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator, a seed or None"):
-        bound(shifted(), X_0, generator=generator)
-
-
 class Told(nn.Module):
     """N(0, 10^2): L_0 and L_T say exactly which datum it is."""
 
@@ -372,27 +313,14 @@ class Told(nn.Module):
 
 
 DATA = torch.arange(1.0, 8).double()[:, None] * torch.tensor([1.0, -3.0]).double()
-LABELS = torch.arange(7)
-LOADERS = {
-    "a tensor's": lambda: DataLoader(DATA, batch_size=3),
-    "a data set's": lambda: DataLoader(TensorDataset(DATA), batch_size=2),
-    "batches of one": lambda: DataLoader(TensorDataset(DATA), batch_size=1),
-    "one batch": lambda: DataLoader(DATA, batch_size=100),
-    "a list": lambda: list(DATA.split(3)),
-    "a tuple": lambda: DATA.split(3),
-    "a list of tuples": lambda: [(batch,) for batch in DATA.split(3)],
-    "a list of lists": lambda: list(DataLoader(TensorDataset(DATA), batch_size=3)),
-    "a generator": lambda: (batch for batch in DATA.split(2)),
-}
-loaders = pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 
 
-@loaders
 @pytest.mark.parametrize("rows", [1, 4, 10**6])
-def test_a_loader_has_the_terms_of_its_data_in_their_order(loader, rows):
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_loader_has_the_terms_of_its_data_in_their_order(size, rows):
     for diffusion in (pyrodiff.Diffusion(pyrodiff.GaussianForward(SCHEDULE), Told(), (2,)), shifted()):
         options = {"memory_budget": rows * bytes_per_row(diffusion, DATA[:1]), "num_particles": 2, "generator": 1}
-        result, whole = (bound(diffusion, x_0, **options) for x_0 in (loader(), DATA))
+        result, whole = (bound(diffusion, x_0, **options) for x_0 in (DATA.split(size), DATA))
         assert torch.equal(result.prior, whole.prior)
         torch.testing.assert_close(stacked(result), stacked(whole), rtol=1e-12, atol=0)
         assert all(len(set(term.tolist())) == 7 for term in (result.prior, result.reconstruction))
@@ -417,36 +345,6 @@ def test_a_loader_that_shuffles_follows_the_seed():
     assert results[0].prior.tolist() != results[2].prior.tolist()
     assert sorted(results[0].prior.tolist()) == sorted(results[2].prior.tolist())
     assert torch.equal(torch.get_rng_state(), before)
-
-
-BAD_LOADERS = {
-    "empty": (lambda: [], ("x_0", "at least one batch", "list")),
-    "an empty DataLoader": (lambda: DataLoader(DATA[:0]), ("x_0", "at least one batch", "DataLoader")),
-    "an empty batch": (lambda: [DATA, DATA[:0]], ("B >= 1", "in batch 1 of the loader")),
-    "another shape": (lambda: [DATA, DATA, DATA[:, :1]], ("(7, 1)", "in batch 2 of the loader")),
-    "another dtype": (lambda: [DATA.float(), DATA], ("float32", "in batch 0 of the loader")),
-    "whole numbers": (lambda: [(DATA.long(), LABELS)], ("floating", "int64", "in batch 0 of the loader")),
-    "not a number": (lambda: [DATA, DATA * math.nan], ("in batch 1 of the loader",)),
-    "dicts": (lambda: iter([{"x": DATA}]), ("dict", "in batch 0 of the loader")),
-    "ints": (lambda: range(3), ("int", "in batch 0 of the loader")),
-    "nothing": (lambda: iter([None]), ("in batch 0 of the loader",)),
-    "empty tuples": (lambda: iter([()]), ("tuple", "in batch 0 of the loader")),
-    "arrays": (lambda: [(DATA.numpy(),)], ("ndarray", "in batch 0 of the loader")),
-    "a dict": (lambda: {"x": DATA}, ("x_0", "dict")),
-    "a path": (lambda: "data.npz", ("x_0", "str")),
-    "numbers": (lambda: [[0.7, 0.7]], ("x_0", "list")),
-    "integers": (lambda: DATA.long(), ("floating", "int64")),
-    "None": (lambda: None, ("x_0", "NoneType")),
-}
-
-
-@pytest.mark.parametrize("evaluate", [bound, lambda *args: pyrodiff.importance_bound(*args, num_particles=2)])
-@pytest.mark.parametrize(("x_0", "words"), BAD_LOADERS.values(), ids=BAD_LOADERS)
-def test_what_cannot_be_data_is_refused_by_name(evaluate, x_0, words):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
-        evaluate(shifted(), x_0())
-    for word in words:
-        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("num_times", [1, 2, 3, 4, 5, 6])
@@ -560,13 +458,6 @@ def test_progress_is_not_shown_unless_asked_for(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("budget", [0, -1, True, 1e6, "1 GB"])
-def test_a_memory_budget_that_cannot_be_is_refused(budget):
-    for evaluate in (bound, pyrodiff.importance_bound):
-        with pytest.raises(ValueError, match="memory_budget must be"):
-            evaluate(shifted(), X_0, num_particles=2, memory_budget=budget)
-
-
 @pytest.mark.parametrize("num_times", [None, 1])
 def test_the_standard_error_is_that_of_a_new_data_set(num_times):
     """Data sets of 40 from the model's own law, whose entropy the bound of exact kernels is."""
@@ -585,33 +476,11 @@ def test_the_standard_error_is_that_of_a_new_data_set(num_times):
     assert [float(word) for word in printed[1:3]] == pytest.approx([float(nats[0].mean()), float(errors[0])], abs=1e-4)
 
 
-class Endless(torch.utils.data.IterableDataset):
-    """Data that do not say how many they are."""
-
-    def __iter__(self):
-        return iter(X_0)
-
-
-def test_a_loader_that_does_not_know_its_length_is_taken_too():
-    diffusion = gaussian_diffusion(SCHEDULE, M, V)
-    loader = torch.utils.data.DataLoader(Endless(), batch_size=2)
-    for evaluate in (bound, lambda *args: pyrodiff.importance_bound(*args, num_particles=2), pyrodiff.ode_log_prob):
-        assert len(evaluate(diffusion, loader).nats) == len(X_0)
-
-
 def test_a_decoder_and_a_denoiser_of_other_levels_are_refused():
     forward = pyrodiff.GaussianForward(SCHEDULE)
     reverse = pyrodiff.GaussianReverse(forward, pyrodiff.LevelPrediction(nn.Identity(), forward, 17))
     with pytest.raises(ValueError, match="decoder must have the 17 levels that the denoiser predicts, but it has 256"):
         pyrodiff.Diffusion(forward, reverse, (2,), pyrodiff.DiscretizedDecoder(256))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_refused_for_a_likelihood(dtype):
-    forward = pyrodiff.GaussianForward(SCHEDULE)
-    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(nn.Identity(), forward))
-    with pytest.raises(ValueError, match="must be float32 or float64"):
-        bound(pyrodiff.Diffusion(forward, reverse, (2,)), X_0.to(dtype))
 
 
 class Same(nn.Module):

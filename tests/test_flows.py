@@ -462,26 +462,6 @@ class _Halved(nn.Module):
         return self.network[0](x_t.double(), t).float()
 
 
-def test_modules_are_in_evaluation_mode_and_gradients_off_for_them():
-    schedule, _ = chain("preserving", 2)
-    network = nn.Dropout(0.5)
-
-    class Dropped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.dropout, self.gain = network, nn.Parameter(torch.tensor(0.3).double())
-
-        def forward(self, x_t, t):
-            return self.gain * self.dropout(x_t)
-
-    diffusion, x_0 = diffusion_of(Dropped(), schedule, (2,)), some_data((2,))
-    first, second = (ode_log_prob(diffusion, x_0) for _ in range(2))
-    assert torch.equal(first.nats, second.nats)
-    assert network.training
-    assert not first.nats.requires_grad
-    assert diffusion.reverse.denoiser.gain.grad is None
-
-
 # a decoder follows
 
 

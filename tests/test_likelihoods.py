@@ -7,16 +7,21 @@ import os
 import pickle
 import re
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from computing import IN_MEMORY, LIKELIHOODS, concrete, small
 from exact import bit_diffusion, gaussian_diffusion
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyrodiff
-from pyrodiff import Bound, FlowLikelihood, ImportanceBound
+from pyrodiff import Bound, FlowLikelihood, ImportanceBound, Likelihood
 from pyrodiff.likelihood.estimate import rounded
+from pyrodiff.running.evaluation import bytes_per_row
 
 LOG2 = math.log(2)
 SCHEDULE = pyrodiff.BetaSchedule([0.1, 0.2, 0.35])
@@ -37,6 +42,211 @@ def flow(shape=(2,), S=3, B=4, levels=None, is_bound=False, num_probes=10):
     return FlowLikelihood(
         torch.randn(S, B).double(), is_bound, torch.Size(shape), levels, 7, num_probes, torch.full((B,), 61.5).double()
     )
+
+
+# What all estimates share
+
+
+X = torch.tensor([[1.0, -3.0], [0.4, 0.2], [-2.0, 1.5], [3.0, 0.7], [0.1, -0.6], [-1.2, -1.9], [2.2, 2.4]]).double()
+LABELS = torch.arange(7)
+every_estimate = pytest.mark.parametrize("name", LIKELIHOODS)
+every_estimate_in_memory = pytest.mark.parametrize("name", IN_MEMORY)
+
+
+def test_every_public_likelihood_is_among_those_that_are_tested():
+    found = {type(estimate(small(T=3), X)).__name__ for estimate in LIKELIHOODS.values()}
+    assert concrete(Likelihood) == found | {"Yardstick"}  # which is of no diffusion: tests/test_yardsticks.py
+
+
+@every_estimate
+def test_what_is_found_is_a_number_for_each_datum_and_is_kept(name, tmp_path):
+    it = LIKELIHOODS[name](small(T=3), X)
+    assert it.nats.shape == (7,)
+    assert (it.event_shape, it.levels) == ((2,), None)
+    assert not it.nats.requires_grad
+    it.save(tmp_path / "it")
+    assert same(type(it).load(tmp_path / "it"), it)
+
+
+@every_estimate
+def test_a_seed_gives_the_same_number_and_leaves_the_global_source_alone(name):
+    diffusion, estimate = small(T=3), LIKELIHOODS[name]
+
+    def nats(generator=None):
+        return estimate(diffusion, X, generator=generator).nats
+
+    before = torch.get_rng_state()
+    first = nats(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(nats(3), first)
+    generator = torch.Generator().manual_seed(5)
+    before = torch.get_rng_state()
+    draws = [nats(generator) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    if name != "flow":  # of two numbers it draws nothing
+        assert not torch.equal(nats(4), first)
+        assert not torch.equal(*draws)  # the generator goes on
+        assert not torch.equal(nats(), nats())
+        assert not torch.equal(torch.get_rng_state(), before)
+    generator.manual_seed(5)
+    assert torch.equal(nats(generator), draws[0])
+    torch.manual_seed(1)
+    plain = nats()
+    torch.manual_seed(1)
+    assert torch.equal(nats(), plain)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Data that do not say how many they are."""
+
+    def __iter__(self):
+        return iter(X)
+
+
+LOADERS = {
+    "a tensor's": lambda: DataLoader(X, batch_size=3),
+    "a data set's": lambda: DataLoader(TensorDataset(X), batch_size=2),
+    "batches of one": lambda: DataLoader(TensorDataset(X), batch_size=1),
+    "one batch": lambda: DataLoader(X, batch_size=100),
+    "endless": lambda: DataLoader(Endless(), batch_size=2),
+    "a list": lambda: list(X.split([5, 2])),
+    "a tuple": lambda: X.split(3),
+    "a list of tuples": lambda: [(batch,) for batch in X.split(3)],
+    "a list of lists": lambda: list(DataLoader(TensorDataset(X), batch_size=3)),
+    "a generator": lambda: (batch for batch in X.split(2)),
+}
+
+
+@every_estimate
+def test_a_loader_of_any_kind_has_the_numbers_of_its_data_in_their_order(name):
+    diffusion, estimate = small(T=3), LIKELIHOODS[name]
+    whole = estimate(diffusion, X, generator=2).nats
+    assert len(set(whole.tolist())) == 7
+    for loader in LOADERS.values():
+        torch.testing.assert_close(estimate(diffusion, loader(), generator=2).nats, whole, rtol=1e-9, atol=1e-9)
+
+
+class Told(nn.Module):
+    """x_0 is estimated as a part of x_t and a number for each label."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = nn.Parameter(torch.tensor([-1.0, 0.3, 1.4]).double())
+
+    def forward(self, x_t, t, y):
+        return 0.4 * x_t + self.numbers[y][..., None]
+
+
+@every_estimate
+def test_each_datum_has_the_number_of_its_own_context(name):
+    """In batches too; one row for all is that row for each."""
+    diffusion, estimate, y = small(Told(), T=3), LIKELIHOODS[name], torch.tensor([2, 0, 1, 1, 0, 2, 1])
+    found = estimate(diffusion, X, y, generator=1).nats
+    alike = torch.stack([estimate(diffusion, X, torch.tensor([label]), generator=1).nats for label in range(3)])
+    torch.testing.assert_close(found, alike[y, torch.arange(7)])
+    assert not torch.allclose(alike[0], alike[1])
+    batches = list(zip(X.split(3), y.split(3), strict=True))
+    torch.testing.assert_close(estimate(diffusion, batches, generator=1).nats, found)
+
+
+class Watched(nn.Module):
+    """A denoiser with dropout, which may fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.frozen = nn.Dropout(0.9), nn.Dropout(0.9).eval()
+        self.scale, self.modes, self.fails = nn.Parameter(torch.ones(()).double()), [], False
+
+    def forward(self, x_t, t):
+        self.modes.extend(module.training for module in self.modules())
+        if self.fails and self.modes and not self.training:
+            raise RuntimeError("on purpose")
+        return self.frozen(self.inner(x_t)) * self.scale
+
+
+@every_estimate
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluation_mode_within_and_each_modules_own_mode_after(name, fails):
+    """And torch's source of random numbers, after errors too."""
+    diffusion = small(Watched(), T=3)
+    before, state = {part: module.training for part, module in diffusion.named_modules()}, torch.get_rng_state()
+    diffusion.reverse.denoiser.fails = fails
+    with pytest.raises(RuntimeError, match="on purpose") if fails else nullcontext():
+        LIKELIHOODS[name](diffusion, X, generator=3)
+    assert not any(diffusion.reverse.denoiser.modes)
+    assert {part: module.training for part, module in diffusion.named_modules()} == before
+    assert before["model.reverse.denoiser.inner"]
+    assert not before["model.reverse.denoiser.frozen"]
+    assert diffusion.reverse.denoiser.scale.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_estimate_in_memory
+def test_the_memory_budget_changes_no_number(name):
+    diffusion, estimate = small(T=3), LIKELIHOODS[name]
+    row, whole = bytes_per_row(diffusion, X[:1]), estimate(diffusion, X, generator=2).nats
+    for rows in (9, 20):
+        found = estimate(diffusion, X, generator=2, memory_budget=rows * row).nats
+        torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=f"memory_budget must hold one datum, which takes {row} bytes"):
+        estimate(diffusion, X, memory_budget=row - 1)
+    for budget in (0, -1, True, 1e6, "1 GB"):
+        with pytest.raises(ValueError, match="memory_budget must be"):
+            estimate(diffusion, X, memory_budget=budget)
+
+
+@every_estimate_in_memory
+def test_the_dtype_is_that_of_the_data_and_half_precision_is_refused(name):
+    diffusion, estimate = small(T=3), LIKELIHOODS[name]
+    wide = estimate(diffusion, X, generator=2).nats
+    narrow = estimate(diffusion.float(), X.float(), generator=2).nats
+    assert narrow.dtype == torch.float32 or name == "flow"
+    if name == "flow":  # which draws nothing
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-3, atol=1e-3)
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match="must be float32 or float64"):
+            estimate(diffusion, X.to(dtype))
+
+
+@every_estimate
+@pytest.mark.parametrize("generator", [1.5, True, "3", (3,), np.random.default_rng(3)])
+def test_a_source_of_another_kind_is_refused(name, generator):
+    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator, a seed or None"):
+        LIKELIHOODS[name](small(T=3), X, generator=generator)
+
+
+BAD_LOADERS = {
+    "empty": (lambda: [], ("x_0", "at least one batch", "list")),
+    "an empty DataLoader": (lambda: DataLoader(X[:0]), ("x_0", "at least one batch", "DataLoader")),
+    "an empty batch": (lambda: [X, X[:0]], ("B >= 1", "in batch 1 of the loader")),
+    "another shape": (lambda: [X, X, X[:, :1]], ("(7, 1)", "in batch 2 of the loader")),
+    "another dtype": (lambda: [X.float(), X], ("float32", "in batch 0 of the loader")),
+    "whole numbers": (lambda: [(X.long(), LABELS)], ("floating", "int64", "in batch 0 of the loader")),
+    "not a number": (lambda: [X, X * math.nan], ("in batch 1 of the loader",)),
+    "dicts": (lambda: iter([{"x": X}]), ("dict", "in batch 0 of the loader")),
+    "ints": (lambda: range(3), ("int", "in batch 0 of the loader")),
+    "nothing": (lambda: iter([None]), ("in batch 0 of the loader",)),
+    "empty tuples": (lambda: iter([()]), ("tuple", "in batch 0 of the loader")),
+    "arrays": (lambda: [(X.numpy(),)], ("ndarray", "in batch 0 of the loader")),
+    "a dict": (lambda: {"x": X}, ("x_0", "dict")),
+    "a path": (lambda: "data.npz", ("x_0", "str")),
+    "numbers": (lambda: [[0.7, 0.7]], ("x_0", "list")),
+    "integers": (lambda: X.long(), ("floating", "int64")),
+    "None": (lambda: None, ("x_0", "NoneType")),
+}
+
+
+@every_estimate_in_memory
+@pytest.mark.parametrize(("x_0", "words"), BAD_LOADERS.values(), ids=BAD_LOADERS)
+def test_what_cannot_be_data_is_refused_by_name(name, x_0, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        LIKELIHOODS[name](small(T=3), x_0())
+    for word in words:
+        assert word in str(error.value)
+
+
+# What is said of them
 
 
 ALL = {"bound": made_up, "importance": weighted, "flow": flow}

@@ -608,16 +608,6 @@ def test_everything_is_left_as_it_was(function, fails):
     assert fails or (torch.equal(*found) and not found[0].requires_grad)
 
 
-def test_without_a_seed_the_global_source_is_drawn_from():
-    torch.manual_seed(1)
-    first, second = (pair_bound(model, wrong, X).nats for _ in range(2))
-    assert not torch.equal(first, second)
-    torch.manual_seed(1)
-    assert torch.equal(pair_bound(model, wrong, X).nats, first)
-    generators = [torch.Generator().manual_seed(6) for _ in range(2)]
-    assert torch.equal(*(pair_bound(model, wrong, X, generator=generator).nats for generator in generators))
-
-
 def test_the_first_run_of_all_data_is_validated_and_no_other():
     seen = []
 

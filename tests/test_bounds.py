@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrodiff
 from pyrodiff import Bound, DiffusionELBO, bound, networks
+from pyrodiff.likelihood.estimate import rounded
 from pyrodiff.running.evaluation import bytes_per_row
 
 M, V = torch.tensor([0.7, -1.3]).double(), torch.tensor([0.3, 1.7]).double()
@@ -55,10 +56,11 @@ def test_the_printed_table_has_the_numbers():
     rows = {"L_T": terms.prior, "ΣL_t-1": terms.denoising.sum(0), "L_0": terms.reconstruction, "bound": terms.nats}
     for line, (name, values) in zip(lines[2:6], rows.items(), strict=True):
         mean, error = float(values.mean()), float(values.std()) / 2**0.5
-        expected = [mean, error, mean / math.log(2), error / math.log(2)]
+        expected = f"{rounded(mean, error)} {rounded(mean / math.log(2), error / math.log(2))}"
         assert line.startswith(name)
-        assert [float(word) for word in line.split()[-4:]] == pytest.approx(expected, abs=1e-4)
-    assert float(lines[6].split()[-4]) == pytest.approx(float(terms.nats.mean()) / 2, abs=1e-4)
+        assert line.split()[-4:] == expected.replace("±", "").split()
+    nats = terms.nats / 2
+    assert lines[6].split()[-4] == rounded(float(nats.mean()), float(nats.std()) / 2**0.5).split()[0]
 
 
 @pytest.mark.parametrize("event_shape", [(), (3,), (2, 4)])
@@ -473,7 +475,7 @@ def test_the_standard_error_is_that_of_a_new_data_set(num_times):
     first = Bound(result.prior[:40], result.denoising[:, :40], result.reconstruction[:40], diffusion.event_shape)
     printed = str(first).splitlines()[5].split()
     assert printed[0] == "bound"
-    assert [float(word) for word in printed[1:3]] == pytest.approx([float(nats[0].mean()), float(errors[0])], abs=1e-4)
+    assert printed[1:3] == rounded(float(nats[0].mean()), float(errors[0])).replace("±", "").split()
 
 
 def test_a_decoder_and_a_denoiser_of_other_levels_are_refused():

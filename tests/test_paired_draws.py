@@ -616,7 +616,7 @@ def work(rank, folder):
     torch.set_num_threads(1)
     bounds._ROWS = ROWS
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=300)
     )
     found = {name: job(name, sharded=True) for name in JOBS}
     found["kinds"] = {name: of_kind(name, sharded=True) for name in KINDS}
@@ -635,7 +635,7 @@ def in_two_processes():
                 with log.open("w") as out:
                     command = [sys.executable, __file__, folder, str(rank)]
                     started.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while any(process.poll() is None for process in started) and time.monotonic() < until:
                 if any(process.poll() for process in started):  # one has failed, and the other would wait for it
                     break

@@ -400,7 +400,7 @@ def test_a_one_step_pair_that_is_biased_fails(drawing):
 
     base = mlp(torch.float64, T=4) if drawing is Steep else gaussian(shift=1.0)  # terms as unlike as it takes
     diffusion = Biased(base.forward_process, base.reverse, (2,), prior=base.model.prior)
-    found = failed(verify(diffusion, data(200), num_repeats=20))
+    found = failed(verify(diffusion, data(200), num_repeats=30))
     assert UNBIASED in found
     assert set(found) <= {UNBIASED, GRADIENT}
     assert " at the bound; beyond 5 at the bound" in found[UNBIASED]

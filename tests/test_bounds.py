@@ -49,7 +49,7 @@ def test_a_bound_is_the_sum_of_its_terms_in_any_unit():
 
 def test_the_printed_table_has_the_numbers():
     size = torch.Size((2,))
-    terms = Bound(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]), torch.tensor([-7.0, 9.0]), size)
+    terms = Bound(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.6], [5.0, 6.0]]), torch.tensor([-7.0, 9.0]), size)
     lines = str(terms).splitlines()
     assert lines[0] == "bound on -log p(x_0), T = 3, mean of 2 data of 2 dimensions"
     assert lines[-1] == "p is a density, per unit of the data as given"

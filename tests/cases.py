@@ -505,6 +505,73 @@ def joint(process, x_t, p, s, t):
     return found, found * (1 - found)
 
 
+class Table(nn.Module):
+    """Log odds of a few bits of the data, a number for every state and time; it counts its calls."""
+
+    def __init__(self, num_steps, bits):
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        logits = 1.5 * torch.randn(num_steps + 1, 2**bits, bits, dtype=torch.float64, generator=generator)
+        self.logits, self.calls = nn.Parameter(logits), 0
+
+    def forward(self, x_t, t):
+        self.calls += 1
+        return self.logits[t, (x_t * 2 ** torch.arange(x_t.shape[-1], dtype=x_t.dtype)).sum(-1).long()]
+
+    def believes(self, t):
+        """The probabilities of a 1 in each bit of the data, for each of ``all_states``."""
+        bits = self.logits.shape[-1]
+        return 1 / (1 + np.exp(-array(self.logits)[t, all_states(bits) @ 2 ** np.arange(bits)]))
+
+
+def all_states(bits):
+    return np.array(list(itertools.product((0, 1), repeat=bits)))
+
+
+def chances(ones):
+    """Of rows with a probability of a 1 for each bit, those of all states, with a column for each."""
+    x = all_states(ones.shape[-1])
+    return np.where(x == 1, ones[:, None], 1 - ones[:, None]).prod(-1)
+
+
+class Enumerated:
+    """What the steps of a chain of bits cost a datum x_0, and the law that it generates, summed over all states.
+
+    Arguments:
+        betas: Of the whole chain.
+        rate: The stationary rate.
+        kernel: ``mixture`` or ``joint``.
+        believes: The probabilities of a 1 in each bit of the data, of a time, with a row for each state.
+    """
+
+    def __init__(self, betas, rate, kernel, believes, bits=2):
+        self.process = Binomial(of_betas(None, lambda T: betas), (rate,))
+        self.kernel, self.believes, self.x, self.rate = kernel, believes, all_states(bits), np.full((1, bits), rate)
+
+    def step(self, s, t):
+        """p(x_s | x_t), with a row for each x_t and a column for each x_s."""
+        return chances(self.kernel(self.process, self.x, self.believes(t), s, t)[0])
+
+    def cost(self, x_0, s, t):
+        """L of the step from t to s; L_0 at s = 0."""
+        x_0 = np.broadcast_to(x_0, self.x.shape)
+        at_t = chances(self.process.transition(x_0[:1], 0, t)[0])[0]
+        q, p = chances(self.process.posterior(self.x, x_0, s, t)[0]), self.step(s, t)
+        return float(at_t @ (q * np.log(np.where(q > 0, q, 1) / p)).sum(-1))
+
+    def last(self, x_0, t):
+        """L_T of a chain that ends at t."""
+        q, p = chances(self.process.transition(np.array([x_0]), 0, t)[0])[0], chances(self.rate)[0]
+        return float(q @ np.log(q / p))
+
+    def likelihood(self, times):
+        """p(x_0) of all states: the prior and the steps, multiplied."""
+        p = chances(self.rate)[0]
+        for s, t in reversed(list(itertools.pairwise((0, *times)))):
+            p = p @ self.step(s, t)
+        return p
+
+
 REVERSES = {
     f"GaussianReverse, {name}, {process.split()[1]}": Reverse(
         pyrodiff.GaussianReverse, PROCESSES[process], denoiser, gaussian_kernel

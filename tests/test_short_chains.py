@@ -5,6 +5,7 @@ import math
 import warnings
 import weakref
 
+import cases
 import numpy as np
 import oracles
 import pyro.distributions as dist
@@ -313,65 +314,24 @@ def test_only_candidates_are_chosen_from():
     assert best_subchain(diffusion, x_0, x_0, num_steps=T, candidates=1000).num_steps == T
 
 
-class Table(nn.Module):
-    """Log odds of each of two bits of the data, a number for every state and time."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(4)
-        self.logits = nn.Parameter(1.5 * torch.randn(T + 1, 4, 2, dtype=torch.float64, generator=generator))
-        self.calls = 0
-
-    def forward(self, x_t, t):
-        self.calls += 1
-        return self.logits[t, (x_t * torch.tensor([1, 2])).sum(-1).long()]
-
-
 def bits(kind, rate):
     forward = pyrodiff.BinomialForward(pyrodiff.BetaSchedule(BETAS), rate)
-    return pyrodiff.Diffusion(forward, kind(forward, pyrodiff.LogitPrediction(Table(), forward)), (2,))
+    return pyrodiff.Diffusion(forward, kind(forward, pyrodiff.LogitPrediction(cases.Table(T, 2), forward)), (2,))
 
 
-def bit_costs(kind, logits, rate, x_0):
-    """L(s, t), L_0 at s = 0 among them, and L_T(t): sums over all states of the bits, by hand."""
-    steps, last = {}, {}
-    beliefs = 1 / (1 + np.exp(-logits))
-    law = [1 - rate, rate]
-    for t in range(1, T + 1):
-        whole = oracles.bit_matrix(BETAS, rate, 0, t)
-        last[t] = sum(p * math.log(p / law[b]) for x in x_0 for b, p in enumerate(whole[x]))
-        for s in range(t):
-            before, after = oracles.bit_matrix(BETAS, rate, 0, s), oracles.bit_matrix(BETAS, rate, s, t)
-            steps[s, t] = 0.0
-            for x_t in itertools.product((0, 1), repeat=2):
-                weight = math.prod(whole[a][b] for a, b in zip(x_0, x_t, strict=True))
-                for d in (0, 1):
-                    belief = beliefs[t, x_t[0] + 2 * x_t[1], d]
-                    believed = [1 - belief, belief]
-                    if s == 0:
-                        steps[s, t] -= weight * math.log(believed[x_0[d]])
-                        continue
-                    laws = [oracles.bit_posterior(BETAS, rate, x_t[d], x, t, s) for x in (0, 1)]
-                    if kind is pyrodiff.D3PMReverse:
-                        p = [after[b][x_t[d]] * sum(believed[x] * before[x][b] for x in (0, 1)) for b in (0, 1)]
-                        p = [one / sum(p) for one in p]
-                    else:
-                        p = [sum(believed[x] * laws[x][b] for x in (0, 1)) for b in (0, 1)]
-                    q = laws[x_0[d]]
-                    steps[s, t] += weight * sum(q[b] * math.log(q[b] / p[b]) for b in (0, 1))
-    return steps, last
-
-
-@pytest.mark.parametrize("kind", [pyrodiff.BinomialReverse, pyrodiff.D3PMReverse])
-def test_of_bits_it_is_the_best_of_all_chains_by_enumeration_of_all_states(kind):
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [(pyrodiff.BinomialReverse, cases.mixture), (pyrodiff.D3PMReverse, cases.joint)]
+)
+def test_of_bits_it_is_the_best_of_all_chains_by_enumeration_of_all_states(kind, kernel):
     rate, x_0 = 0.3, (1, 0)
     diffusion = bits(kind, rate)
     network = diffusion.reverse.denoiser.network
-    steps, last = bit_costs(kind, network.logits.detach().numpy(), rate, x_0)
+    truth = cases.Enumerated(BETAS, rate, kernel, network.believes)
+    steps = {(s, t): truth.cost(x_0, s, t) for s, t in itertools.combinations(range(T + 1), 2)}
     data = torch.tensor(x_0, dtype=torch.float64).expand(3000, 2)
     for num_steps in (1, 2, 4):
         bounds = {
-            times: sum(steps[step] for step in itertools.pairwise((0, *times))) + last[times[-1]]
+            times: sum(steps[step] for step in itertools.pairwise((0, *times))) + truth.last(x_0, times[-1])
             for times in chains(num_steps)
         }
         network.calls = 0

@@ -230,61 +230,20 @@ class Mixed(nn.Module):
         return x_t @ self.mix - 0.3 * t + 0.5
 
 
-def believed(network, x_t, t):
-    """The probability of a 1 in each bit of the data, in numpy."""
-    odds = np.array(x_t) @ network.mix.detach().numpy() - 0.3 * t + 0.5
-    return 1 / (1 + np.exp(-odds))
-
-
-def kernel(network, x_t, k):
-    """p(x_s = 1 | x_t) of each bit, both data weighed; the step k of the sub-chain."""
-    t, s = BIT_TIMES[k - 1], (0, *BIT_TIMES)[k - 1]
-    one = believed(network, x_t, t)
-    if s == 0:
-        return one
-    weighed = [[oracles.bit_posterior(BETAS, RATE, bit, x, t, s)[1] for x in (0, 1)] for bit in x_t]
-    return np.array([p * q[1] + (1 - p) * q[0] for p, q in zip(one, weighed, strict=True)])
-
-
-def chance(x, ones):
-    return math.prod(one if bit else 1 - one for bit, one in zip(x, ones, strict=True))
-
-
-def marginal(x_0, t):
-    return [oracles.bit_matrix(BETAS, RATE, 0, t)[bit][1] for bit in x_0]
-
-
-def bit_terms(network, x_0):
-    """L_T, L_2, L_1 and L_0, summed over all states."""
-    out = []
-    last = marginal(x_0, BIT_TIMES[-1])
-    out.append(sum(chance(x, last) * math.log(chance(x, last) / chance(x, [RATE] * 2)) for x in STATES))
-    for k in (3, 2):
-        t, s, term = BIT_TIMES[k - 1], BIT_TIMES[k - 2], 0.0
-        for x_t, x_s in itertools.product(STATES, STATES):
-            q = [oracles.bit_posterior(BETAS, RATE, i, j, t, s)[1] for i, j in zip(x_t, x_0, strict=True)]
-            ratio = chance(x_s, q) / chance(x_s, kernel(network, x_t, k))
-            term += chance(x_t, marginal(x_0, t)) * chance(x_s, q) * math.log(ratio)
-        out.append(term)
-    first = marginal(x_0, BIT_TIMES[0])
-    out.append(-sum(chance(x, first) * math.log(chance(x_0, kernel(network, x, 1))) for x in STATES))
-    return out
-
-
-def bit_likelihood(network):
-    """p(x_0) of each state, a product of the prior and three 4 x 4 matrices."""
-    p = np.array([chance(x, [RATE] * 2) for x in STATES])
-    for k in (3, 2, 1):
-        p = p @ np.array([[chance(x_s, kernel(network, x_t, k)) for x_s in STATES] for x_t in STATES])
-    return dict(zip(STATES, p, strict=True))
+def enumerated(network):
+    mix = network.mix.detach().numpy()
+    believes = lambda t: 1 / (1 + np.exp(-(np.array(STATES) @ mix - 0.3 * t + 0.5)))  # noqa: E731
+    return cases.Enumerated(BETAS, RATE, cases.mixture, believes)
 
 
 @pytest.mark.parametrize("x_0", STATES)
 def test_the_bound_of_a_sub_chain_of_bits_is_the_enumerated_one(x_0):
     network = Mixed()
     sub = bit_diffusion(network=network).subchain(BIT_TIMES)
-    expected, x = bit_terms(network, x_0), torch.tensor(x_0, dtype=torch.float64).expand(20_000, 2)
-    assert sum(expected) > -math.log(bit_likelihood(network)[x_0])
+    truth, x = enumerated(network), torch.tensor(x_0, dtype=torch.float64).expand(20_000, 2)
+    steps = [truth.cost(x_0, s, t) for s, t in itertools.pairwise((0, *BIT_TIMES))]
+    expected = [truth.last(x_0, BIT_TIMES[-1]), *reversed(steps)]
+    assert sum(expected) > -math.log(truth.likelihood(BIT_TIMES)[STATES.index(x_0)])
     bound = pyrodiff.bound(sub, x)
     close(bound.prior, np.full(20_000, expected[0]))
     assert not far(bound.denoising.T, torch.tensor(expected[2:0:-1], dtype=torch.float64))
@@ -301,9 +260,10 @@ def test_the_bound_of_a_sub_chain_of_bits_is_the_enumerated_one(x_0):
 
 def test_a_sub_chain_of_bits_generates_with_the_enumerated_likelihood():
     network = Mixed()
-    drawn, p = bit_diffusion(network=network).subchain(BIT_TIMES).model(num_samples=20_000), bit_likelihood(network)
-    assert sum(p.values()) == pytest.approx(1)
-    for x_0, chance_of_it in p.items():
+    drawn = bit_diffusion(network=network).subchain(BIT_TIMES).model(num_samples=20_000)
+    p = enumerated(network).likelihood(BIT_TIMES)
+    assert p.sum() == pytest.approx(1)
+    for x_0, chance_of_it in zip(STATES, p, strict=True):
         assert not far((drawn == torch.tensor(x_0)).all(-1).double(), chance_of_it)
 
 

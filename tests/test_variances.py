@@ -11,7 +11,6 @@ import pytest
 import torch
 from cases import PROCESSES, SCHEDULES, TIMES, VARIANCES, Returns, T, Timed, close, every_schedule, every_variance
 from exact import far
-from torch import nn
 
 import pyrodiff
 from pyrodiff import FixedLargeVariance, FixedVariance, ForwardVariance, PosteriorVariance
@@ -306,29 +305,15 @@ CHAIN = [0.3, 0.15, 0.6, 0.4]
 RATE = 0.3
 
 
-class Table(nn.Module):
-    """Log odds of each bit of the data, a number for every state and time."""
-
-    def __init__(self, num_steps, bits):
-        super().__init__()
-        generator = torch.Generator().manual_seed(4)
-        logits = 1.5 * torch.randn(num_steps + 1, 2**bits, bits, dtype=torch.float64, generator=generator)
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, x_t, t):
-        row = (x_t * 2 ** torch.arange(x_t.shape[-1], dtype=x_t.dtype)).sum(-1).long()
-        return self.logits[t, row]
-
-
 def bit_diffusion(kind, bits):
     q = pyrodiff.BinomialForward(pyrodiff.BetaSchedule(CHAIN), RATE)
-    return pyrodiff.Diffusion(q, kind(q, pyrodiff.LogitPrediction(Table(len(CHAIN), bits), q)), (bits,))
+    return pyrodiff.Diffusion(q, kind(q, pyrodiff.LogitPrediction(cases.Table(len(CHAIN), bits), q)), (bits,))
 
 
 def all_paths(network, kernel, x_0, times):
     """The bound: q of each path (x_tau_1, ..., x_tau_K) given x_0, times log q - log p of it with x_0, summed."""
     process = cases.Binomial(cases.of_betas(None, lambda T: CHAIN), (RATE,))
-    bits, states = len(x_0), list(itertools.product((0, 1), repeat=len(x_0)))
+    bits, states = len(x_0), cases.all_states(len(x_0))
     paths = np.array(list(itertools.product(states, repeat=len(times)))).reshape(-1, len(times), bits)
     whole = np.concatenate([np.broadcast_to(x_0, (len(paths), 1, bits)), paths], 1)
     beliefs = 1 / (1 + np.exp(-network.logits.detach().numpy()))

@@ -1,1 +1,1 @@
-"""The ground: what arguments may be, float64 where it matters, random sources, ranks of several processes, files."""
+"""What all else rests on: argument checks, float64, random generators, distributed ranks, files, an ODE solver."""

@@ -1,4 +1,4 @@
-"""The error that names an argument, and what plain ones may be: numbers, strings, one of a few values.
+"""The error that names an argument, and checks of plain arguments: numbers, strings, one of a few values.
 
 Nothing here imports torch, so that the command can say what is wrong with an option at once.
 """
@@ -11,12 +11,12 @@ __all__ = ["ArgumentError"]
 
 
 class ArgumentError(ValueError):
-    """An argument cannot be what it is.
+    """An argument has a value that it cannot have.
 
     Arguments:
-        argument: Its name, as the function that was called has it.
-        said: What it must be and what it is: "must be an int of at least 1, but it is 0"; if not given, the name and
-            this are both in ``argument``.
+        argument: Its name in the signature of the function that was called.
+        said: The rest of the message: "must be an int of at least 1, but it is 0"; if not given, ``argument`` holds
+            both, the name first.
 
     Attributes:
         argument, said: As given. The message is both.
@@ -33,7 +33,7 @@ class ArgumentError(ValueError):
     __module__ = "pyrodiff"
 
     def __init__(self, argument: str, said: str | None = None) -> None:
-        if said is None:  # Pyro's traces raise an error again as type(error)(the message and the shapes of the sites)
+        if said is None:  # Pyro's traces re-raise an error as type(error)(message and shapes of the sites)
             argument, _, said = argument.partition(" ")
         super().__init__(argument, said)
         self.argument, self.said = argument, said
@@ -60,7 +60,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def positive_int(name: str, value: object, *, even: bool = False) -> int:
-    """An int of at least 1, even if so asked."""
+    """Check for an int of at least 1, and for an even one if ``even``."""
     if not is_int(value) or value < 1 or (even and value % 2):
         raise ArgumentError(name, f"must be an int of at least 1{', even' * even}, but it is {described(value)}")
     return int(value)

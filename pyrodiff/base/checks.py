@@ -1,8 +1,8 @@
-"""What arguments may be: each check refuses anything else by a ValueError that names the argument and its value.
+"""Checks of arguments: each raises a ValueError that names the argument and its value where it cannot be that.
 
-What is made once (a schedule, a decoder) is checked when it is made. What is called at every step, kernels and
-programs, is checked while Pyro's own validation is on (``pyro.enable_validation``), and by nothing else. Entry points
-(:func:`bound`, samplers, the first step of :class:`SVI` for each shape) turn it on for what they are given.
+Objects (a schedule, a decoder) check their arguments when they are made. What is called at every step, kernels and
+programs, checks them only while Pyro's own validation is on (``pyro.enable_validation``). Entry points (:func:`bound`,
+samplers, the first step of :class:`SVI` for each shape) turn it on for what they are given.
 """
 
 import inspect
@@ -30,7 +30,7 @@ def validating() -> bool:
 
 
 def numbers(name: str, value: object) -> Tensor:
-    """Real numbers that are fixed, as a copy in float64, on the device that they are on."""
+    """Fixed real numbers (no gradient), as a float64 copy on their own device."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ArgumentError(
             name,
@@ -39,7 +39,7 @@ def numbers(name: str, value: object) -> Tensor:
         )
     try:
         dtype = (value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).dtype
-        if dtype.is_complex or dtype == torch.bool:  # whose cast would drop a part, or make numbers of them
+        if dtype.is_complex or dtype == torch.bool:  # a cast would drop the imaginary part, or make numbers of bools
             raise ArgumentError(name, f"must be real numbers, but the dtype is {dtype}")
         if isinstance(value, Tensor):
             return value.detach().to(home(value.device)).to(torch.float64, copy=True)
@@ -76,7 +76,7 @@ def increasing(name: str, value: Any, high: int) -> tuple[int, ...]:
 
 
 def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor, or_else: str = "") -> None:
-    """A tensor of a shape, as what a network, say, returns for a state; else an error, with another way out."""
+    """Check that what a module, a network say, returned for a state is a tensor of this shape."""
     if isinstance(value, Tensor) and value.shape == shape:
         return
     if isinstance(value, Tensor):
@@ -121,12 +121,12 @@ def context(values: Sequence, size: int, device: torch.device, keyword: str = ""
 
 
 def takes_context(name: str, module: nn.Module, context: Sequence[Tensor], **options: bool) -> None:
-    """A module whose ``forward`` takes a state, a time, this context and these options, while Pyro validates."""
+    """Check, while Pyro validates, that a module's ``forward`` takes x_t, t, this context and these options."""
     if not validating():
         return
     try:
         signature = inspect.signature(module.forward)
-    except (TypeError, ValueError):  # it does not say
+    except (TypeError, ValueError):  # it has no signature to read
         return
     try:
         signature.bind("x_t", "t", *context, **options)
@@ -161,7 +161,7 @@ def _binds(signature: inspect.Signature, context: Sequence[Tensor]) -> bool:
 
 
 def same_process(name: str, module: object, forward: nn.Module) -> None:
-    """A module made for this forward process, where it says for which."""
+    """Check that a module with an attribute ``forward_process`` was made for this one."""
     if getattr(module, "forward_process", forward) is not forward:
         raise ArgumentError(
             name,
@@ -182,7 +182,7 @@ def data(x: object) -> None:
 
 
 def full_precision(name: str, dtype: torch.dtype) -> None:
-    """A dtype that bounds can be computed in: half precision is the networks' alone, under autocast."""
+    """Check for a dtype that bounds can be computed in: half precision is for networks only, under autocast."""
     if torch.finfo(dtype).bits < 32:
         raise ArgumentError(
             name,
@@ -193,12 +193,12 @@ def full_precision(name: str, dtype: torch.dtype) -> None:
 
 
 def holds(condition: Tensor) -> bool:
-    """Whether a condition holds everywhere, as far as there are values to read: a meta tensor has none."""
+    """Whether a condition holds everywhere; assumed true of a meta tensor, which has no values."""
     return condition.is_meta or bool(condition.all())
 
 
 def time(name: str, t: object, high: int, low: int = 0) -> None:
-    """A time in low..high: an int, which is always checked, or an integer tensor, which is while Pyro validates."""
+    """Check that a time lies in low..high: an int always, an integer tensor only while Pyro validates."""
     if isinstance(t, Tensor):
         if not validating():
             return
@@ -217,7 +217,7 @@ def time(name: str, t: object, high: int, low: int = 0) -> None:
 
 
 def step(x: object, t: int | Tensor, s: int | Tensor | None, num_steps: int, first: int = 0) -> None:
-    """A floating state, and times first <= s < t <= T, s being t - 1 if it is None; while Pyro validates."""
+    """Check, while Pyro validates, for a floating state and first <= s < t <= T, where s is t - 1 if None."""
     if not validating():
         return
     if not isinstance(x, Tensor) or not x.is_floating_point():

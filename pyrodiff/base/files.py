@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written; and that lead nowhere else."""
+"""Atomic writes, so that a file is there whole or not at all; and opening files without following links."""
 
 import errno
 import glob
@@ -14,7 +14,7 @@ __all__ = ["path_of", "plainly", "printable", "write"]
 
 
 def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens meanwhile; by one process at a time.
+    """Write a file atomically: it is there whole or not at all, whatever happens meanwhile. One process at a time.
 
     Arguments:
         path: The file; one that is there is replaced once the new one is on the disk.
@@ -24,8 +24,8 @@ def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
         OSError: If it cannot be written; what was there before is as it was.
     """
     path = path_of(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # where nobody can have put a link
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{16 * '[0-9a-f]'}.part"):  # by a kill
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # a name that nobody can have made a link of
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{16 * '[0-9a-f]'}.part"):  # by a killed process
         with suppress(OSError):
             left.unlink()
     try:
@@ -42,9 +42,9 @@ def write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a new name to the disk, where a system knows how."""
+    """Flush the folder's entries to the disk, on systems that can."""
     if hasattr(os, "O_DIRECTORY"):
-        with suppress(OSError):  # the file is there, and whole; some file systems know no more
+        with suppress(OSError):  # the file itself is written; some file systems cannot sync a folder
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(descriptor)
@@ -56,10 +56,10 @@ def path_of(value: str | os.PathLike[str]) -> Path:
     """The path of a file.
 
     Arguments:
-        value: What is given as one.
+        value: The argument.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not the path of a file.
     """
     if not isinstance(value, str | os.PathLike) or not Path(value).name:
         raise ArgumentError("path", f"must be the path of a file, a str or os.PathLike, but it is {value!r}")
@@ -67,7 +67,7 @@ def path_of(value: str | os.PathLike[str]) -> Path:
 
 
 def plainly(path: str, flags: int) -> int:
-    """How ``open(..., opener=plainly)`` opens: a regular file only, no link, which may lead elsewhere, and no pipe.
+    """The opener of ``open(..., opener=plainly)``, which opens regular files only: no link, no pipe.
 
     Arguments:
         path: The file.
@@ -84,10 +84,10 @@ def plainly(path: str, flags: int) -> int:
 
 
 def printable(value: object, but: str = "") -> str:
-    """A value as text that does nothing to a terminal: control characters, and what is no text, are escaped.
+    """A value as text that is safe to print on a terminal: what is not printable is escaped.
 
     Arguments:
         value: The value.
-        but: Characters that stay.
+        but: Characters that are not escaped.
     """
     return "".join(one if one.isprintable() or one in but else ascii(one)[1:-1] for one in str(value))

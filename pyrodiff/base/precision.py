@@ -41,12 +41,12 @@ def home(device: torch.device) -> torch.device:
 
 
 def default_home() -> torch.device:
-    """Where float64 numbers are made that nothing says a device of: on torch's default device, if it has them."""
+    """The device for float64 numbers that are given none: torch's default device if it has float64, else the CPU."""
     return home(torch.get_default_device())
 
 
 def float64(x: Tensor) -> Tensor:
-    """The numbers in float64, on their device or, where that has none, on the CPU.
+    """The numbers in float64, on their device, or on the CPU if that has no float64.
 
     Arguments:
         x: A tensor of any dtype.
@@ -70,7 +70,7 @@ def coefficients(values: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def costs_dtype(x_0: Tensor) -> torch.dtype:
-    """The dtype of what data cost: their own, or torch's default where they are integers.
+    """The dtype of costs: that of the data, or torch's default where these are integers.
 
     Arguments:
         x_0: The data.
@@ -79,7 +79,7 @@ def costs_dtype(x_0: Tensor) -> torch.dtype:
 
 
 def precisely() -> AbstractContextManager:
-    """Within, nothing is autocast: networks may compute in a lower precision, but what is summed to a bound may not."""
+    """A context without autocast: networks may compute in a lower precision, but the terms of a bound may not."""
     kinds = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
     return torch.autocast(kinds[0], enabled=False) if kinds else nullcontext()
 
@@ -87,7 +87,7 @@ def precisely() -> AbstractContextManager:
 class Float64Module(nn.Module):
     """A module whose buffers keep their dtype, whatever dtype the module is cast to; they follow it to a device.
 
-    Where the device has no float64 they stay on the CPU, so that a state_dict holds them whole from anywhere.
+    Where the device has no float64 they stay on the CPU, so that a state_dict has them in full precision.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float64Module":
@@ -99,6 +99,6 @@ class Float64Module(nn.Module):
         for name, buffer in buffers.items():
             if buffer is not None:
                 device = home(fn(torch.empty(0, device=buffer.device)).device)
-                emptied = buffer.is_meta and device.type != "meta"  # by to_empty, which a state_dict is loaded after
+                emptied = buffer.is_meta and device.type != "meta"  # by to_empty, after which a state_dict is loaded
                 buffers[name] = torch.empty_like(buffer, device=device) if emptied else buffer.to(device)
         return self

@@ -1,4 +1,4 @@
-"""The sources that programs draw random numbers from: torch's on every device, NumPy's and Python's."""
+"""The global random number generators: torch's on every device, NumPy's and Python's."""
 
 import random
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ __all__ = ["copied_source", "generator_of", "kept_sources", "put_sources", "seed
 
 
 def sources() -> dict[str, Any]:
-    """The state of every global source, as tensors, numbers and strings."""
+    """The state of every global generator, as tensors, numbers and strings."""
     of_numpy = np.random.get_state(legacy=False)
     words_of_numpy = torch.from_numpy(of_numpy["state"]["key"].astype(np.int64))
     version, words, gauss = random.getstate()
@@ -34,7 +34,7 @@ def sources() -> dict[str, Any]:
 
 
 def put_sources(state: dict[str, Any]) -> None:
-    """Let every global source go on from a state; a device that it does not have, or that is not here, is left alone.
+    """Set the state of every global generator; devices that the state or this machine lacks are left alone.
 
     Arguments:
         state: What :func:`sources` returned.
@@ -50,7 +50,7 @@ def put_sources(state: dict[str, Any]) -> None:
 
 @contextmanager
 def kept_sources() -> Iterator[None]:
-    """Within, draws leave no trace: afterwards every source goes on as if there had been none."""
+    """A context after which every global generator has its earlier state, as if nothing had been drawn."""
     state = sources()
     try:
         yield
@@ -59,7 +59,7 @@ def kept_sources() -> Iterator[None]:
 
 
 def seed_draws(seed: int, device: torch.device) -> None:
-    """Seed what draws on the CPU and on a device, and no other device.
+    """Seed torch's generators on the CPU and on one device, and on no other.
 
     Arguments:
         seed: The seed.
@@ -73,16 +73,16 @@ def seed_draws(seed: int, device: torch.device) -> None:
 
 
 def copied_source() -> torch.Generator:
-    """A generator that draws what torch's global source on the CPU would, which stays where it is."""
+    """A copy of torch's global CPU generator: it draws the same numbers, without advancing the global one."""
     return torch.Generator("cpu").set_state(torch.get_rng_state())
 
 
 def generator_of(value: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:
-    """The generator that draws are to come from: one that is given, or, of a seed, a new one; None stays None.
+    """The generator to draw from: the one given, a new one for a seed, None for None.
 
     Arguments:
         value: A generator, a seed, or None for torch's global source.
-        device: Where the one of a seed draws.
+        device: The device of a new one.
 
     Raises:
         ValueError: If it is something else.
@@ -95,7 +95,7 @@ def generator_of(value: torch.Generator | int | None, device: torch.device) -> t
 
 
 def seed_of(seed: int, *key: int) -> int:
-    """A seed made of another and of what the draws are for, so that each piece of work has its own, whoever does it.
+    """A seed derived from another and from what the draws are for: each piece of work has its own, on any rank.
 
     Arguments:
         seed: The seed, not negative.

@@ -48,7 +48,7 @@ def _are_many() -> bool:
 
 @torch.no_grad()
 def agree(tensors: Iterable[Tensor]) -> None:
-    """Give all ranks the tensors of the first, in place. Those that are sharded over ranks are left alone.
+    """Broadcast the tensors of rank 0 to all ranks, in place. Sharded tensors are left alone.
 
     Arguments:
         tensors: As many in each rank, of the same shapes.
@@ -64,7 +64,7 @@ def agree(tensors: Iterable[Tensor]) -> None:
 
 
 def all_say(yes: bool) -> bool:
-    """Whether all ranks say yes; each has to be asked.
+    """Whether all ranks say yes; every rank has to call this.
 
     Arguments:
         yes: What this one says.
@@ -73,10 +73,10 @@ def all_say(yes: bool) -> bool:
 
 
 def each(value: Any) -> list[Any]:
-    """What every rank has, in their order.
+    """The values of all ranks, in the order of the ranks.
 
     Arguments:
-        value: What this one has, of a kind that can be pickled.
+        value: The value of this rank, which can be pickled.
     """
     if count() == 1:
         return [value]
@@ -86,7 +86,7 @@ def each(value: Any) -> list[Any]:
 
 
 def together(tensors: list[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all ranks, in one message for all of a dtype.
+    """The sums of tensors over all ranks, in one all-reduce per dtype.
 
     Arguments:
         tensors: As many in each rank, of the same shapes.
@@ -103,7 +103,7 @@ def together(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _alike(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """The tensors, those together that one message can hold."""
+    """The tensors in groups of one dtype and device, each of which fits into one message."""
     kinds: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -158,7 +158,7 @@ def clip(parameters: list[Tensor], limit: float, norm: Tensor) -> None:
 
 
 def shard_again(modules: Iterable[nn.Module]) -> None:
-    """Let go of what ``fully_shard`` gathered for a forward pass that no backward pass follows.
+    """Free the parameters that ``fully_shard`` gathered for a forward pass, where no backward pass follows.
 
     Arguments:
         modules: The modules, sharded or not.
@@ -178,6 +178,6 @@ def set_apart() -> int:
         return 0
     next_draw = int(torch.randint(2**31 - 1, (), generator=copied_source(), device="cpu"))
     draws = each(next_draw)
-    if draws.index(next_draw) < number():  # an earlier one has this source
+    if draws.index(next_draw) < number():  # an earlier rank has the same generator state
         torch.manual_seed(next_draw * count() + number())
     return draws[0]

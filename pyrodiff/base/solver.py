@@ -1,9 +1,9 @@
 r"""A solver of ordinary differential equations that controls the error of each row by itself.
 
-The pair of Dormand and Prince: six evaluations a step give a value of order 5 and the difference to one of order 4, by
-which the next step is chosen, and the step taken again if that is too large. Each row has its own time and step, so
-what it gives does not depend on the rows beside it. The steps themselves are operations of torch: where gradients are
-taken, they are those of the numbers that were computed, at the step sizes that were chosen.
+The pair of Dormand and Prince: six evaluations per step give a value of order 5 and its difference to one of order 4,
+the error estimate. It sets the size of the next step; a step whose error is too large is taken again. Each row has its
+own time and step, so what it gives does not depend on the rows beside it. Gradients are those of the steps that were
+taken, with their sizes held fixed.
 
 References:
     A family of embedded Runge-Kutta formulae (Dormand and Prince, 1980)
@@ -35,12 +35,12 @@ Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Solution(NamedTuple):
-    """The end of each row.
+    """The solution of each row.
 
     Arguments:
-        y: The values, with shape (R, n).
+        y: The values at the end, with shape (R, n).
         num_evaluations: How often the drift was evaluated, with shape (R,).
-        failed: Which rows did not arrive, with shape (R,).
+        failed: Which rows did not reach the end, with shape (R,).
     """
 
     y: Tensor
@@ -64,10 +64,9 @@ def solve(
             these rows among all, with shape (r,); returns the derivative, with the shape of the values.
         y: The values at the start, in float64 with shape (R, n).
         start, end: The times, in float64 with shape (), the end before or after the start.
-        tolerance: The error allowed in a step, absolute and relative, of the largest number of a row.
-        max_steps: The number of steps, also of those taken again, after which a row is given up.
-        stops: Times, in rising order, that no step passes over: where the drift has a kink, the error of a step across
-            it may be anything beside its estimate.
+        tolerance: The error allowed per step, absolute and relative, in any component of a row.
+        max_steps: The number of steps, rejected ones included, after which a row is given up.
+        stops: Times, ascending, that no step crosses: across a kink of the drift the error estimate means nothing.
 
     Returns:
         The values at the end. A row that needs more steps, or whose values are not finite, has failed.
@@ -82,7 +81,7 @@ def solve(
         target = end[rows] if stops is None else _next(stops, at[rows], end[rows])
         left = target - at[rows]
         h_now = h[rows]
-        is_last = h_now >= left.detach().abs()  # of what lies before the target
+        is_last = h_now >= left.detach().abs()  # this step reaches the target, a stop or the end
         signed = torch.where(is_last, left, direction[rows] * h_now)
         y_now, k_last, error = _step(drift, at[rows], y[rows], k[rows], signed, rows)
         size = error / (tolerance * (1 + torch.maximum(y[rows].detach().abs(), y_now.detach().abs())))
@@ -97,7 +96,7 @@ def solve(
         steps = steps.index_add(0, rows, torch.ones_like(rows))
         failed = failed | ((steps >= max_steps) & ((end - at) * direction > 0))
         failed = failed.index_fill(0, rows[stuck], True)
-    return Solution(y, 2 + 6 * steps, failed | ~y.isfinite().all(1))
+    return Solution(y, 2 + 6 * steps, failed | ~y.isfinite().all(1))  # two evaluations to choose the first step
 
 
 def _next(stops: Tensor, at: Tensor, end: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 def _first_step(
     drift: Drift, t: Tensor, y: Tensor, k: Tensor, direction: Tensor, tolerance: float, rows: Tensor
 ) -> Tensor:
-    """A length from the size of the drift and of its change, for an error of the size of the tolerance."""
+    """The size of the first step: from the drift and its change, for an error of about the tolerance."""
     scale = tolerance * (1 + y.abs())
     of_y, of_k = (y / scale).abs().amax(1), (k / scale).abs().amax(1)
     guess = torch.where((of_y < 1e-5) | (of_k < 1e-5), 1e-6, 0.01 * of_y / of_k)

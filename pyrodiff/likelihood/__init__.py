@@ -1,1 +1,1 @@
-"""What a trained diffusion says of data: bounds, importance weights, the flow's density, and their verification."""
+"""The likelihood of data under a diffusion: bounds, importance weights, the flow's density, and their verification."""

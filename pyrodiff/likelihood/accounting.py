@@ -1,7 +1,7 @@
-r"""Where the variance of training comes from: each term of the bound, and what each way of drawing t makes of them.
+r"""Where the variance of training comes from: the variance of each term, and of the estimate for each way of drawing t.
 
 The one-step estimate of a datum's bound is :math:`L_T + L_{t-1} / p(t)`. For independent draws its second moment
-beyond :math:`L_T` is :math:`\sum_t \mathbb{E}[L_{t-1}^2] / p(t)`, least where p(t) is in proportion to the root of
+beyond :math:`L_T` is :math:`\sum_t \mathbb{E}[L_{t-1}^2] / p(t)`, least where p(t) is proportional to the root of
 :math:`\mathbb{E}[L_{t-1}^2]`; the same holds of the gradient, with :math:`\mathbb{E} \lVert \nabla L_{t-1} \rVert^2`.
 
 References:
@@ -33,14 +33,14 @@ __all__ = ["VarianceAccount", "variance_account"]
 class VarianceAccount:
     """The variance of the terms of the bound, and of its one-step estimates. Printed, it is a table.
 
-    Variances are those of a batch's mean times the size of the batch. All in nats.
+    Variances are those of a batch's mean, multiplied by the batch size. All in nats.
 
     Arguments:
         mean: The mean of L_{t-1} for t = 1..T (at t = 1 it is L_0), over data and draws, with shape (T,).
         std: Its standard deviation over data and draws, with shape (T,).
         drawings: The ways of drawing t, by name.
         value: For each, the variance of the one-step estimate of the bound, and the standard error of that variance.
-        gradient: For each, the variance of the gradient in all parameters, summed over these, and its standard error.
+        gradient: For each, the variance of the gradient, summed over all parameters, and its standard error.
         batch_size: The size of the batch.
     """
 
@@ -100,15 +100,15 @@ def variance_account(
         x_0: The data, with shape (B, *event_shape).
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         drawings: The ways of drawing t, by name. If not given: "uniform"; "low discrepancy"; "loss second moment",
-            which has been told its history of costs at each t; "optimal", from the second moments measured here.
-        num_particles: The number of draws of a datum and :math:`x_t` at each t that the moments come from, at least 2.
-        num_pairs: The number of pairs of batches whose differences the variances come from, at least 2.
+            with a full history of costs at each t; "optimal", from the second moments measured here.
+        num_particles: The number of draws of a datum and its :math:`x_t` at each t, for the moments; at least 2.
+        num_pairs: The number of pairs of batches, whose differences give the variances; at least 2.
         batch_size: The number of data in a batch, drawn with replacement.
-        memory_budget: What the states and activations of one batch of network calls may take, in bytes.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
         generator: A generator or a seed, for the same numbers each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
-        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
-            the place of a loader, and their context. To be given where there are random weights, and only there.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
+            loader) and their context. Required if there are random weights, else not allowed.
 
     Returns:
         The account.
@@ -149,7 +149,7 @@ def variance_account(
         pairs = {name: diffusion.one_step(_Fixed(drawing)) for name, drawing in drawings.items()}
         halves: dict[str, list[tuple[float, float]]] = {name: [] for name in drawings}
         for _ in range(num_pairs):
-            i = torch.randint(len(data), (2, batch_size), device=x_0.device)  # the same for all, for a fair ratio
+            i = torch.randint(len(data), (2, batch_size), device=x_0.device)  # the same batches for all drawings, to compare them
             for name, pair in pairs.items():
                 halves[name].append(_half_squares(*(_estimate(pair, data.rows(half)) for half in i)))
                 bar.update(2 * batch_size)
@@ -175,7 +175,7 @@ def _costs(diffusion: Diffusion, data: Batch, num_particles: int, memory_budget:
 
 
 class _Fixed(Drawing):
-    """A drawing that learns nothing meanwhile."""
+    """A drawing that does not learn while it is measured."""
 
     def __init__(self, drawing: Drawing) -> None:
         super().__init__()
@@ -197,7 +197,8 @@ def _estimate(pair: OneStep, data: Batch) -> list[Tensor]:
 
 
 def _half_squares(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
-    """Half the squared difference of two independent estimates, whose mean is their variance: value and gradient."""
+    """Half the squared difference of two independent estimates, in expectation their variance: of value and
+    gradient."""
     squares = [
         float(((one - other.to(one.device)).double() ** 2).sum()) / 2 for one, other in zip(first, second, strict=True)
     ]

@@ -5,14 +5,15 @@ r"""Bounds on the likelihood of a diffusion, datum by datum: its T terms, and th
         \frac{p_\theta(x_{0:T}^{(k)})}{q(x_{1:T}^{(k)} | x_0)}
     \;\le\; L_T + \sum_{t=2}^{T} L_{t-1} + L_0
 
-In :func:`bound` every :math:`x_t` is drawn from :math:`q(x_t | x_0)` by itself, which leaves the mean of each term as
-it is and lets all t run in one batch (Luo 2022, Eqs. 57-58). :func:`importance_bound` needs whole trajectories.
+In :func:`bound` every :math:`x_t` is drawn from :math:`q(x_t | x_0)` independently, which leaves the expectation of
+each term as it is and lets all t run in one batch (Luo 2022, Eqs. 57-58). :func:`importance_bound` needs whole
+trajectories.
 
-Draws are made in blocks of fixed rows, each from a seed of its own. So the :math:`x_t` of a datum depends on the seed,
-on its position among the data, on t and on the particle, and on nothing else: not on the network, the memory, the
-batches that the data come in or the processes that share the work. Two models of one forward process, compared with one
-seed, see the same :math:`x_t`, and the difference of their bounds varies less than either. (With some of the times, and
-for importance-weighted bounds, other draws belong to another number of times, or of particles.)
+Draws are made in fixed blocks of rows, each with its own seed. So the :math:`x_t` of a datum depends only on the seed,
+its position among the data, t and the particle: not on the network, the memory, how the data are batched or how many
+processes share the work. Two models with the same forward process and seed see the same :math:`x_t`, so the difference
+of their bounds has less variance than either. (With ``num_times``, and in importance-weighted bounds, the draws also
+depend on the number of times, or of particles.)
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), https://arxiv.org/abs/2208.11970
@@ -50,7 +51,7 @@ __all__ = ["Bound", "ImportanceBound", "bound", "importance_bound"]
 
 
 class _Denoising:
-    """The field ``denoising`` of a :class:`Bound`, which keeps what was drawn, and is read as the terms of all t."""
+    """The field ``denoising`` of a :class:`Bound`: it stores the terms that were drawn, and reads as those of all t."""
 
     def __get__(self, bound: "Bound | None", owner: type) -> Any:
         if bound is None:
@@ -69,20 +70,20 @@ class _Denoising:
 class Bound(Likelihood):
     """The terms of the bound on -log p(x_0), in nats, positive as a cost. Printed, it is a table.
 
-    Of a bound of few of the times only what was drawn is kept. ``denoising`` is made of it whenever it is asked for,
-    (T - 1) B numbers, which its sums ``denoising_sum`` and ``denoising_mean`` and all that is printed do without.
+    If few of the times were drawn, only their terms are stored. ``denoising`` expands them to (T - 1) B numbers at each
+    access; ``denoising_sum``, ``denoising_mean`` and printing do without that.
 
     Arguments:
         prior: L_T, with shape (B,).
-        denoising: L_{t-1} for t = 2..T, with shape (T - 1, B). Where only some t were drawn, a term is scaled by the
-            inverse probability of its t, and 0 if that was not drawn: means over the data are unbiased all the same.
-            If ``times`` are given, the terms of these times alone, with shape (K, B).
+        denoising: L_{t-1} for t = 2..T, with shape (T - 1, B). If only some t were drawn, a term is divided by the
+            probability of its t, and 0 if that was not drawn: means over the data are still unbiased. If ``times`` are
+            given, the terms of these alone, with shape (K, B).
         reconstruction: L_0, with shape (B,).
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
         prior_entropy: The entropy of p(x_T) in nats; None where it is not known.
-        global_kl: The KL of random weights, with shape (), which all data share: no part of ``nats``. None where there
-            are no random weights.
+        global_kl: The KL of random weights, with shape (); all data share it, so it is not part of ``nats``. None if
+            there are no random weights.
         times: The t of each term that was drawn, integers in 2..T with shape (K, B); None where all terms are kept.
         steps: The number of steps T, if ``times`` are given.
 
@@ -106,7 +107,7 @@ class Bound(Likelihood):
         ):
             raise ArgumentError("times", f"must lie in 2..steps, where steps is {self.steps}, but they do not")
         if self.times is not None and self.held("denoising").shape != self.times.shape:
-            object.__setattr__(self, "times", None)  # all terms are given, as by dataclasses.replace
+            object.__setattr__(self, "times", None)  # the terms of all t are given, as by dataclasses.replace
             object.__setattr__(self, "steps", None)
 
     @property
@@ -143,7 +144,8 @@ class Bound(Likelihood):
 
     @property
     def K(self) -> Tensor:
-        """The lower bound on log2 p(x_0) of 2015, in bits a datum, with shape (B,): greater is better.
+        """The lower bound K on log2 p(x_0) of Sohl-Dickstein et al., in bits per datum, with shape (B,): greater is
+        better.
 
         References:
             Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Eq. 14 and
@@ -153,7 +155,8 @@ class Bound(Likelihood):
 
     @property
     def L_null(self) -> float:
-        """log2 p of the data of 2015 under p(x_T) alone, in bits: minus its entropy. Table 1 there shows K - L_null.
+        """Sohl-Dickstein's log2 p of data under p(x_T) alone, in bits: minus its entropy. Their Table 1 shows K -
+        L_null.
 
         Raises:
             ValueError: If the entropy of the prior is not known.
@@ -180,7 +183,7 @@ class Bound(Likelihood):
 
     @classmethod
     def joined(cls, parts: list["Bound"]) -> "Bound":
-        """The bound of the data of all of the bounds, by one model.
+        """The bound of all the data of several bounds by one model.
 
         Arguments:
             parts: The bounds, at least one.
@@ -193,7 +196,7 @@ class Bound(Likelihood):
         return super().joined(parts)
 
 
-Bound.denoising = _Denoising()  # type: ignore[assignment]  # after the dataclass is made: no default of the field
+Bound.denoising = _Denoising()  # type: ignore[assignment]  # set after the dataclass is made, so as not to be the field's default
 
 
 def _total(nats: Tensor, global_kl: Tensor | None) -> float:
@@ -219,29 +222,26 @@ def bound(
 ) -> Bound:
     """The bound on -log p(x_0), each of its T terms estimated with fresh draws.
 
-    Modules are in evaluation mode meanwhile. Random weights (each ``PyroSample``) are drawn once, for all of it, from
-    their guide: the bound is the one given those weights, and what they cost is a row of its own. The bound of fewer
-    steps is that of :meth:`Diffusion.subchain`.
+    Modules are in evaluation mode meanwhile. Random weights (each ``PyroSample``) are drawn from their guide once: the
+    bound is given these weights, and their KL is a row of its own. For the bound of fewer steps, see
+    :meth:`Diffusion.subchain`.
 
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
-        num_particles: The number of draws of each x_t that a term is the mean of.
-        memory_budget: What the states and activations of one batch of network calls may take, in bytes. The bound
-            does not depend on it, but for rounding.
-        num_times: How many of the T - 1 denoising terms are drawn for each datum and particle, one at random from each
-            of so many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given. Other draws
-            belong to another number.
+        num_particles: The number of draws of each x_t, over which a term is averaged.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes. It changes the
+            bound by rounding only.
+        num_times: How many of the T - 1 denoising terms are computed for each datum and particle, one at random from
+            each of as many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given. The draws
+            depend on this number.
         generator: A generator or a seed, for the same number each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         sharded: Whether the processes of ``torch.distributed`` share the work. All call it with the same model and
-            data, and get the same bound, that of one process alone with the same seed.
-        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
-            the place of a loader, and their context. To be given where there are random weights, and only there.
-
-    Returns:
-        The terms, in nats, a datum each.
+            data, and get the same bound as one process alone with the same seed. guide: The guide of random weights,
+            which are drawn from it once: a program, called with the data (None for a loader) and their context.
+            Required if there are random weights, else not allowed. Returns: The terms, in nats per datum.
 
     Raises:
         ValueError: If ``x_0`` cannot be data of the model or is an empty loader, ``diffusion`` is not one, a number is
@@ -276,7 +276,7 @@ def bound(
             bounds.append(_bound(diffusion, draws, num_times, rank, count, bar))
             start += len(batch)
     found = Bound.joined(bounds).changed(global_kl=global_kl)
-    if start * num_particles * num_times >= T - 1:  # else a t that was drawn stands for many that were not
+    if start * num_particles * num_times >= T - 1:  # with fewer, most t were never drawn
         _warn_of_one_step(diffusion, found, squares / start)
     return found
 
@@ -284,13 +284,13 @@ def bound(
 def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor | float) -> None:
     r"""Warn where one step holds much of the bound, because its estimate of x_0 is far beyond the data.
 
-    Of a Gaussian step :math:`L_{t-1} = c_t + w_0^2 E\|x_0 - \hat x_0\|^2 / 2 \sigma_t^2`, with the weight w_0 of x_0 in
-    the posterior's mean, and c_t what a wrong variance costs: so the term says how far the estimate is off.
+    For a Gaussian step :math:`L_{t-1} = c_t + w_0^2 E\|x_0 - \hat x_0\|^2 / 2 \sigma_t^2`, with the weight w_0 of x_0
+    in the posterior's mean and the cost c_t of a wrong variance: the term implies the error of the estimate.
     """
     reverse, mean = diffusion.reverse, found.denoising_mean
     if not runs(reverse, GaussianReverse) or len(mean) == 0 or mean.is_meta:
         return
-    if isinstance(reverse.variance, LearnedVariance):  # which grows with the error, so that no such step costs much
+    if isinstance(reverse.variance, LearnedVariance):  # a learned variance grows with the error, so no step costs much
         return
     t = int(mean.argmax()) + 2
     cost, total = float(mean[t - 2]), found.prior.abs().mean() + mean.abs().sum() + found.reconstruction.abs().mean()
@@ -313,7 +313,7 @@ def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor | float
 
 
 def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, count: int, bar: tqdm) -> Bound:
-    """The bound of a batch; of the ranks that share the work, each does one block in turn."""
+    """The bound of a batch; the blocks are dealt out to the ranks in turn."""
     batch, T = draws.batch, diffusion.num_steps
     terms = _Terms(draws, num_times, T)
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
@@ -335,7 +335,7 @@ def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, cou
 
 
 class _Terms:
-    """The terms of the data of a batch: those of all t, or, where fewer are drawn than half of these, each draw's.
+    """The terms of the data of a batch: of all t, or, if less than half of these are drawn, of each draw.
 
     Arguments:
         draws: The draws of the batch.
@@ -352,7 +352,8 @@ class _Terms:
         self.times = torch.zeros_like(self.later, dtype=torch.int32) if self.by_draw else None
 
     def add(self, i: Tensor, t: Tensor, draw: Tensor, costs: Tensor, first: bool) -> None:
-        """Take costs of data i at times t, t = 1 or later ones, into account, each of a numbered draw of its datum."""
+        """Add the costs of data i at times t (all 1 if ``first``, else all above 1); ``draw`` numbers the draws of a
+        datum."""
         costs = costs.to(self.last.dtype)
         if first:
             self.last.index_add_(0, i, costs)
@@ -363,7 +364,7 @@ class _Terms:
             self.times.index_add_(0, place, t.int())
 
     def found(self, count: int) -> dict[str, Any]:
-        """The arguments of a :class:`Bound`, of what so many ranks have together."""
+        """The arguments of a :class:`Bound`, summed over ``count`` ranks."""
         parts = [self.last, self.later, *([] if self.times is None else [self.times])]
         last, later, *times = ranks.together(parts) if count > 1 else parts
         found = {
@@ -382,13 +383,11 @@ _NUMBERS, _ROWS = 2**18, 2**12  # in a block, at most
 
 
 class _Group(NamedTuple):
-    """Neighbouring data, some of which a batch may not have.
+    """Neighbouring data, of which some may lie outside of the batch.
 
     Arguments:
-        number: Which of all groups it is.
-        indices: Where they are in the batch; of one that is not there, that of another.
-        inside: Which of the group are in the batch.
-        data: Which of the batch they are.
+        number: The number of the group. indices: The indices of its data in the batch, clamped to it for data outside.
+        inside: Which data of the group are in the batch. data: Which data of the batch these are.
     """
 
     number: int
@@ -398,16 +397,15 @@ class _Group(NamedTuple):
 
 
 class _Draws:
-    """Draws for the data of a batch in blocks of rows, each from a seed that says which rows they are.
+    """Draws for the data of a batch in blocks of rows, each with a seed derived from what the rows are.
 
-    A block holds the rows of some neighbouring data and some parts of 1..T, for one particle. Which, depends on D and
-    on the parts alone; data that the batch does not have are drawn for too, and left out.
+    A block has the rows of some neighbouring data and some parts of 1..T, for one particle. Which ones depends on D and
+    on the parts alone; rows for data outside of the batch are drawn too, and dropped.
 
     Arguments:
         model: The model.
         batch: The batch.
-        start: The position of the first datum of the batch among all data.
-        seed: The seed of the whole.
+        start: The position of the first datum of the batch among all data. seed: The seed of the evaluation.
         num_particles: The number of particles P.
         dry_run: How network calls are batched, and whether x_s is needed.
     """
@@ -420,7 +418,7 @@ class _Draws:
         self.rows = max(1, min(_ROWS, _NUMBERS // max(1, model.event_shape.numel())))
 
     def groups(self, size: int) -> Iterator[_Group]:
-        """The groups of so many neighbouring data that the batch has a part in."""
+        """The groups of ``size`` neighbouring data that overlap with the batch."""
         B = len(self.x_0)
         for number in range(self.start // size, (self.start + B - 1) // size + 1):
             before = number * size - self.start
@@ -429,11 +427,11 @@ class _Draws:
             yield _Group(number, index, slice(begin, end), slice(before + begin, before + end))
 
     def blocks(self, ends: Tensor) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
-        """The draws of each block, for parts of the times, each from its own first t to before the next one's."""
+        """The draws of each block. Part k of the times is ends[k]..ends[k + 1] - 1."""
         firsts, sizes = ends[:-1], ends.diff()
         width = max(1, min(len(firsts), self.rows))
         parts = torch.arange(len(firsts), device=self.x_0.device).split(width)
-        if len(firsts) == 0:  # there is but t = 1
+        if len(firsts) == 0:  # T = 1
             return
         for part, first, size in zip(parts, firsts.split(width), sizes.split(width), strict=True):
             is_random, of_block = bool(size.max() > 1), int(first[0])
@@ -447,8 +445,8 @@ class _Draws:
     def _drawn(
         self, first: Tensor, size: Tensor, draw: Tensor, is_random: bool, group: _Group, seed: int
     ) -> tuple[Tensor, ...]:
-        """Of each row of a block: the index of the datum, t, the size of the part that t is of, which draw of the datum
-        it is, x_t and maybe x_s."""
+        """For each row of a block: the index of the datum, t, the size of the part that t is drawn from, the number of
+        the draw of the datum, x_t and maybe x_s."""
         device, q, parts, data = self.x_0.device, self.model.forward_process, len(first), len(group.indices)
         i = group.indices.repeat_interleave(parts)
         t, size, draw = first.repeat(data), size.repeat(data), draw.repeat(data)
@@ -478,7 +476,7 @@ class _Draws:
 
 
 def _joined(blocks: Iterable[tuple[Tensor, ...]], rows: int) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of blocks in pieces of at most so many."""
+    """The rows of blocks, joined and split into pieces of at most ``rows``."""
     waiting: list[tuple[Tensor, ...]] = []
     for block in chain(blocks, [None]):
         if waiting and (block is None or sum(len(one[0]) for one in waiting) + len(block[0]) > rows):
@@ -509,7 +507,7 @@ class ImportanceBound(Likelihood):
         log_weights: The :math:`\log w_k`, in nats, with shape (K, B).
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
-        num_steps: The number of steps T; None of a pair that is no diffusion's.
+        num_steps: The number of steps T; None for a pair that is not a diffusion's.
         global_kl: The KL of random weights, with shape (); see :class:`Bound`.
     """
 
@@ -547,11 +545,11 @@ class ImportanceBound(Likelihood):
     @property
     def pareto_k(self) -> Tensor:
         """Pareto's k of the tail of the weights, with shape (B,): above 0.7 neither their mean nor the effective sample
-        size is to be trusted; NaN where K is below 21 (:func:`pareto_k`)."""
+        size can be trusted; NaN where K is below 21 (:func:`pareto_k`)."""
         return pareto_k(self.log_weights)
 
     def at(self, num_particles: int) -> Tensor:
-        """The bound with fewer particles, the mean over as many groups of so many as there are: less noisy than fresh.
+        """The bound with k particles, averaged over the K // k groups of k: less noisy than fresh draws.
 
         Arguments:
             num_particles: k, in 1..K; at 1 it is the bound of the pair under ``Trace_ELBO``.
@@ -596,19 +594,19 @@ def importance_bound(
 ) -> ImportanceBound:
     r"""The importance-weighted bound: tighter than :func:`bound` the more particles, and -log p(x_0) in the limit.
 
-    The same number as Pyro's ``RenyiELBO(alpha=0)`` of the trajectory pair on one datum; a datum, a batch of
-    trajectories at a time, without a message of Pyro's.
+    The same number as Pyro's ``RenyiELBO(alpha=0)`` of the trajectory pair on one datum; here per datum, in batches of
+    trajectories, without Pyro's messages.
 
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
-        num_particles: The number K of trajectories a datum: T network evaluations each.
-        memory_budget: What the states and activations of one batch of network calls may take, in bytes.
+        num_particles: The number K of trajectories per datum: T network evaluations each. memory_budget: The memory for
+        the states and activations of one batch of network calls, in bytes.
         generator: A generator or a seed, for the same number each time; torch's global source if not given.
         progress: Whether to show a progress bar, where there is a terminal.
-        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
-            the place of a loader, and their context. To be given where there are random weights, and only there.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
+            loader) and their context. Required if there are random weights, else not allowed.
 
     Returns:
         The log weights and the bound made of them.
@@ -679,7 +677,7 @@ def _step_ratio(draws: _Draws, t: int, i: Tensor, x_t: Tensor, x_s: Tensor) -> T
 
 
 class _Trajectory:
-    """Trajectories of a block of neighbouring data and some particles, one draw of each state after the other.
+    """Trajectories for a block of neighbouring data and some particles, drawn state by state.
 
     Arguments:
         draws: The draws of the batch.
@@ -699,7 +697,7 @@ class _Trajectory:
         self.log_weight = self._of_batch(top.log_prob(self.x_t) - law.log_prob(self.x_t))
 
     def step(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The indices of the data of the batch, their x_t and x_{t-1} (x_1 again, at t = 1)."""
+        """Move on by a step: the indices of the rows' data in the batch, x_t and x_{t-1} (at t = 1, x_1 again)."""
         x_t = self.x_t
         if t > 1:
             self.x_t = self._drawn(self.draws.model.forward_process.posterior(x_t, self.x_0, t), t)

@@ -1,14 +1,14 @@
-r"""What is said of a likelihood: the cost :math:`-\log p(x_0)` in nats a datum, and the units that others print.
+r"""Estimates of a likelihood: the cost :math:`-\log p(x_0)` in nats per datum, and in the units that others print.
 
-One convention holds for every estimate here: a number is a cost, in nats, one a datum, lower is better, and covers all
-of the datum's D dimensions. From it follow
+One convention holds for every estimate here: it is a cost in nats per datum, over all of its D dimensions; lower is
+better. From it follow
 
 .. math::
     \text{bits} = \frac{\text{nats}}{\log 2}, \qquad \text{bits/dim} = \frac{\text{bits}}{D}, \qquad
     K = -\text{bits},
 
-and nothing else is added. Whether :math:`p(x_0)` is the probability of one of a few levels or a density, whose value
-depends on the unit of the data, is said by :attr:`Likelihood.levels`; two numbers compare only if both are the same.
+and nothing else is added. :attr:`Likelihood.levels` tells whether :math:`p(x_0)` is a probability over levels, or a
+density, whose value depends on the unit of the data; only estimates with the same levels can be compared.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def _standard_error(values: Tensor) -> Tensor:
 
 
 def _digits(error: float) -> int:
-    """How many decimals a number with this standard error has: to the error's second digit; four where it has none."""
+    """How many decimals to print, given a standard error: to its second digit; four if it is 0 or unknown."""
     return max(1 - math.floor(math.log10(error)), 0) if 1e-9 < error < math.inf else 4
 
 
@@ -55,7 +55,7 @@ def rounded(value: float, error: float) -> str:
 
 
 class _Summary:
-    """An attribute that is a number, a function of the costs in nats, and can be called with other values."""
+    """An attribute that is a number, computed from the costs in nats, and can also be called with other values."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self.function = function
@@ -71,7 +71,7 @@ class _Summary:
 
 
 class _Number(float):
-    """A number that is a function of some values, and can be called with others."""
+    """A number computed from some values, which can also be called with others."""
 
     function: Callable[[Tensor], Any]
 
@@ -94,22 +94,22 @@ class Likelihood(ABC):
 
     Attributes:
         event_shape: The shape of one datum.
-        levels: How many values each dimension of a datum may take, where p is a probability, infinity counted; None
-            where it is a density.
+        levels: How many values each dimension of a datum may take (infinity for all integers), if p is a probability;
+            None if it is a density.
     """
 
     event_shape: torch.Size
     levels: int | float | None
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # its classes are dataclasses
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # subclasses are dataclasses
 
     @property
     @abstractmethod
     def nats(self) -> Tensor:
-        """The cost in nats a datum, with shape (B,)."""
+        """The cost in nats per datum, with shape (B,)."""
 
     @abstractmethod
     def rows(self) -> dict[str, Tensor]:
-        """The rows of the printed table, in nats, each with shape (B,), or () if it is of no datum."""
+        """The rows of the printed table, in nats, each with shape (B,), or () if it belongs to no datum."""
 
     @property
     @abstractmethod
@@ -123,21 +123,22 @@ class Likelihood(ABC):
 
     @property
     def bits(self) -> Tensor:
-        """The cost in bits a datum, with shape (B,)."""
+        """The cost in bits per datum, with shape (B,)."""
         return self.nats / math.log(2)
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """The cost in bits a dimension, with shape (B,): each number of a datum is one, so a colour pixel has three."""
+        """The cost in bits per dimension, with shape (B,): each number of a datum is one, so a colour pixel has
+        three."""
         return self.bits / self.event_shape.numel()
 
     @property
     def bits_per_pixel(self) -> Tensor:
-        """The cost in bits a pixel with all its channels, with shape (B,): a place of the last two dimensions."""
+        """The cost in bits per pixel with all its channels, with shape (B,): pixels are the last two dimensions."""
         return self.bits / self.event_shape[-2:].numel()
 
     def bits_per_dim_in_bins(self, *, width: float) -> Tensor:
-        r"""The cost in bits a dimension of data rounded to bins, from a density of the data with uniform noise added.
+        r"""The cost in bits per dimension of data rounded to bins, from a density of the data with uniform noise added.
 
         .. math:: -\frac1D \log_2 P \le -\frac1D \log_2 p - \log_2 \Delta
 
@@ -163,9 +164,9 @@ class Likelihood(ABC):
         return self.bits_per_dim - math.log2(width)
 
     def rescaled(self: Self, log_scale: float) -> Self:
-        r"""The same estimate, of the density of the data in other units than the model has them in.
+        r"""The same estimate, for the density of the data in other units.
 
-        Of :math:`y = s x + m`, number by number, the density is :math:`p(y) = p(x) / \prod_d s_d`.
+        For :math:`y = s x + m`, number by number, the density is :math:`p(y) = p(x) / \prod_d s_d`.
 
         Arguments:
             log_scale: :math:`\sum_d \log s_d`, in nats.
@@ -180,10 +181,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def _raised(self, nats: float) -> dict[str, Tensor]:
-        """What changes if the cost of each datum is greater by so much."""
+        """The fields that change if the cost of each datum grows by this."""
 
     def held(self, name: str) -> Any:
-        """What a field holds, which a class may show in another form.
+        """The stored value of a field, which a class may present in another form.
 
         Arguments:
             name: The name of the field.
@@ -202,8 +203,8 @@ class Likelihood(ABC):
     """The mean cost in nats, a number. Called with values of shape (B,), their mean."""
 
     standard_error = _Summary(_standard_error)
-    """The standard error of :attr:`mean` as of a sample of the data, a number; NaN where B = 1. Called with values of
-    shape (B,), that of their mean, as a tensor with shape ()."""
+    """The standard error of :attr:`mean` over the data, a number; NaN where B = 1. Called with values of shape (B,),
+    that of their mean, as a tensor with shape ()."""
 
     @property
     def convention(self) -> str:
@@ -245,13 +246,14 @@ class Likelihood(ABC):
 
     @classmethod
     def joined(cls: type[Self], parts: list[Self]) -> Self:
-        """The estimate of the data of all of the estimates, by one model.
+        """The estimate of all the data of several estimates by one model.
 
         Arguments:
             parts: The estimates, of this class, at least one.
 
         Raises:
-            ValueError: If they cannot be of one model: of other numbers of steps, draws or levels, or other shapes.
+            ValueError: If they differ in the number of steps, draws or levels, or in shapes, and so cannot be of one
+                model.
         """
         if len(parts) == 1:
             return parts[0]
@@ -277,7 +279,7 @@ class Likelihood(ABC):
             path: The file; one that is there is replaced.
 
         Raises:
-            OSError: If it cannot be written; then what was there still is.
+            OSError: If it cannot be written; an earlier file is then unchanged.
         """
         path = Path(path)
         if not path.parent.is_dir():
@@ -302,7 +304,7 @@ class Likelihood(ABC):
             path: The file.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If there is no such file.
             ValueError: If it is not one that :meth:`save` of this class wrote, or is cut short.
         """
         stream = io.BytesIO(Path(path).read_bytes())
@@ -322,7 +324,7 @@ class Likelihood(ABC):
 
     @classmethod
     def _of_file(cls: type[Self], fields: dict[str, Any]) -> Self:
-        """The estimate with these values of its fields, which may be anything."""
+        """The estimate with these fields; their values are not trusted, and checked."""
         hints = get_type_hints(cls)
         for name, value in fields.items():
             if name in hints and not _is_a(value, hints[name]):
@@ -350,7 +352,7 @@ class _Unfit(ValueError):
     """What is wrong with a file, in words."""
 
 
-_FREE, _RATIO = 2**26, 512  # bytes that a file may always hold, and how many for each of its own beyond
+_FREE, _RATIO = 2**26, 512  # bytes a file may always unpack to, and beyond that its largest compression ratio
 
 
 def _unpacked(stream: io.BytesIO) -> dict[str, np.ndarray]:
@@ -358,7 +360,7 @@ def _unpacked(stream: io.BytesIO) -> dict[str, np.ndarray]:
     size = stream.getbuffer().nbytes
     with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
-        claimed = sum(entry.file_size for entry in entries)  # of which zipfile unpacks no more
+        claimed = sum(entry.file_size for entry in entries)  # zipfile unpacks no more than these
         if claimed > max(_FREE, _RATIO * size):
             raise _Unfit(f"it says that it holds {claimed} bytes, in {size}")
         for entry in entries:
@@ -376,7 +378,7 @@ def _unpacked(stream: io.BytesIO) -> dict[str, np.ndarray]:
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Whether a value is of a type that a field has."""
+    """Whether a value has the type of a field."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_is_a(part, parts[0]) for part in value)

@@ -1,1 +1,1 @@
-"""The reverse process p_θ: denoisers read a network as the data, reverse processes make kernels, decoders end it."""
+"""The reverse process p_θ: denoisers (networks as estimates of x_0), reverse kernels, decoders (the last step)."""

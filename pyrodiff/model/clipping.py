@@ -32,7 +32,7 @@ __all__ = ["Clipped", "Thresholded"]
 
 
 class _Around(Float64Module, ABC):
-    """A denoiser that changes what another says of the data; it is of the same process, levels and network."""
+    """A denoiser that changes another's estimate of x_0; process, levels and network are the other's."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Around(Float64Module, ABC):
 
     @property
     def forward_process(self) -> GaussianForward:
-        """The forward process of the denoiser, where it says for which it is made."""
+        """The forward process of the denoiser, if it has one."""
         return self._of_denoiser("forward_process")
 
     @property
@@ -91,7 +91,7 @@ class _Around(Float64Module, ABC):
 
     @abstractmethod
     def _within(self, x_0: Tensor, event: int) -> Tensor:
-        """What the data are said to be, changed; the last so many dimensions are those of one datum."""
+        """The estimate of x_0, changed; its last ``event`` dimensions are those of one datum."""
 
 
 class Clipped(_Around):

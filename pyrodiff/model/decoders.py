@@ -44,7 +44,7 @@ class Decoder(nn.Module, ABC):
         """
 
     def check_kind(self, x_0: Tensor) -> None:
-        """Refuse integers, and say what to make of them.
+        """Refuse integers where levels on [-1, 1] are needed.
 
         Raises:
             ValueError: If so.
@@ -57,7 +57,7 @@ class Decoder(nn.Module, ABC):
             )
 
     def check(self, x_0: Tensor) -> None:
-        """Refuse data that are no levels.
+        """Refuse data that are not levels.
 
         Raises:
             ValueError: If so.
@@ -77,12 +77,12 @@ class Decoder(nn.Module, ABC):
             )
 
     def subchain(self, forward: Forward) -> "Decoder":
-        """The decoder of a chain of fewer steps, whose forward process is given: itself, where it knows of none."""
+        """The decoder of a chain of fewer steps, given its forward process: itself, if it does not depend on that."""
         return self
 
 
 class GaussianDecoder(Decoder):
-    """The reverse kernel itself, for data with a density; for bits that kernel is a Bernoulli.
+    """The reverse kernel itself, unchanged: for data with a density, and for bits, where the kernel is a Bernoulli.
 
     Example:
         >>> kernel = pyro.distributions.Normal(torch.zeros(5, 2), 1.0).to_event(1)
@@ -127,13 +127,13 @@ class TransitionDecoder(Decoder):
 
 
 class DiscretizedDecoder(Decoder):
-    r"""The Gaussian reverse kernel, made a law over levels: to each what it gives to the bin around it.
+    r"""The Gaussian reverse kernel as a distribution over levels: each level has the probability of its bin.
 
     .. math:: p_\theta(x_0 = v_k | x_1) = \int_{v_k - \Delta/2}^{v_k + \Delta/2}
         N(x; \, \mu_\theta(x_1, 1), \, \sigma_1^2) \, dx, \qquad \Delta = \frac{2}{L - 1},
 
-    a dimension by itself, the outer bins open to infinity, so that the probabilities of all levels add up to 1. The
-    number of levels must be the data's own: with more, most of the probability goes to levels that never occur.
+    independently per dimension, the outer bins open to infinity, so that the probabilities of all levels add up to 1.
+    The number of levels must be the data's own: with more, most of the probability goes to levels that never occur.
 
     Arguments:
         levels: The number of levels L of the data, at least 2.
@@ -167,11 +167,11 @@ class DiscretizedDecoder(Decoder):
 
 
 class SoftmaxDecoder(Decoder):
-    r"""What the noisy :math:`x_1` alone says of the level, with nothing learned.
+    r"""The posterior of the level given the noisy :math:`x_1` alone, with nothing learned.
 
     .. math:: p(x_0 = v_k | x_1) = \frac{q(x_1 | x_0 = v_k)}{\sum_j q(x_1 | x_0 = v_j)}
 
-    a dimension by itself. It costs next to nothing where the noise :math:`b_1 / a_1` is well below half a bin,
+    independently per dimension. It costs next to nothing where the noise :math:`b_1 / a_1` is well below half a bin,
     :math:`1 / (L - 1)`; where it is not, neighbouring levels are confused, whatever the network knows.
 
     Arguments:

@@ -1,7 +1,7 @@
-r"""Denoisers: whatever a network predicts, read as the data :math:`\hat x_0(x_t, t)`.
+r"""Denoisers: whatever a network predicts, turned into an estimate of the data, :math:`\hat x_0(x_t, t)`.
 
-Given :math:`x_t = a_t x_0 + b_t \epsilon`, each of these determines the others, so each is a way to say
-:math:`\hat x_0`; a network learns some more easily than others.
+Given :math:`x_t = a_t x_0 + b_t \epsilon`, each of data, noise, score and velocity determines the others, so a network
+may predict any of them; some are learned more easily than others.
 
 .. math::
     \hat x_0
@@ -46,12 +46,12 @@ __all__ = [
 
 
 class Denoiser(nn.Module, ABC):
-    r"""A network read as the data :math:`\hat x_0(x_t, t)`.
+    r"""A network's prediction as an estimate of the data, :math:`\hat x_0(x_t, t)`.
 
     Arguments:
         network: A module called as ``network(x_t, t, *context)`` that returns a tensor of the shape of ``x_t``. For a
             reverse process with a :class:`LearnedVariance` it returns two numbers for each of x_t's, with shape
-            (*x_t.shape, 2): the prediction, and what the variance is made of.
+            (*x_t.shape, 2): the prediction, and the variance's v.
         forward: The forward process.
 
     Raises:
@@ -82,11 +82,11 @@ class Denoiser(nn.Module, ABC):
         """
 
     def output(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> Tensor:
-        """What the network returns, after a check of its shape; arguments, result and errors as of a call."""
+        """The network's output, after a check of its shape; arguments, result and errors as of a call."""
         checks.takes_context("network", self.network, context)
         output = self.network(x_t, t, *context)
         self._check_output(output, x_t)
-        return output.to(x_t.dtype)  # under autocast a network is less precise than what is made of it
+        return output.to(x_t.dtype)  # under autocast the network's output has a lower precision
 
     def _check_output(self, output: Tensor, x_t: Tensor) -> None:
         checks.returned("network", output, x_t.shape, x_t)
@@ -99,7 +99,7 @@ class Denoiser(nn.Module, ABC):
 
 
 class Retimed(nn.Module):
-    r"""A module called as ``module(x_t, t, *context)``, in a chain of fewer steps: step k calls it at :math:`\tau_k`.
+    r"""A module for a chain of fewer steps, called as ``module(x_t, t, *context)``: step k calls it at :math:`\tau_k`.
 
     Arguments:
         module: A network or a denoiser, made for the whole chain.
@@ -118,7 +118,7 @@ class Retimed(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """The network itself, where the module is a denoiser around one."""
+        """The network of the module, if that is a denoiser; else the module."""
         return getattr(self.module, "network", self.module)
 
     def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor, **options: bool) -> Tensor:
@@ -128,7 +128,7 @@ class Retimed(nn.Module):
 
 
 class _Prediction(Denoiser):
-    """A network that predicts one number for each of a Gaussian state's, and perhaps another for its variance."""
+    """A network that predicts one number per number of a Gaussian state, and perhaps another for its variance."""
 
     forward_process: GaussianForward
 
@@ -149,7 +149,7 @@ class _Prediction(Denoiser):
             x_t: The state, with shape (B, *event_shape).
             t: The time, in 1..T: an int, or an integer tensor with shape (B,).
             *context: What is known of each datum, for the network: tensors of B rows.
-            variance: Whether to return what a :class:`LearnedVariance` is made of, too.
+            variance: Whether to return the v of a :class:`LearnedVariance`, too.
 
         Returns:
             A tensor with the shape of ``x_t``; with ``variance`` a pair of them.
@@ -174,7 +174,7 @@ class _Prediction(Denoiser):
 
     @abstractmethod
     def _read(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The data, given what is predicted."""
+        """The estimate of x_0, given the prediction."""
 
     def _check_output(self, output: Tensor, x_t: Tensor) -> None:
         shape = (*x_t.shape, 2)
@@ -249,7 +249,7 @@ class ScorePrediction(_DividesBySignal):
 
 
 class VelocityPrediction(_Prediction):
-    r"""The network predicts the velocity :math:`a_t \epsilon - b_t x_0`, at ease with and without signal.
+    r"""The network predicts the velocity :math:`a_t \epsilon - b_t x_0`, which works both with and without signal.
 
     .. math:: \hat x_0 = (a_t x_t - b_t \hat v) / (a_t^2 + b_t^2)
 
@@ -286,15 +286,16 @@ class LogitPrediction(Denoiser):
 
 
 class LevelPrediction(Denoiser):
-    r"""The network predicts, of quantised data, the log probabilities of each number's level, but for its own noise.
+    r"""The network predicts log probabilities of levels (for quantised data), to which Bayes' rule adds each number's
+    own noise.
 
     .. math::
         \hat p(x_0 = v_k | x_t) \propto e^{f_k(x_t, t)} \, N(x_t; \, a_t v_k, \, b_t^2), \qquad
         \hat x_0 = \sum_k v_k \, \hat p(x_0 = v_k | x_t)
 
-    What a number's own noisy value says of it is put in by Bayes' rule, in closed form; the network has to know what
-    the others say. Where there is little noise :math:`\hat x_0` snaps to a level by itself, and where f is the same for
-    all k it is right for independent, evenly spread levels.
+    The likelihood of a number's own noisy value is multiplied in, in closed form; the network only has to learn what
+    the other numbers say. Where there is little noise, :math:`\hat x_0` snaps to a level without the network; with f
+    the same for all k, it is exact for independent, uniformly distributed levels.
 
     Arguments:
         network: A module called as ``network(x_t, t, *context)`` that returns a tensor of shape (*x_t.shape, levels).

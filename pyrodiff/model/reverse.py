@@ -2,8 +2,8 @@ r"""The reverse process p_θ: how noise turns into data.
 
 A reverse process is a module called as ``reverse(x_t, t, *context)`` that returns the distribution
 :math:`p_\theta(x_{t-1} | x_t)`; at t = 1 that is :math:`p_\theta(x_0 | x_1)`, which a decoder may change. Any
-``torch.nn.Module`` so called will do. Those here read the forward posterior
-:math:`q(x_{t-1} | x_t, x_0)` at a denoiser's :math:`\hat x_0`.
+``torch.nn.Module`` called like this will do. Those here are the forward posterior :math:`q(x_{t-1} | x_t, x_0)` with a
+denoiser's :math:`\hat x_0` in the place of :math:`x_0`.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.2, https://arxiv.org/abs/2006.11239
@@ -43,7 +43,7 @@ class GaussianReverse(nn.Module):
 
     Raises:
         ValueError: If an argument is of another kind, or made for another forward process; on a call, if the denoiser
-            returns no v for a variance that is learned.
+            returns no v for a learned variance.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eqs. 1 and 7.
@@ -118,13 +118,13 @@ class GaussianReverse(nn.Module):
         return with_parts(self, forward_process=forward, denoiser=Retimed(self.denoiser, forward.schedule))
 
     def _refuse_variance(self, forward: GaussianForward) -> None:
-        """Refuse a variance that is a sequence of another length, or cannot be shortened."""
+        """Refuse variances whose number is not T, or that cannot be shortened."""
         if not isinstance(self.variance, LearnedVariance):
             self.variance(forward, 1)
 
 
 def _check_variance(variance: Tensor, t: int | Tensor) -> None:
-    """One number for each time, while Pyro validates: one for each dimension would be taken for one for each datum."""
+    """Check, while Pyro validates, for one variance per time: one per dimension would be taken for one per datum."""
     shape = t.shape if isinstance(t, Tensor) else torch.Size()
     if checks.validating() and not (
         isinstance(variance, Tensor) and (variance.shape == shape or variance.numel() == 1)
@@ -137,17 +137,17 @@ def _check_variance(variance: Tensor, t: int | Tensor) -> None:
 
 
 class BinomialReverse(nn.Module):
-    r"""Independent bits, each the forward posterior averaged over what the denoiser believes the datum's bit to be.
+    r"""Independent bits: the forward posterior averaged over the denoiser's distribution of the bit of the data.
 
     .. math:: p_\theta(x_{t-1} | x_t) = \sum_{x_0 \in \{0, 1\}} q(x_{t-1} | x_t, x_0) \, \hat p_\theta(x_0 | x_t)
 
-    for every bit by itself: the law of total probability, exact where :math:`\hat p_\theta` is. At t = 1 it is
+    independently for every bit: the law of total probability, exact where :math:`\hat p_\theta` is. At t = 1 it is
     :math:`\hat p_\theta(x_0 | x_1)`. :class:`D3PMReverse` is the other way to use the same network.
 
     Arguments:
         forward: The forward process.
-        denoiser: The log odds of :math:`\hat p_\theta`: its ``output`` is read, not the probability that a call
-            returns, which near 0 and 1 would be less precise. A denoiser of one's own changes that method.
+        denoiser: It gives :math:`\hat p_\theta` by the log odds of its method ``output``; the probability that a call
+            returns would be less precise near 0 and 1. A denoiser of your own overrides ``output``.
 
     Raises:
         ValueError: If an argument is of another kind, or made for another forward process.
@@ -177,7 +177,7 @@ class BinomialReverse(nn.Module):
         return Bits(logits=self._log_odds(self.denoiser.output(x_t, t, *context), x_t, t)).to_event(event_dim(x_t, t))
 
     def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The log odds of x_{t-1} = 1, given those of the datum's bit."""
+        """The log odds of x_{t-1} = 1, given those of the bit of the data."""
         odds = [self.forward_process.posterior_logits(x_t, x_t.new_tensor(x_0), t, t - 1) for x_0 in (1, 0)]
 
         def log_prob(sign: int) -> Tensor:  # log p_θ(x_{t-1} = 1), with sign = -1 log p_θ(x_{t-1} = 0)
@@ -195,14 +195,15 @@ class BinomialReverse(nn.Module):
 
 
 class D3PMReverse(BinomialReverse):
-    r"""Independent bits by D3PM's parametrisation: what the network believes of the datum, joined with the whole step.
+    r"""Independent bits by D3PM's parametrisation: the joint of x_{t-1} and x_t, averaged over the predicted bit of the
+    data.
 
     .. math:: p_\theta(x_{t-1} | x_t) \propto
         \sum_{x_0 \in \{0, 1\}} q(x_{t-1}, x_t | x_0) \, \hat p_\theta(x_0 | x_t)
         = q(x_t | x_{t-1}) \sum_{x_0} q(x_{t-1} | x_0) \, \hat p_\theta(x_0 | x_t)
 
-    for every bit by itself, which is the forward posterior with the probability :math:`\hat x_0` in the place of the
-    bit. At t = 1 it is :math:`\hat p_\theta(x_0 | x_1)`, as in their code. It is another kernel than
+    independently for every bit, which is the forward posterior with the probability :math:`\hat x_0` in the place of
+    the bit. At t = 1 it is :math:`\hat p_\theta(x_0 | x_1)`, as in their code. It is another kernel than
     :class:`BinomialReverse`: :math:`x_t`, on which :math:`\hat p_\theta` depends already, counts once more.
 
     Arguments, errors: see :class:`BinomialReverse`.
@@ -215,7 +216,7 @@ class D3PMReverse(BinomialReverse):
     def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         if self.forward_process.num_steps == 1:
             return logits
-        later = t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2)  # also where t = 1, for finite gradients
+        later = t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2)  # also at t = 1, for finite gradients
         joined = self.forward_process.posterior_logits(x_t, logits.sigmoid(), later, later - 1)
         is_last = torch.as_tensor(t == 1, device=x_t.device)
         return torch.where(is_last.reshape(is_last.shape + (1,) * (x_t.dim() - is_last.dim())), logits, joined)

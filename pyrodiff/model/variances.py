@@ -1,15 +1,15 @@
-r"""The variance of a Gaussian reverse process: fixed, found from a denoiser's error, or learned with the mean.
+r"""The variance of a Gaussian reverse process: fixed, set by a denoiser's error, or learned with the mean.
 
-The mean of a step from t to s is the forward posterior's at :math:`\hat x_0`, so that with a variance
-:math:`\sigma^2` of a number the step costs, in the mean over data and :math:`x_t`,
+The mean of a step from t to s is the forward posterior's at :math:`\hat x_0`. With a variance :math:`\sigma^2`, one
+number of the state then costs, in expectation over data and :math:`x_t`,
 
 .. math:: L = \frac12 \left(\frac{v}{\sigma^2} - 1 - \log \frac{\tilde\beta_{s|t}}{\sigma^2}\right), \qquad
     v = \tilde\beta_{s|t} + w_0(s, t)^2 \, \mathbb{E} (x_0 - \hat x_0(x_t, t))^2,
 
-for that number, which is least at :math:`\sigma^2 = v`: never below :math:`\tilde\beta_{s|t}`, the variance of
-:math:`q(x_s | x_t, x_0)`, and more by what the denoiser does not know, whatever s is. A fixed variance is a function
-of t; :class:`AnalyticVariance` has one number for each t, the mean squared error over all data and all numbers of a
-state; a :class:`LearnedVariance` has what a network says of each number of each state.
+which is least at :math:`\sigma^2 = v`: the variance :math:`\tilde\beta_{s|t}` of :math:`q(x_s | x_t, x_0)`, plus the
+denoiser's squared error, with a weight that depends on s. A fixed variance is a function of t;
+:class:`AnalyticVariance` has one number for each t, the mean squared error over all data and all numbers of a state; a
+:class:`LearnedVariance` has a network's output for each number of each state.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.2, https://arxiv.org/abs/2006.11239
@@ -53,8 +53,8 @@ class Variance(Float64Module, ABC):
         r"""The variance of :math:`p_\theta(x_{t-1} | x_t)`.
 
         Arguments:
-            process: The forward process; in a chain of fewer steps, that of these (:meth:`Diffusion.subchain`), so that
-                a variance has to be a function of it, and not of the number t alone.
+            process: The forward process. In a chain of fewer steps (:meth:`Diffusion.subchain`) it is that chain's, so
+                a variance must be a function of the process, and not of the number t alone.
             t: The time, in 1..T: an int, or an integer tensor with shape (B,).
 
         Returns:
@@ -68,8 +68,8 @@ class Variance(Float64Module, ABC):
 class ForwardVariance(Variance):
     r""":math:`\sigma_t^2 = \beta_t`, the variance of :math:`q(x_t | x_{t-1})`.
 
-    The best variance where the data are N(0, I), and, in the limit of small steps, wherever they have a density: the
-    right choice for a bound, and the default.
+    The best variance if the data are N(0, I) and, in the limit of small steps, for any data with a density: the right
+    choice for a bound, and the default.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.2, the first choice.
@@ -123,23 +123,24 @@ class PosteriorVariance(Variance):
 class FixedVariance(Variance):
     r"""Given variances :math:`\sigma_1^2, \dots, \sigma_T^2`.
 
-    In a chain of fewer steps (:meth:`Diffusion.subchain`) a step has the variance that follows from what
-    :math:`\sigma_t^2` says of the data given :math:`x_t`. A step from t to any s has
+    In a chain of fewer steps (:meth:`Diffusion.subchain`) the variance of a step follows from the
+    :math:`\mathrm{Var}(x_0 | x_t)` that :math:`\sigma_t^2` implies. A step from t to any s has
 
     .. math:: \mathrm{Var}(x_s | x_t) = \tilde\beta_{s|t} + w_0(s, t)^2 \, \mathrm{Var}(x_0 | x_t),
 
     with the weight :math:`w_0` of :math:`x_0` in the posterior's mean; s = t - 1 gives
     :math:`\mathrm{Var}(x_0 | x_t)`, and any other s the variance of the longer step. So the :math:`\beta_t` of a VP
     schedule become those of the shorter chain, and the :math:`\tilde\beta_t` as well. Variances below
-    :math:`\tilde\beta_t`, which say nothing of that, keep their ratio to it (at t = 1, to :math:`\tilde\beta_2`).
+    :math:`\tilde\beta_t`, which imply no :math:`\mathrm{Var}(x_0 | x_t)`, keep their ratio to it (at t = 1, to
+    :math:`\tilde\beta_2`).
 
     Arguments:
         variances: T positive numbers.
 
     Raises:
         ValueError: If ``variances`` is empty, not one-dimensional, requires a gradient, or has a value that is not
-            positive and finite; on a call, if there are not T of them, of the process or of the one that it is a
-            shorter chain of.
+            positive and finite; on a call, if their number is neither the T of the process nor that of the longer chain
+            that it is a part of.
 
     References:
         Analytic-DPM (Bao et al., 2022), Theorem 1: the optimal variance of a step, from the variance of the data given
@@ -176,19 +177,19 @@ class FixedVariance(Variance):
         of_data = (variance - deviation**2) / weight**2  # Var(x_0 | x_t)
         ratio = variance / _posterior_variance(whole, time)
         found = deviation_short**2 + weight_short**2 * of_data
-        known = variance > (1 + 1e-9) * deviation**2  # else, but for rounding, nothing is said of the data
+        known = variance > (1 + 1e-9) * deviation**2  # else (up to rounding) they imply no Var(x_0 | x_t)
         return torch.where(known, found, ratio.clamp(max=1) * _posterior_variance(schedule, t))
 
 
 class AnalyticVariance(Variance):
-    r"""The variance of least bound, given the mean squared error :math:`e_t` of the denoiser at each time.
+    r"""The variance that makes the bound least, given the mean squared error :math:`e_t` of the denoiser at each time.
 
     .. math:: \sigma_{s|t}^2 = \tilde\beta_{s|t} + w_0(s, t)^2 \, e_t, \qquad
         e_t = \frac1D \mathbb{E} \lVert x_0 - \hat x_0(x_t, t) \rVert^2
 
     with the variance :math:`\tilde\beta_{s|t}` of :math:`q(x_s | x_t, x_0)` and the weight :math:`w_0` of
-    :math:`x_0` in its mean; s is the time before t in the chain that it is asked for, the whole one or one of fewer
-    steps (:meth:`Diffusion.subchain`). In the step to the data, s = 0, it is :math:`e_t` itself.
+    :math:`x_0` in its mean; s is the time before t in the chain at hand, the whole one or one of fewer steps
+    (:meth:`Diffusion.subchain`). In the step to the data, s = 0, it is :math:`e_t` itself.
     :func:`analytic_variance` measures the :math:`e_t`.
 
     Arguments:
@@ -196,9 +197,9 @@ class AnalyticVariance(Variance):
         least: The least variance of the step to the data.
 
     Raises:
-        ValueError: If ``errors`` are not one-dimensional, none, negative, not finite or require a gradient; if
-            ``least`` is negative, or 0 where an error is; on a call, if there are not T of them, of the process or of
-            one that it is a shorter chain of.
+        ValueError: If ``errors`` are empty, not one-dimensional, negative, not finite or require a gradient; if
+            ``least`` is negative, or 0 where an error is 0; on a call, if the number of errors is neither the T of the
+            process nor that of the longer chain that it is a part of.
 
     References:
         Analytic-DPM (Bao et al., 2022), Theorem 1, https://arxiv.org/abs/2201.06503: there for
@@ -258,20 +259,21 @@ class LearnedVariance(Variance):
     r"""A variance :math:`\sigma^2(x_t, t)` of each number of each state, learned with the mean in one network call.
 
     The network returns two numbers for each of :math:`x_t`'s (``networks.UNet`` and ``networks.MLP`` do with
-    ``outputs=2``): what its denoiser reads :math:`\hat x_0` from, and the v from which a class of this kind makes the
-    variance. A plain bound trains both; under :class:`HybridWeighting` the mean has the simple loss. The variance of
-    another reverse process around the same denoiser may be any other: it then reads the first number only.
+    ``outputs=2``): the prediction, which its denoiser turns into :math:`\hat x_0`, and the v, which a class of this
+    kind turns into the variance. The plain bound trains both; under :class:`HybridWeighting` the simple loss trains the
+    mean. Another reverse process around the same denoiser may have any other variance: it then uses the first number
+    only.
     """
 
-    # a checker is right that it cannot stand for any other variance: these are called without v, and it never is
+    # not a subtype of Variance for a type checker, rightly: other variances are called without v, this one never is
     @abstractmethod
     def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         r"""The variances of :math:`p_\theta(x_{t-1} | x_t)`.
 
         Arguments:
-            process: The forward process; in a chain of fewer steps, that of these (:meth:`Diffusion.subchain`).
+            process: The forward process; in a chain of fewer steps (:meth:`Diffusion.subchain`), that chain's.
             t: The time, in 1..T: an int, or an integer tensor with shape (B,).
-            v: What the network says, with shape (B, *event_shape); where it is 0 the variance is one to start from.
+            v: The network's output, with shape (B, *event_shape); 0 gives the initial variance.
 
         Returns:
             A tensor with shape and dtype of ``v``.
@@ -282,14 +284,15 @@ class LearnedVariance(Variance):
 
 
 class RangeVariance(LearnedVariance):
-    r"""Between the posterior's variance and the forward process's, in the logarithm: iDDPM's :math:`\Sigma_\theta`.
+    r"""Interpolated between the variances of posterior and forward process, in the logarithm: iDDPM's
+    :math:`\Sigma_\theta`.
 
     .. math:: \log \sigma^2 = \tfrac{1 + v}{2} \log \beta_t + \tfrac{1 - v}{2} \log \tilde\beta_t
 
-    with :math:`\tilde\beta_2` in the place of :math:`\tilde\beta_1 = 0`, and :math:`\beta_1` if T = 1. Nothing keeps v
-    within [-1, 1]. A chain of fewer steps has its own :math:`\beta_t` and :math:`\tilde\beta_t`, and v as it is. Where
-    the variance of the data is at most 1 the best variance of all steps but the last, to the data, lies in this range;
-    data that vary more, or a poor mean, need :class:`DiagonalVariance`.
+    with :math:`\tilde\beta_2` in the place of :math:`\tilde\beta_1 = 0`, and :math:`\beta_1` if T = 1. v is not
+    restricted to [-1, 1]. A chain of fewer steps has its own :math:`\beta_t` and :math:`\tilde\beta_t`, and the same v.
+    Where the variance of the data is at most 1 the best variance of all steps but the last, to the data, lies in this
+    range; data that vary more, or a poor mean, need :class:`DiagonalVariance`.
 
     References:
         Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), Eq. 15, whose v is
@@ -310,15 +313,16 @@ class RangeVariance(LearnedVariance):
 
 
 class DiagonalVariance(LearnedVariance):
-    r"""Any variance that can be best: the posterior's, and what is left to know of the data, as the network says.
+    r"""Any variance that can be optimal: the posterior's, plus a term for Var(x_0 | x_t), which the network gives.
 
     .. math:: \sigma_{s|t}^2 = \tilde\beta_{s|t} + w_0(s, t)^2 \, \frac{b_t^2}{a_t^2 + b_t^2} \, e^v, \qquad
         \frac{b_t^2}{a_t^2 + b_t^2} \, e^v = \mathrm{Var}(x_0 | x_t) \text{ at best}
 
-    It is Sohl-Dickstein's free :math:`f_\Sigma`, but for variances below :math:`\tilde\beta_{s|t}`, which are best for
-    no mean. At v = 0 it is right for data of variance 1; in a variance-preserving process it is then :math:`\beta_t`,
-    where 2015's starts as well. A longer step has the variance that follows from the same v: where the variances of the
-    whole chain are right, those of every shorter one are. In the step to the data it is free altogether.
+    It is Sohl-Dickstein's free :math:`f_\Sigma`, without variances below :math:`\tilde\beta_{s|t}`, which are optimal
+    for no mean. At v = 0 it is right for data of variance 1; in a variance-preserving process it is then
+    :math:`\beta_t`, where :math:`f_\Sigma` starts too. A longer step has the variance that follows from the same v: if
+    the variances of the whole chain are right, so are those of every shorter one. In the step to the data any variance
+    is possible.
 
     References:
         Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Table App. 1:

@@ -54,12 +54,12 @@ class LogSNREmbedding(nn.Module):
         \omega_k = 10000^{-k / K}
 
     A network that is given :math:`\lambda_t`, and not the number of a step, means the same under any schedule and any
-    number of steps. Variational diffusion models spread the schedule's ends over 1000 radians; they are some 20 nats
-    apart, so 50 radians a nat is nearly that, but the ends need not be known, and where they are learned the network
-    sees them move.
+    number of steps. Variational diffusion models stretch the schedule's range, some 20 nats, to 1000 radians. 50
+    radians per nat are nearly that; but the ends need not be known, and where they are learned the network sees them
+    move.
 
-    The schedule is asked at each call and is a part of the module, so the tables of a schedule stand in the
-    ``state_dict`` under this name too, as they do under each name that a model has for its schedule.
+    The schedule is a submodule, evaluated at each call: its tables are in the ``state_dict`` under this name too, as
+    under each name that a model has for its schedule.
 
     Arguments:
         schedule: The noise schedule, its log signal-to-noise ratio finite at all of t = 1..T.
@@ -67,7 +67,7 @@ class LogSNREmbedding(nn.Module):
 
     Raises:
         ValueError: If ``schedule`` is not one or is infinite at t = 1 or T, or ``features`` is not a positive even int.
-            On a call, if t is none of 1..T, as far as may be seen.
+            On a call, while Pyro validates, if t is not in 1..T.
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), Appendix B, https://arxiv.org/abs/2107.00630: the network
@@ -122,8 +122,8 @@ class ContextEmbedding(nn.Module):
 
     Raises:
         ValueError: If a number is not a positive int. On a call, if there is more context than expected, a label is not
-            one of -1..classes - 1, as far as may be seen, the vector is left out or has another number of features, or
-            either does not broadcast to the batch.
+            in -1..classes - 1 (a tensor: while Pyro validates), the vector is left out or has another number of
+            features, or either does not broadcast to the batch.
 
     References:
         Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021), section 3: labels added to the

@@ -24,8 +24,8 @@ class MLP(nn.Module):
     with :math:`e_t` the embedded time, to which a :class:`ContextEmbedding` is added where there is context, and
     :math:`s_t, g_t` linear in it. What is predicted is nearly linear in :math:`x_t` at one end of the chain (the noise,
     where all is noise; the data, where there is none), and errors there may weigh a thousand times as much as
-    elsewhere: :math:`g_t` and :math:`s_t` let f be linear, and the tenths keep them from the jitter of the optimizer.
-    At the other end the sines resolve fine detail; on few data of many dimensions they overfit.
+    elsewhere: :math:`g_t` and :math:`s_t` let f be linear, and the factors 1/10 damp the jitter of the optimizer in
+    them. At the other end the sines resolve fine detail; on few data of many dimensions they overfit.
 
     Arguments:
         event_shape: The shape of one datum.
@@ -33,8 +33,8 @@ class MLP(nn.Module):
         num_blocks: The number of residual blocks.
         dropout: The probability that a hidden unit of a block is dropped while training.
         frequency: :math:`\omega`, the frequency of the sine features; 0 for none.
-        outputs: How many numbers are returned for each of the input's, in a last dimension, of which only the first
-            has the linear part :math:`g_t`; just one, without that dimension, if not given.
+        outputs: How many numbers are returned per number of the input, in a last dimension; only the first has the
+            linear part :math:`g_t`. If not given: one, without that dimension.
         classes: The number of labels, 0..classes - 1; none if not given.
         vector: The number of features of a context vector; none if not given.
 

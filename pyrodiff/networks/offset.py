@@ -1,4 +1,4 @@
-"""A network and a learned number for each of its outputs."""
+"""A network plus a learned offset of each of its outputs."""
 
 from torch import Tensor, nn
 
@@ -9,10 +9,10 @@ __all__ = ["Offset"]
 
 
 class Offset(nn.Module):
-    r"""A network and a learned number for each of its outputs, :math:`f(x_t, t) + c`, which starts at a given value.
+    r"""A network plus a learned offset of each of its outputs, :math:`f(x_t, t) + c`, where c starts at a given value.
 
-    A network that starts at 0, as :class:`UNet` does, then starts at what is known of the data without a network: for
-    :class:`LevelPrediction`, at how often each pixel has each level.
+    A network that starts at 0, as :class:`UNet` does, then starts at the best constant prediction: for
+    :class:`LevelPrediction`, the frequency of each level at each pixel.
 
     Arguments:
         network: A module called as ``network(x_t, t, *context)``.

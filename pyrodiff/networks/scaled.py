@@ -1,4 +1,4 @@
-"""A network that is not told the noise, divided by it."""
+"""A network without a time, divided by the noise."""
 
 import inspect
 from typing import Any
@@ -13,24 +13,24 @@ __all__ = ["DividedByNoise"]
 
 
 class DividedByNoise(nn.Module):
-    r"""A score that does not know how much noise there is, but for its size, :math:`s(x_t, t) = f(x_t) / \sigma_t`.
+    r"""A score from a network without a time, divided by the noise: :math:`s(x_t, t) = f(x_t) / \sigma_t`.
 
-    The length of a score of noisy data is about as one over the noise, whatever the data; so one network without a time
-    serves all of it. The noise is the schedule's, :math:`\sigma_t = b_t`. It belongs into :class:`ScorePrediction`.
+    The norm of a score of noisy data is about proportional to one over the noise, whatever the data; so one network
+    without a time serves all noise levels. The noise is the schedule's, :math:`\sigma_t = b_t`. It goes into
+    :class:`ScorePrediction`.
 
-    The schedule is asked at each call and is a part of the module, so the tables of a schedule stand in the
-    ``state_dict`` under this name too, as they do under each name that a model has for its schedule. Give the very
-    schedule of the forward process: on a device, or learned, the two are then one.
+    The schedule is a submodule, evaluated at each call: its tables are in the ``state_dict`` under this name too, as
+    under each name that a model has for its schedule. Give the forward process's own schedule object: then both are
+    moved and learned together.
 
     Arguments:
         network: A module called as ``network(x_t, *context)``, without a time, that returns a tensor of the shape of
-            ``x_t``. A network that takes one, as :class:`UNet`, goes into a module of yours that gives it the same one
-            always.
+            ``x_t``. Wrap one that takes a time, as :class:`UNet`, in a module that always gives it the same.
         schedule: The noise schedule.
 
     Raises:
         ValueError: If ``network`` is not a module, or ``schedule`` is not a schedule. On a call, if the network takes
-            something else or returns another shape, or t is none of 1..T, as far as may be seen.
+            something else or returns another shape, or t is not in 1..T (a tensor: while Pyro validates).
 
     References:
         Improved Techniques for Training Score-Based Generative Models (Song and Ermon, 2020), Technique 3,
@@ -69,7 +69,7 @@ class DividedByNoise(nn.Module):
             return
         try:
             signature = inspect.signature(self.network.forward)
-        except (TypeError, ValueError):  # it does not say
+        except (TypeError, ValueError):  # it has no signature to read
             return
         try:
             signature.bind(x_t, *context)

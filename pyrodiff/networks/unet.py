@@ -19,30 +19,30 @@ class UNet(nn.Module):
     Blocks are group-normalised, FiLM-conditioned on time (a scale and a shift of each channel) and zero-initialised.
     Self-attention over all places, zero-initialised too, follows each block at the sizes that ask for it. At the
     smallest size a layer of hidden units sees the whole picture. The coordinates of each pixel are two more input
-    channels, so that the network need not be the same everywhere. A :class:`ContextEmbedding` of
-    the context, if there is any, is added to the embedded time.
+    channels, so that the network need not do the same everywhere. A :class:`ContextEmbedding` of the context, if there
+    is any, is added to the embedded time.
 
     Arguments:
         event_shape: The shape of one picture, (H, W) or (C, H, W).
         channels: The number of channels at each size, from H x W down; each a positive even int.
         hidden: The number of hidden units that see the whole picture at the smallest size; 0 for none.
         num_blocks: The number of residual blocks at each size, on the way down and on the way up.
-        dropout: The probability that a channel's number, or a hidden unit, is dropped while training.
-        outputs: How many numbers are returned for each of the input's, in a last dimension; just one, without that
-            dimension, if not given.
+        dropout: The probability of dropout, in the blocks and in the hidden layer.
+        outputs: How many numbers are returned per number of the input, in a last dimension. If not given: one, without
+            that dimension.
         attention: The heights, of H, H / 2, ..., at which attention follows each block.
         heads: The number of heads of each attention; it divides the channels there.
-        groups: The number of groups of channels that are normed apart; it divides all channels.
+        groups: The number of groups of each group normalisation; it divides all channels.
         time: What embeds the time: a module called as ``time(t)``, with t of shape (B,), that returns features, with
             shape (B, ``time.features``). ``TimeEmbedding(64)`` if not given.
         classes: The number of labels, 0..classes - 1; none if not given.
         vector: The number of features of a context vector; none if not given.
 
     Raises:
-        ValueError: If ``event_shape`` does not have two or three dimensions or is not divisible by 2 so often,
+        ValueError: If ``event_shape`` does not have two or three dimensions or cannot be halved often enough,
             ``channels`` is empty, a number is not a positive int, ``dropout`` lies outside [0, 1), ``attention`` names
-            a height that there is not, ``heads`` or ``groups`` do not divide the channels, or ``time`` is not a module
-            with a number of features. On a call, if the context is not what :class:`ContextEmbedding` takes.
+            a height that does not occur, ``heads`` or ``groups`` do not divide the channels, or ``time`` is not a
+            module with a number of features. On a call, if the context is not what :class:`ContextEmbedding` takes.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), Appendix B, https://arxiv.org/abs/2006.11239
@@ -89,7 +89,7 @@ class UNet(nn.Module):
         features = arguments.positive_int("time.features", getattr(time, "features", None))
 
         def blocks() -> nn.ModuleList:
-            """Some at each size, with heads where there is attention."""
+            """The blocks of each size, with heads where there is attention."""
             kinds = [(size, features, dropout, groups, heads * (high in attention)) for high, size in sizes.items()]
             return nn.ModuleList(_Blocks(_Residual(*kind) for _ in range(num_blocks)) for kind in kinds)
 
@@ -161,7 +161,7 @@ def _check_unet(
 
 
 def _check_parts(sizes: dict[int, int], attention: Sequence[int], heads: int, groups: int) -> None:
-    """The sizes are given by their heights, with the channels of each."""
+    """``sizes`` maps each height to the channels there."""
     if not isinstance(attention, Sequence) or any(high not in tuple(sizes) for high in attention):
         there = ", ".join(map(str, sizes))
         raise ArgumentError(
@@ -181,7 +181,7 @@ def _zero(layer: nn.Module) -> nn.Module:
 
 
 class _GroupNorm(nn.GroupNorm):
-    """In float32 where a network computes in less, as autocast has it on a GPU, and not on a CPU."""
+    """Group normalisation in at least float32, as under autocast on a GPU; on a CPU autocast does not do so."""
 
     def forward(self, h: Tensor) -> Tensor:
         if torch.finfo(h.dtype).bits < 32:
@@ -190,7 +190,7 @@ class _GroupNorm(nn.GroupNorm):
 
 
 class _Modulation(nn.Module):
-    """A scale and a shift of each channel by the time."""
+    """FiLM: a scale and a shift of each channel by the time."""
 
     def __init__(self, channels: int, features: int) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class _Blocks(nn.ModuleList):
 
 
 class _Attention(nn.Module):
-    """Every place asks all others, with several heads."""
+    """Multi-head self-attention over all places."""
 
     def __init__(self, channels: int, groups: int, heads: int) -> None:
         super().__init__()

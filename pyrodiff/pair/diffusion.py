@@ -19,8 +19,8 @@ A guide that ran forward, :math:`q(x_t | x_{t-1})`, is another matter: given :ma
 :class:`DiffusionELBO` then takes log ratios.
 
 The *trajectory pair* has one site per step, ``x_T .. x_1`` and ``x_0``. The *one-step pair* draws one t per datum, then
-:math:`x_t \sim q(x_t | x_0)`, and scores only that step, scaled by 1 / p(t): the same bound in the mean at the price
-of one network call, whatever T.
+:math:`x_t \sim q(x_t | x_0)`, and scores only that step, scaled by 1 / p(t): the same bound in expectation, for one
+network call, whatever T.
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 34-58, https://arxiv.org/abs/2208.11970
@@ -58,9 +58,9 @@ class Diffusion(nn.Module):
     algorithms; ``diffusion.model(num_samples=n)`` generates; :meth:`one_step` is the one-step pair. Both come from the
     same ``forward``, ``reverse`` and ``decoder``, so a variant that changes a kernel gets everything else for free.
 
-    What is known of each datum (a label, a vector, a picture) is its *context*: tensors of B rows, or of one for all,
-    that follow the data, ``diffusion.model(x_0, y)``, and reach the network as ``network(x_t, t, y)``. The bound is
-    then one on log p(x_0 | y).
+    The *context* of a datum is what the model is conditioned on (a label, a vector, a picture): tensors of B rows, or
+    of one for all, that follow the data, ``diffusion.model(x_0, y)``, and reach the network as ``network(x_t, t, y)``.
+    The bound is then one on log p(x_0 | y).
 
     Arguments:
         forward: The forward process q.
@@ -71,19 +71,19 @@ class Diffusion(nn.Module):
             itself (:class:`GaussianDecoder`) if not given.
         prior: p(x_T): a distribution with the given event_shape, or a module that returns one when called;
             ``forward.prior(event_shape)`` if not given.
-        name: What the names of parameters and random weights begin with, in Pyro's param store and in traces. Two
-            diffusions in one program need two, and ``pyro.contrib.autoname.scope(prefix=...)`` around the model and
-            the guide of each, for their sites.
-        plate: The name of the plate of the data, "data" unless a plate of that name is beside it.
+        name: The prefix of the names of parameters and random weights in Pyro's param store and in traces. Two
+            diffusions in one program need two names, and their sites need ``pyro.contrib.autoname.scope(prefix=...)``
+            around the model and the guide of each.
+        plate: The name of the plate of the data; change it if the program has another plate of that name.
 
     Raises:
         ValueError: If an argument is of another kind or made for another forward process, the prior has another
-            event_shape, or denoiser and decoder are of another number of levels. On a call of the programs,
-            before any draw: if ``x_0`` has another shape than (B, *event_shape), another dtype or device than the
-            model, or a value outside the support of ``forward``; if a context is no tensor of B rows or of one, or the
-            reverse process takes another; if Pyro's param store holds other tensors under the names of the parameters,
-            or a plate stands around the pair; also if the reverse process, the decoder or the prior returns no
-            distribution, or one of another event_shape.
+            event_shape, or denoiser and decoder differ in their number of levels. On a call of the programs, before any
+            draw: if ``x_0`` has another shape than (B, *event_shape), another dtype or device than the model, or a
+            value outside the support of ``forward``; if a context is no tensor of B rows or of one, or the reverse
+            process takes another; if Pyro's param store holds other tensors under the names of the parameters, or a
+            plate is around the pair; also if the reverse process, the decoder or the prior returns no distribution, or
+            one of another event_shape.
 
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(num_steps=10))
@@ -153,7 +153,7 @@ class Diffusion(nn.Module):
     def levels(self) -> int | float | None:
         """How many values a number of the data may take, where p is a probability; None where it is a density.
 
-        The decoder says it by its attribute ``levels``, or else the forward process.
+        It is the decoder's attribute ``levels`` or, if that is None, the forward process's.
         """
         levels = getattr(self.model.decoder, "levels", None)
         return self.forward_process.levels if levels is None else levels
@@ -161,20 +161,21 @@ class Diffusion(nn.Module):
     def one_step(
         self, drawing: Drawing | None = None, weighting: Callable[[Tensor], Tensor] | None = None
     ) -> "OneStep":
-        """The one-step pair: one network call of the batch, whatever T, and the same bound in the mean.
+        """The one-step pair: one network call per batch, whatever T, and the same bound in expectation.
 
         Arguments:
-            drawing: How t is drawn: :class:`LowDiscrepancyDrawing` if not given, which mostly varies less than uniform
-                draws.
-            weighting: What the step weighs: called with integers of shape (B,), it returns positive numbers of that
-                shape; the bound's weighting, 1, if not given.
+            drawing: How t is drawn: :class:`LowDiscrepancyDrawing` if not given, which mostly has less variance than
+                uniform draws.
+            weighting: The weight w(t) of a step: called with integers of shape (B,), it returns positive numbers of
+                that shape; 1, the bound's, if not given.
 
         Returns:
             The pair, with ``model`` and ``guide``.
 
         Raises:
-            ValueError: If an argument is of another kind, or a weighting that is no bound's stands beside a learned
-                schedule; on a call of the programs, if the weighting returns another shape, or what is no weight.
+            ValueError: If an argument is of another kind, or a weighting other than the bound's is used with a learned
+                schedule; on a call of the programs, if the weighting returns another shape, or numbers that are
+                negative or not finite.
 
         Example:
             >>> forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=1000))
@@ -191,8 +192,8 @@ class Diffusion(nn.Module):
     def subchain(self, times: Sequence[int]) -> "Diffusion":
         r"""The diffusion of fewer steps, :math:`p_\theta(x_0, x_{\tau_1}, \dots, x_{\tau_K})`, with the same networks.
 
-        It is a model of its own: its bound, its samples and its pairs are those of the shorter chain, exactly, by the
-        general posterior :math:`q(x_s | x_t, x_0)`. Fewer steps cost less and bound less tightly.
+        It is a model of its own: bound, samples and pairs are exactly those of the shorter chain, by the general
+        posterior :math:`q(x_s | x_t, x_0)`. Fewer steps cost less, and their bound is less tight.
 
         Arguments:
             times: The times :math:`\tau_1 < \dots < \tau_K`, ints in 1..T.
@@ -236,9 +237,9 @@ class Diffusion(nn.Module):
 class OneStep(nn.Module):
     """The one-step pair of a diffusion: see :meth:`Diffusion.one_step`.
 
-    Both programs draw the auxiliary sites ``u``, which says t, and ``x_t``; they stand under ``mask(False)`` in both,
-    so that they cost nothing. What is scored is ``x_T`` (L_T, in closed form), and, scaled by w(t) / p(t), the site
-    ``x_s``, s = t - 1, where t > 1, or ``x_0`` where t = 1.
+    Both programs draw the auxiliary sites ``u``, which determines t, and ``x_t``, under ``mask(False)``, so that they
+    cost nothing. What is scored is ``x_T`` (L_T, in closed form), and, scaled by w(t) / p(t), the site ``x_s``, s = t -
+    1, where t > 1, or ``x_0`` where t = 1.
     """
 
     def __init__(self, diffusion: Diffusion, drawing: Drawing, weighting: Callable[[Tensor], Tensor]) -> None:
@@ -266,7 +267,7 @@ def _check_levels(reverse: nn.Module, decoder: nn.Module) -> None:
 
 
 def evenly_spaced(num_steps: int, T: int) -> tuple[int, ...]:
-    """So many times in 1..T, both ends among them and evenly between; T alone, if it is one.
+    """``num_steps`` evenly spaced times in 1..T, both ends included; T alone, if it is one.
 
     Arguments:
         num_steps: How many, at most T.
@@ -284,7 +285,7 @@ def evenly_spaced(num_steps: int, T: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def adopt_stored(diffusion: Diffusion) -> None:
-    """Copy what Pyro's param store holds under the names of a diffusion into its parameters.
+    """Copy the values that Pyro's param store holds under a diffusion's names into its parameters.
 
     A store that was saved after training by Pyro's own SVI and loaded again (``pyro.get_param_store().load(path)``)
     holds the trained values in tensors of its own; a diffusion built anew has others, and its programs refuse to run
@@ -319,7 +320,7 @@ def adopt_stored(diffusion: Diffusion) -> None:
             "none: Pyro's own SVI fills it; after pyrodiff.SVI use diffusion.state_dict(), or pyrodiff.checkpoints"
         )
     for name, parameter in own.items():
-        if not parameter.requires_grad and name not in stored:  # Pyro stores what is learned
+        if not parameter.requires_grad and name not in stored:  # Pyro stores only what is learned
             continue
         if name not in stored:
             raise ValueError(
@@ -335,5 +336,5 @@ def adopt_stored(diffusion: Diffusion) -> None:
     for key, (tensor, parameter) in diffusion.model.other_stored().items():
         parameter.copy_(tensor)
         state["params"][key] = parameter
-    store.clear()  # since to set one by one fails where a parameter has two names
+    store.clear()  # setting one by one fails where a parameter has two names
     store.set_state(state)

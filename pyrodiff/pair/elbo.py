@@ -5,10 +5,11 @@ For a guide in the model's order, with z_1, z_2, ... the latent sites and x the 
 .. math::
     -\log p(x) \le \sum_i \mathbb{E}_q \, KL(q(z_i | z_{<i}) \| p(z_i | z_{<i})) - \mathbb{E}_q \log p(x | z),
 
-one term per site. Of the trajectory pair of a diffusion these are :math:`L_T`, the :math:`L_{t-1}` and :math:`L_0`.
+one term per site. For the trajectory pair of a diffusion these are :math:`L_T`, the :math:`L_{t-1}` and :math:`L_0`.
 
-In another order the KL at a site is its term as long as every latent site that the model draws before it is also drawn
-before it by the guide: given these, the guide's law of :math:`z_i` is all that is averaged over. Elsewhere the term is
+If the guide has another order, the KL at a site is still its term as long as the guide too draws, before it, every
+latent site that the model draws before it: given these, only the guide's distribution of :math:`z_i` is averaged over.
+Elsewhere the term is
 :math:`\log q(z_i) - \log p(z_i)` at the draw, which is unbiased in any order.
 """
 
@@ -36,16 +37,16 @@ __all__ = ["DiffusionELBO"]
 
 
 class DiffusionELBO(TraceMeanField_ELBO):
-    """Pyro's ``TraceMeanField_ELBO``, which also says its terms, and is right for two programs in any order.
+    """Pyro's ``TraceMeanField_ELBO``, which also returns its terms, and is right for programs with sites in any order.
 
-    At each latent site it takes the analytic KL where one is registered and may be taken: where every latent site that
-    the model draws before is also drawn before by the guide. Elsewhere it takes the log ratio at the draw, and warns,
-    once, if it is for the order. Beyond Pyro's it takes guide sites that are not reparameterised, the bits of a
-    binomial diffusion say, if they have no parameters to learn. While Pyro validates it refuses scales, masks and
-    plates that stand in one program only, and missing sites.
+    At each latent site it takes the analytic KL if one is registered and valid: that is, if the guide too has drawn
+    every latent site that the model draws before. Elsewhere it takes the log ratio at the draw, and warns, once, if the
+    order is the reason. Unlike Pyro's it accepts guide sites that are not reparameterised, the bits of a binomial
+    diffusion say, if they have no parameters to learn. While Pyro validates it refuses scales, masks and plates that
+    are in one program only, and missing sites.
 
-    While gradients are taken, a site with ``infer={"tell": f}`` (the guide's, where it is latent) has f called with its
-    cost, before scale and mask.
+    While gradients are taken, a site with ``infer={"tell": f}`` (set in the guide, if latent) has ``f(cost)`` called,
+    with its cost before scale and mask.
 
     Arguments:
         *args, **kwargs: Pyro's: ``num_particles``, ``vectorize_particles``, and ``max_plate_nesting`` with it.
@@ -64,20 +65,20 @@ class DiffusionELBO(TraceMeanField_ELBO):
         self._has_warned = False
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The cost of each site: KL for a latent site, -log p for an observed one, with its scale and mask.
+        """The cost of each site, KL if latent and -log p if observed, with its scale and mask.
 
         Arguments:
             model, guide: The programs.
             *args, **kwargs: What both are called with.
 
         Returns:
-            For each site a tensor in nats, with shape (B,) for a site in a plate of size B and () for one in none, the
-            mean over particles. Their sums add up to the loss. Sites under ``mask(False)`` cost nothing and are left
-            out; an auxiliary site of the guide (``infer={"is_auxiliary": True}``) costs log q.
+            For each site a tensor in nats, the mean over particles, with shape (B,) for a site in a plate of size B and
+            () outside of plates. Summed, they are the loss. Sites under ``mask(False)`` cost nothing and are left out;
+            an auxiliary site of the guide (``infer={"is_auxiliary": True}``) costs log q.
 
         Raises:
             ValueError: While Pyro validates: if the guide lacks a latent site of the model, or has one that the model
-                lacks; if a scale or a mask stands in one program only; if the parameters of a guide site that is not
+                lacks; if a scale or a mask is in one program only; if the parameters of a guide site that is not
                 reparameterised require a gradient.
         """
         total: dict[str, Tensor] = {}
@@ -100,14 +101,14 @@ class DiffusionELBO(TraceMeanField_ELBO):
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a detached tensor, after its gradient has been added to the parameters'."""
+        """The loss as a detached tensor; its gradient is added to that of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return loss.detach()
 
     def _direct_costs(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor | None:
-        """The costs without a message, where nothing is validated and nobody listens."""
+        """The costs computed without Pyro's messages; None if something is validated or a handler listens."""
         if checks.validating() or self.num_particles > 1 or is_listened_to():
             return None
         return pair_costs(model, guide, args, kwargs)
@@ -116,7 +117,7 @@ class DiffusionELBO(TraceMeanField_ELBO):
         guide_trace = _trace_of(guide, args, kwargs)
         model_trace = _trace_of(poutine.replay(model, trace=guide_trace), args, kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        for site in _sites(guide_trace).values():  # a law with an estimate that may stand in a model only
+        for site in _sites(guide_trace).values():  # some distributions may stand in a model only
             if (refuse := getattr(innermost(site["fn"]), "refuse_in_guide", None)) is not None:
                 refuse()
         if checks.validating():
@@ -188,14 +189,14 @@ def _trace_of(program: Callable, args: tuple, kwargs: dict) -> Trace:
         while at is not None and at.tb_next is not None:
             at = at.tb_next
         ours = at is not None and at.tb_frame.f_globals.get("__name__", "").startswith("pyrodiff.")
-        # of another's error the shapes are kept, unless the list of them is empty
+        # an error from outside of the package keeps the shapes, unless their list is empty
         if not ours and not str(error).endswith("Trace Shapes:\n Param Sites:\nSample Sites:"):
             raise
         raise cause from None
 
 
 def _out_of_order(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> list[str]:
-    """The latent sites before which the model draws a latent one that the guide draws after."""
+    """The latent sites that the model draws after some other latent site, and the guide before it."""
     place = {name: i for i, name in enumerate(guide_sites)}
     found, last = [], -1
     for name, site in model_sites.items():
@@ -288,12 +289,12 @@ def _same(ours: float | Tensor | None, theirs: float | Tensor | None) -> bool:
         return False
     ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
     if ours.shape != theirs.shape or ours.device.type != "cpu" or theirs.device.type != "cpu":
-        return ours.shape == theirs.shape  # values on an accelerator are not read: that would stall every step
+        return ours.shape == theirs.shape  # values on an accelerator are not read: that would synchronise at every step
     return torch.equal(ours, theirs)
 
 
 def _own_mask(law: Distribution) -> Tensor | bool | None:
-    """What a law itself is masked by, broadcast to its batch_shape; None, or False, if by one value throughout."""
+    """The mask of a distribution itself, broadcast to its batch_shape; None if all True, False if all False."""
     while isinstance(law, Independent):
         law = law.base_dist
     if not isinstance(law, MaskedDistribution):

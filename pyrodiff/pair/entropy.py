@@ -1,4 +1,4 @@
-"""The relative entropy of two laws of one site: analytic, or its estimate at a draw."""
+"""The KL divergence of two distributions of one site: analytic, or its estimate at a draw."""
 
 import torch
 from pyro.distributions import Delta, MaskedDistribution, TorchDistribution
@@ -16,7 +16,7 @@ def relative_entropy(
     Arguments:
         q, p: Distributions of one event_shape, whose batch_shapes broadcast.
         x: A draw of q; a fresh one if it is needed and not given.
-        analytic: Whether the KL may be taken.
+        analytic: Whether the analytic KL may be taken.
 
     Returns:
         A tensor of the batch_shape, in nats.
@@ -33,22 +33,22 @@ def relative_entropy(
 
 
 def _bare(law: TorchDistribution) -> TorchDistribution:
-    """The law without a mask that masks nothing, for which Pyro would know no KL."""
+    """The distribution without a mask of True, with which Pyro would find no KL."""
     while isinstance(law, MaskedDistribution) and law._mask is True:
         law = law.base_dist
     return law
 
 
 def _as_tensor(value: Tensor | float, law: TorchDistribution) -> Tensor:
-    """A tensor: of laws that are masked altogether, Pyro returns the number 0."""
+    """The value as a tensor: for distributions that are masked altogether, Pyro returns the number 0."""
     return value if isinstance(value, Tensor) else torch.full(law.batch_shape, float(value))
 
 
 def innermost(law: Distribution) -> Distribution:
-    """The law without what makes dimensions its event's, and without masks.
+    """The distribution without ``Independent`` and masks around it.
 
     Arguments:
-        law: The law.
+        law: The distribution.
     """
     while isinstance(law, Independent | MaskedDistribution):
         law = law.base_dist

@@ -7,9 +7,10 @@ With :math:`\lambda` the log signal-to-noise ratio, :math:`a = \mathrm{sigmoid}(
     \frac{dz}{d\lambda} = \frac{a}{2} \left(\hat x_0(z, \lambda) - a z\right), \qquad
     \log p(z_1) = \log p(z_T) + \int_{\lambda_1}^{\lambda_T} \nabla \cdot \frac{dz}{d\lambda} \, d\lambda .
 
-A denoiser is known at t = 1..T; between two times :math:`\hat x_0` is taken as linear in :math:`\lambda` at fixed z,
-so that the flow is a model of its own, solved to a tolerance. Below t = 1 the score is held: with
-:math:`y = x_t / a_t` and r the part :math:`\sigma^2 / \sigma_1^2` of the variance :math:`\sigma_1^2 = b_1^2 / a_1^2`,
+A denoiser is defined at t = 1..T; between two times :math:`\hat x_0` is interpolated linearly in :math:`\lambda` at
+fixed z. So the flow is a model of its own, solved to a tolerance. Below t = 1 the score is held constant: with
+:math:`y = x_t / a_t` and the fraction :math:`r = \sigma^2 / \sigma_1^2` of the variance
+:math:`\sigma_1^2 = b_1^2 / a_1^2`,
 
 .. math:: \frac{dy}{dr} = \frac12 \left(y - \hat x_0(a_1 y, 1)\right), \qquad r = 0, \dots, 1,
 
@@ -45,7 +46,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def check_flow(diffusion: Diffusion, tolerance: float, max_steps: int) -> tuple[float, int]:
-    """Tolerance and number of steps, of a diffusion that has a flow.
+    """Check that a diffusion has a flow; returns the checked tolerance and number of steps.
 
     Arguments:
         diffusion, tolerance, max_steps: As of :class:`Flow`.
@@ -64,7 +65,7 @@ def check_flow(diffusion: Diffusion, tolerance: float, max_steps: int) -> tuple[
 
 
 def refuse_a_cut_graph(diffusion: Diffusion, x: Tensor, context: tuple[Tensor, ...]) -> None:
-    """Refuse a network whose output changes with the state but has no gradient: that would count as no divergence.
+    """Refuse a network whose output depends on the state but has no gradient: its divergence would come out as 0.
 
     Arguments:
         diffusion: The diffusion.
@@ -93,15 +94,15 @@ def refuse_a_cut_graph(diffusion: Diffusion, x: Tensor, context: tuple[Tensor, .
 
 
 class Flow:
-    """The flow between the times 0..T of a chain, 0 that of the data, for rows of states.
+    """The flow between the times 0..T of a chain, for rows of states; time 0 is the data.
 
     Arguments:
         diffusion: A Gaussian diffusion, checked by :func:`check_flow`.
-        tolerance: The error allowed in a step, absolute and relative, of each number and of log p.
+        tolerance: The error allowed per step, absolute and relative, of each number and of log p.
         max_steps: The number of steps after which a row is given up.
-        num_probes: The number of random signs whose mean estimates the divergence; 0 to compute it exactly; None where
-            no density is asked for.
-        differentiable: Whether gradients pass through, to the states, their context and the parameters.
+        num_probes: The number of random sign vectors (Hutchinson's probes) whose mean estimates the divergence; 0 to
+            compute it exactly; None where no density is asked for.
+        differentiable: Whether gradients flow to the states, their context and the parameters.
     """
 
     def __init__(
@@ -129,12 +130,12 @@ class Flow:
         Arguments:
             x: The states at ``start``, with shape (R, *event_shape), in the dtype that the network takes.
             start, end: Two times in 0..T, in either order.
-            context: What is known of each datum, tensors of R rows.
+            context: The context of each datum, tensors of R rows.
             datum: The number of each row, for errors; counted from 0 if not given.
 
         Returns:
             The states at ``end``, in float64 with the shape of ``x``; log p(x_start) - log p(x_end), with shape
-            (probes, R), or (1, R) where the divergence is exact or not asked for, and then 0; and the number of
+            (probes, R), or (1, R) where the divergence is exact, or not asked for (then it is 0); and the number of
             evaluations of the velocity, with shape (R,).
 
         Raises:
@@ -165,7 +166,7 @@ class Flow:
         return x if self.differentiable else x.detach()
 
     def _below(self, start: int, end: int, dtype: torch.dtype, context: tuple[Tensor, ...]) -> tuple | None:
-        """The leg between the data and t = 1, if it is one of them: velocity of y, its scales, times, stops."""
+        """The leg between the data and t = 1, if it is needed: the velocity of y, its scales, times and stops."""
         if min(start, end) > 0 or start == end:
             return None
         signal, one = self.signal[0], torch.ones_like(self.signal[0])
@@ -178,7 +179,7 @@ class Flow:
         return (velocity, scales, times, None) if start < end else (velocity, scales[::-1], times[::-1], None)
 
     def _above(self, start: int, end: int, dtype: torch.dtype, context: tuple[Tensor, ...]) -> tuple | None:
-        """The leg between two times from 1 on, of z, along the falling log signal-to-noise ratio."""
+        """The leg above t = 1: the velocity of z along the falling log SNR, its scales, times and stops."""
         start, end = max(start, 1) - 1, max(end, 1) - 1
         if start == end:
             return None
@@ -187,8 +188,8 @@ class Flow:
             a = torch.sigmoid(-time)[:, None].sqrt()
             return -a / 2 * (self._between(z, -time, [values[rows] for values in context], dtype) - a * z)
 
-        # the velocity has a kink at each t, which no step of a short chain passes over; of a long one kinks are slight,
-        # and 20 stops keep steps from passing over what is narrow
+        # the velocity has a kink at each t, which is a stop in a short chain; in a long one kinks are slight, and 20
+        # stops keep steps from skipping narrow features
         T = len(self.log_snr)
         stops = -self.log_snr[:: 1 if T <= _SHORT else math.ceil(T / 20)]
         times = (-self.log_snr[start], -self.log_snr[end])
@@ -213,7 +214,7 @@ class Flow:
             return float64(reverse.denoiser(x_t, t.to(device), *context)).reshape(x.shape)
         weight_t, weight_0, _ = process.schedule.posterior(t)
         mean = float64(self.diffusion.model.kernel(x_t, t.to(device), *context).mean).reshape(x.shape)
-        return (mean - weight_t[:, None] * x) / weight_0[:, None]  # E[x_{t-1}] is that of the posterior's mean
+        return (mean - weight_t[:, None] * x) / weight_0[:, None]  # x_0 whose posterior mean is E[x_{t-1}]
 
     def _probes(self, x: Tensor) -> Tensor:
         """Random signs, with shape (R, probes, D)."""
@@ -229,7 +230,7 @@ class Flow:
         probes: Tensor,
         datum: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The numbers at the end of a leg, the integral of the divergence for each probe, and the evaluations."""
+        """The state at the end of a leg, the integral of the divergence per probe, and the number of evaluations."""
 
         def drift(time: Tensor, state: Tensor, rows: Tensor) -> Tensor:
             if self.num_probes is None:

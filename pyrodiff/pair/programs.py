@@ -1,6 +1,6 @@
 r"""The programs of the two pairs, and what the two models share: the parts of p_θ and how they are checked.
 
-What they mean is said in :mod:`pyrodiff.pair.diffusion`, which puts them together.
+:mod:`pyrodiff.pair.diffusion` explains them and puts them together.
 """
 
 import math
@@ -48,15 +48,15 @@ __all__ = [
 
 
 def check_law(law: object, name: str, event_shape: torch.Size) -> dist.TorchDistribution:
-    """A distribution with an event_shape.
+    """Check for a distribution with this event_shape.
 
     Arguments:
         law: The distribution.
-        name: What it is, for the error.
+        name: Its name in the error.
         event_shape: The shape of one datum.
 
     Raises:
-        ValueError: If it is none, or one of another event_shape.
+        ValueError: If it is not a distribution, or has another event_shape.
     """
     if not isinstance(law, torch.distributions.Distribution):
         raise ArgumentError(name, f"must be a distribution or return one, but it is {arguments.described(law)}")
@@ -66,11 +66,11 @@ def check_law(law: object, name: str, event_shape: torch.Size) -> dist.TorchDist
             f"must have the event_shape {tuple(event_shape)}, but its event_shape is {tuple(law.event_shape)} "
             f"(and its batch_shape {tuple(law.batch_shape)})",
         )
-    return cast(dist.TorchDistribution, law)  # as good as: torch's laws in Pyro have its mixin, and no class of all
+    return cast(dist.TorchDistribution, law)  # or the like: Pyro's distributions share a mixin, and no common class
 
 
 def _in_whole_chain(part: nn.Module, path: str) -> Iterator[str]:
-    """The names on a path to a module, the same in a chain of fewer steps, where :class:`Retimed` stands around it."""
+    """The names on a path to a module, without those of :class:`Retimed`, so that a shorter chain has the same ones."""
     for name in path.split(".") if path else ():
         if not (isinstance(part, Retimed) and name == "module"):
             yield name
@@ -87,16 +87,16 @@ def name_in_store(key: str) -> str:
 
 
 def _time(x: Tensor, t: int, event_shape: torch.Size) -> int | Tensor:
-    """The time t of all data, as a tensor where the batch has more dimensions than one (vectorised particles)."""
+    """The time t of all data; a tensor if the batch has more than one dimension (vectorised particles)."""
     batch_shape = x.shape[: x.dim() - len(event_shape)]
     return t if len(batch_shape) == 1 else torch.full(batch_shape, t, device=x.device)
 
 
 def _data_plate(name: str, size: int) -> Plate:
-    """The plate of the data, with a clash of names said in words."""
+    """The plate of the data, with an error in plain words if its name is taken."""
     try:
         return pyro.plate(name, size, dim=-1)
-    except RuntimeError as error:  # Pyro's, of a second site of this name
+    except RuntimeError as error:  # raised by Pyro at a second site of this name
         raise ValueError(
             f"plate {name!r} must be the diffusion's alone, but this program has another plate or site of that name: "
             f"put pyro.contrib.autoname.scope(prefix=...) around each of two diffusions; beside a plate of your own, "
@@ -105,7 +105,7 @@ def _data_plate(name: str, size: int) -> Plate:
 
 
 class _Unstored(Messenger):
-    """Lets messages of parameters be heard, and Pyro's param store not be asked."""
+    """Lets handlers hear of parameters without touching Pyro's param store."""
 
     def _pyro_param(self, msg: dict) -> None:
         _, parameter = msg["args"][:2]
@@ -114,7 +114,7 @@ class _Unstored(Messenger):
 
 @contextmanager
 def _store_as_it_is() -> Iterator[None]:
-    """Within, what is put into Pyro's param store is taken out at the end."""
+    """A context at whose end whatever was added to Pyro's param store is removed."""
     store = pyro.get_param_store()
     names = set(store.keys())
     try:
@@ -126,11 +126,11 @@ def _store_as_it_is() -> Iterator[None]:
                 "params": {name: value for name, value in state["params"].items() if name in names},
                 "constraints": {name: value for name, value in state["constraints"].items() if name in names},
             }
-            store.clear()  # since to delete one by one fails where a tensor has two names
+            store.clear()  # deleting one by one fails where a tensor has two names
             store.set_state(kept)
 
 
-_PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")  # plates of Pyro's, which repeat a program
+_PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")  # Pyro's own plates, which vectorise a program
 
 
 def _refuse_plates_around() -> None:
@@ -151,9 +151,8 @@ def _refuse_plates_around() -> None:
 
 
 class TrajectoryGuide(nn.Module):
-    """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate of the data.
-
-    Called as ``guide(x_0, *context)``, with data of shape (B, *event_shape); the forward process knows no context.
+    """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate of the data. Called as
+    ``guide(x_0, *context)``, with data of shape (B, *event_shape); the context is not used.
 
     Arguments: see :class:`Generative`.
     """
@@ -174,7 +173,7 @@ class TrajectoryGuide(nn.Module):
 
 
 class Generative(nn.Module):
-    """The parts of p_θ(x_0:T), whose laws are checked while Pyro validates.
+    """The parts of p_θ(x_0:T); the distributions that they return are checked while Pyro validates.
 
     Arguments:
         forward: The forward process.
@@ -182,7 +181,7 @@ class Generative(nn.Module):
         event_shape: The shape of one datum.
         decoder: The last step.
         prior: p(x_T), or None for the forward process's.
-        name: What the names of its parameters and random weights begin with, for Pyro.
+        name: The prefix of the names that its parameters and random weights have in Pyro.
         plate: The name of the plate of the data.
     """
 
@@ -208,7 +207,7 @@ class Generative(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where states are: the device of the reverse process's parameters, or the schedule's where it has none."""
+        """The device of states: that of the reverse process's parameters, or the schedule's if it has none."""
         parameter = next(self.reverse.parameters(), None)
         return self.forward_process.schedule.device if parameter is None else parameter.device
 
@@ -232,7 +231,7 @@ class Generative(nn.Module):
     def _alike(
         self, x_t: Tensor, t: int | Tensor, context: tuple[Tensor, ...]
     ) -> tuple[Tensor, int | Tensor, tuple[Tensor, ...]]:
-        """State, time and context, each expanded to the batch_shape of all: particles and enumeration add to it."""
+        """State, time and context, expanded to their common batch_shape: particles and enumeration add dimensions."""
         event = self.event_shape
         batch_shape = torch.broadcast_shapes(x_t.shape[: x_t.dim() - len(event)], *(c.shape[:1] for c in context))
         t = t.expand(batch_shape) if isinstance(t, Tensor) else t
@@ -261,7 +260,7 @@ class Generative(nn.Module):
         return law
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the states: integers, or that of the parameters, if there are any.
+        """The dtype of the states: torch.long for integers, else that of the parameters, if there are any.
 
         Raises:
             ValueError: If all parameters are of half precision.
@@ -272,11 +271,11 @@ class Generative(nn.Module):
         return dtypes[0] if dtypes else torch.get_default_dtype()
 
     def check(self, x_0: Tensor, *context: Tensor) -> None:
-        """Refuse what cannot be data of this model, or their context.
+        """Refuse what cannot be data of this model, or the context of such data.
 
         Raises:
             ValueError: If ``x_0`` has another shape than (B, *event_shape), another dtype or device than the model, or
-                a value that no datum has; if a context is no tensor of B rows or of one, on that device; or if all
+                a value outside the support; if a context is no tensor of B rows or of one, on that device; or if all
                 parameters are of half precision.
         """
         dtypes, q = self._dtypes(), self.forward_process
@@ -294,7 +293,7 @@ class Generative(nn.Module):
 
     def _dtypes(self) -> list[torch.dtype]:
         """The dtypes of the parameters that states may have."""
-        learned = {id(parameter) for parameter in self.forward_process.parameters()}  # of a schedule, which is float64
+        learned = {id(parameter) for parameter in self.forward_process.parameters()}  # a learned schedule is float64
         parameters = [parameter for parameter in self.reverse.parameters() if id(parameter) not in learned]
         dtypes = [parameter.dtype for parameter in parameters if parameter.is_floating_point()]
         full = [dtype for dtype in dtypes if torch.finfo(dtype).bits >= 32]
@@ -302,30 +301,29 @@ class Generative(nn.Module):
             checks.full_precision("weights", dtypes[0])
         return full
 
-    # Pyro's names
+    # Names and parameters in Pyro
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within, the program runs: its parameters are known to Pyro, and each random weight keeps one value.
+        """The context in which the program runs: Pyro knows its parameters, and each random weight keeps one value.
 
-        Parameters are put into Pyro's param store where its SVI listens, which learns what it finds there; elsewhere
-        the store is left alone. Random weights (each ``PyroSample``) are drawn now, before the chain and outside its
-        plate. A ``PyroModule`` forgets them when its outermost call returns, so the modules' contexts are kept open for
-        all of the chain.
+        Parameters are put into Pyro's param store only under Pyro's own SVI, which learns what it finds there. Random
+        weights (each ``PyroSample``) are drawn now, before the chain and outside its plate. A ``PyroModule`` forgets
+        them when its outermost call returns, so the modules' contexts are kept open for all of the chain.
 
         Raises:
             ValueError: If Pyro's param store holds another tensor under the name of a parameter.
         """
         modules = self._named_of_pyro()
         is_trained = any(isinstance(frame, TraceMessenger) and frame.param_only for frame in _PYRO_STACK)
-        if is_trained or modules:  # which read and write the store by themselves
+        if is_trained or modules:  # both read and write the store
             self.refuse_other_stored()
         with nullcontext() if is_trained or not modules else _store_as_it_is(), ExitStack() as stack:
             if _PYRO_STACK:
                 with nullcontext() if is_trained else _Unstored():
                     self._tell_of_parameters()
             if is_trained:
-                self.refuse_other_stored()  # of a parameter that is not contiguous, the store has made a copy
+                self.refuse_other_stored()  # the store copies parameters that are not contiguous
             for context in {id(module._pyro_context): module._pyro_context for module in modules}.values():
                 stack.enter_context(context)
             for module in modules:
@@ -334,19 +332,19 @@ class Generative(nn.Module):
             yield
 
     def _tell_of_parameters(self) -> None:
-        """As ``pyro.module`` of each part does, but without its warning of parameters that are frozen."""
+        """As ``pyro.module`` of each part, but without its warning about frozen parameters."""
         for name, part in self.named_children():
-            if isinstance(part, PyroModule):  # which tells Pyro of its parameters by itself
+            if isinstance(part, PyroModule):  # it registers its parameters by itself
                 continue
             for path, parameter in part.named_parameters():
                 if parameter.requires_grad:
                     pyro.param(param_with_module_name(self._path(name), path), parameter)
 
     def of_pyro(self) -> list[PyroModule]:
-        """The modules below that speak to Pyro by themselves, when they are called."""
+        """The submodules that are ``PyroModule``, and so send messages when they are called."""
         found: list[PyroModule] = []
         waiting: list[nn.Module] = [self]
-        while waiting:  # as torch's modules(), in less time
+        while waiting:  # as torch's modules(), but faster
             module = waiting.pop()
             if isinstance(module, PyroModule) and module not in found:
                 found.append(module)
@@ -358,7 +356,7 @@ class Generative(nn.Module):
         return any(module._pyro_samples for module in self.of_pyro())
 
     def named_for_store(self) -> dict[str, Tensor]:
-        """The parameters by the names that Pyro's param store gives them, but for its own dividers (``$$$``)."""
+        """The parameters by their names in Pyro's param store, with "." for its divider ``$$$``."""
         return {
             f"{self._path(name)}.{path}".removesuffix("_unconstrained"): parameter
             for name, part in self.named_children()
@@ -366,7 +364,7 @@ class Generative(nn.Module):
         }
 
     def other_stored(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By its key, each tensor of Pyro's param store under a parameter's name that is not it; and the parameter."""
+        """Tensors in Pyro's param store under the name of a parameter that they are not, by key, with the parameter."""
         stored = pyro.get_param_store().named_parameters()
         if not stored:
             return {}
@@ -382,8 +380,8 @@ class Generative(nn.Module):
         """Refuse a param store that holds another tensor under a parameter's name: either could be meant.
 
         Arguments:
-            unless_anothers: Whether a store is let pass that has no other tensor, of its shape, for some parameter: it
-                is another model's.
+            unless_anothers: Whether to accept a store that lacks a tensor of the right shape for some parameter: it is
+                then another model's.
 
         Raises:
             ValueError: If so.
@@ -412,31 +410,32 @@ class Generative(nn.Module):
         return f"{self.name}.{name}" if self.name else name
 
     def _named_of_pyro(self) -> list[PyroModule]:
-        """The modules that speak to Pyro, whose sites are named after the parts that they stand in."""
+        """The ``PyroModule`` submodules, after giving each the name of the part that it belongs to."""
         named: set[PyroModule] = set()
         for name, part in self.named_children():
             for path, module in part.named_modules():
-                if isinstance(module, PyroModule) and module not in named:  # by the first part that it stands in
+                if isinstance(module, PyroModule) and module not in named:  # named after the first part that has it
                     named.add(module)
                     module._pyro_name = ".".join([self._path(name), *_in_whole_chain(part, path)])
         return self.of_pyro()
 
     @contextmanager
     def evaluated(self, guide: Callable | None = None, given: tuple = ()) -> Iterator[Tensor | None]:
-        """Within, the parts are called outside of the programs, and Pyro's param store is afterwards as it was.
+        """The context for calling the parts outside of the programs; Pyro's param store is restored afterwards.
 
         Random weights are drawn once, now, from their guide.
 
         Arguments:
             guide: A program that draws every random weight, and may draw more.
-            given: What it is called with.
+            given: The arguments of that program.
 
         Yields:
             The KL of the random weights, or its estimate at the draw where none is registered, in nats and of shape ();
             None where there are none.
 
         Raises:
-            ValueError: As :meth:`running`; if there are random weights and no guide of them, or a guide and no weights.
+            ValueError: As :meth:`running`; if there are random weights and no guide of them, or a guide and no random
+                weights.
         """
         self.refuse_other_stored(unless_anothers=True)
         if self.is_random() != (guide is not None):
@@ -447,7 +446,7 @@ class Generative(nn.Module):
                 if guide is None
                 else "guide must be None where there are no random weights (PyroSample), but it is given",
             )
-        if not self.of_pyro():  # nothing below sends a message
+        if not self.of_pyro():  # no part sends messages
             yield None
             return
         store = pyro.get_param_store()
@@ -463,9 +462,8 @@ class Generative(nn.Module):
 
 
 def _global_cost(model_trace: Trace, guide_trace: Trace) -> Tensor:
-    """The KL of random weights, summed, with shape ().
-
-    Pyro's automatic guides draw an auxiliary site, and put a Delta at the weight: the entropy is the auxiliary site's.
+    """The KL of random weights, summed, with shape (). Pyro's automatic guides draw an auxiliary site, and a Delta for
+    the weight itself: the entropy is then the auxiliary site's.
     """
     drawn, total = _latent(guide_trace), torch.zeros(())
     auxiliary = {name: site for name, site in drawn.items() if site["infer"].get("is_auxiliary")}
@@ -495,7 +493,7 @@ class TrajectoryModel(Generative):
     """The model p_θ(x_0:T): sites ``x_T .. x_1`` and ``x_0``, in the plate of the data.
 
     Called as ``model(x_0, *context)``, with data of shape (B, *event_shape), it observes them; called as
-    ``model(num_samples=n)``, or ``model(None, *context, num_samples=n)``, it draws n of them. It returns ``x_0`` either
+    ``model(num_samples=n)``, or ``model(None, *context, num_samples=n)``, it draws n data. It returns ``x_0`` either
     way.
 
     Arguments: see :class:`Generative`.
@@ -533,10 +531,10 @@ class TrajectoryModel(Generative):
 
 
 class _Unscored(dist.TorchDistribution):
-    """A law whose density nothing depends on, since it stands under ``mask(False)``: 0 in the dtype of costs.
+    """A distribution under ``mask(False)``, whose log density is never used: 0 in the dtype of costs.
 
     Arguments:
-        law: The law, with batch_shape (B,).
+        law: The distribution, with batch_shape (B,).
         x_0: The data.
     """
 
@@ -569,8 +567,8 @@ class Drawn(NamedTuple):
     Arguments:
         t: The times, with shape (B,).
         x_t: The states.
-        scale: w(t) / p(t), what the step of the bound weighs, with shape (B,).
-        noise_scale: What the squared error of the noise weighs, under a :class:`NoiseWeighting`.
+        scale: w(t) / p(t), the weight of the bound's step, with shape (B,).
+        noise_scale: The weight of the squared error of the noise, under a :class:`NoiseWeighting`.
     """
 
     t: Tensor
@@ -580,12 +578,12 @@ class Drawn(NamedTuple):
 
 
 class Step(nn.Module):
-    """What the two programs of the one-step pair share: the drawing of t and x_t, and the scale of the step.
+    """What the two programs of the one-step pair share: how t and x_t are drawn, and how the step is scaled.
 
     Arguments:
         model: The model of the trajectory pair.
         drawing: How t is drawn.
-        weighting: What the step weighs.
+        weighting: The weight w(t) of a step.
     """
 
     def __init__(self, model: Generative, drawing: Drawing, weighting: Callable[[Tensor], Tensor]) -> None:
@@ -594,7 +592,7 @@ class Step(nn.Module):
         self.drawing, self.weighting = drawing, weighting
 
     def draw(self, x_0: Tensor, sample: Callable[[str, dist.TorchDistribution], Tensor]) -> "Drawn":
-        """Times, states and what they weigh; ``sample`` draws from a law by name."""
+        """Draw times and states, with their weights; ``sample(name, distribution)`` makes each draw."""
         like = x_0.new_empty(len(x_0), dtype=torch.float64, device=home(x_0.device))  # exact where a t is rare
         u = sample("u", self.drawing.uniforms(like))
         t, probability = self.drawing(u, self.forward_process.num_steps)
@@ -623,10 +621,9 @@ class Step(nn.Module):
     def apart(
         self, kernel: dist.TorchDistribution, x_0: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[dist.TorchDistribution, dist.TorchDistribution, Tensor]:
-        """Mean and variance of a kernel apart, for a :class:`NoiseWeighting`.
-
-        The kernel with its mean detached; N(ε̂, 1 / 2π) with the noise that the mean stands for, of which -log p(ε) is
-        π times the squared error, without a constant; and the noise ε itself.
+        """Split a kernel into mean and variance, for a :class:`NoiseWeighting`. Returns the kernel with its mean
+        detached; N(ε̂, 1 / 2π), with the noise ε̂ that the mean implies, whose -log p(ε) is exactly π times the squared
+        error; and the noise ε itself.
         """
         law = innermost(kernel)
         if not isinstance(law, torch.distributions.Normal):
@@ -638,13 +635,13 @@ class Step(nn.Module):
         event, schedule = event_dim(x_t, t), self.forward_process.schedule
         signal, noise = coefficients(schedule.scales(t), x_t)
         weight_t, weight_0, _ = coefficients(schedule.posterior(t), x_t)
-        off = (law.loc - weight_t * x_t - weight_0 * x_0) / weight_0  # the data that the mean stands for, less x_0
+        off = (law.loc - weight_t * x_t - weight_0 * x_0) / weight_0  # implied estimate of x_0, less x_0
         epsilon = (x_t - signal * x_0) / noise
         of_noise = dist.Normal(epsilon - signal / noise * off, (2 * math.pi) ** -0.5)
         return dist.Normal(law.loc.detach(), law.scale).to_event(event), of_noise.to_event(event), epsilon
 
     def sampled(self, x_0: Tensor) -> "Drawn":
-        """The same as sites ``u`` and ``x_t``, which cost nothing."""
+        """The same draws as sites ``u`` and ``x_t``, which cost nothing."""
 
         def sample(name: str, law: dist.TorchDistribution) -> Tensor:
             return pyro.sample(name, _Unscored(law, x_0) if name == "u" else law)
@@ -655,14 +652,15 @@ class Step(nn.Module):
     @staticmethod
     @contextmanager
     def scored(scale: Tensor, where: Tensor) -> Iterator[None]:
-        """Sites within cost ``scale`` times as much, and nothing but ``where``; Pyro takes no scale of 0."""
+        """A context that scales the cost of sites and masks it to ``where``; a scale of 0 is masked, as Pyro refuses
+        it."""
         counts = scale > 0
-        mask = poutine.mask(mask=where & counts)  # type: ignore[call-overload] # asks for a BoolTensor, which none is
+        mask = poutine.mask(mask=where & counts)  # type: ignore[call-overload] # its type asks for a BoolTensor
         with poutine.scale(scale=torch.where(counts, scale, 1.0)), mask:
             yield
 
     def told(self, t: Tensor, where: Tensor) -> Any:
-        """The ``infer`` of a scored site, the guide's where it is latent: the drawing is told its cost."""
+        """The ``infer`` of a scored site (in the guide, if latent), by which the drawing is told its cost."""
         return {"tell": lambda cost: self.drawing.tell(t, cost, where)}
 
 
@@ -685,7 +683,7 @@ class OneStepGuide(nn.Module):
             pyro.sample("x_T", q.marginal(x_0, q.num_steps))
             t, x_t, scale, _ = self.step.sampled(x_0)
             if q.num_steps > 1:
-                with self.step.scored(scale, t > 1):  # at t = 1 the posterior is a point: another stands in, unscored
+                with self.step.scored(scale, t > 1):  # at t = 1 the posterior is a point: t = 2 stands in, masked
                     pyro.sample("x_s", q.posterior(x_t, x_0, t.clamp(min=2)), infer=self.step.told(t, t > 1))
 
 

@@ -1,14 +1,14 @@
-r"""The terms of the bound as arithmetic, and the one way in which programs are evaluated without Pyro's messages.
+r"""The terms of the bound as plain arithmetic: the one place where programs are evaluated without Pyro's messages.
 
 .. math::
     L_T = KL(q(x_T | x_0) \| p(x_T)), \quad
     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t)), \quad
     L_0 = -\log p_\theta(x_0 | x_1), \qquad x_t \sim q(x_t | x_0).
 
-What the two pairs of a :class:`Diffusion` mean is said by their programs. What they cost is computed here, from the
-same public kernels: each term depends on one :math:`x_t`, whose law is known, so terms can be had one by one
+The two pairs of a :class:`Diffusion` are defined by their programs. Their costs are computed here, from the same public
+kernels: each term depends on one :math:`x_t`, whose distribution is known, so each can be computed by itself
 (:func:`step_costs`), and the networks of all steps can run as one batch. Bounds are sums of these, and so is the loss
-of either pair (:func:`pair_costs`), which Pyro's handlers would give with the same mean and the same mean gradient.
+of either pair (:func:`pair_costs`); Pyro's handlers would give the same loss and gradient in expectation.
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eq. 58, https://arxiv.org/abs/2208.11970
@@ -50,7 +50,8 @@ def prior_cost(model: Generative, x_0: Tensor, x_T: Tensor | None = None) -> Ten
     Arguments:
         model: The model.
         x_0: The data, with shape (B, *event_shape).
-        x_T: Draws of q(x_T | x_0), used only where no KL is registered for the two laws; fresh ones if not given.
+        x_T: Draws of q(x_T | x_0), used only where no KL is registered for the two distributions; fresh ones if not
+            given.
     """
     with precisely():
         q = model.forward_process.marginal(x_0, model.num_steps)
@@ -77,7 +78,7 @@ def step_costs(
         context: The context of each datum, for the network: tensors of B rows, or of one.
         x_s: Draws of the posterior q(x_{t-1} | x_t, x_0): L_{t-1} is then the log ratio at these. If not given, it is
             the KL, or, where none is registered, the log ratio at fresh draws.
-        first, later: Whether t is 1 for some data, and whether it is above for some.
+        first, later: Whether t = 1 for some data, and t > 1 for some.
 
     Returns:
         Costs in nats, with shape (B,).
@@ -106,14 +107,14 @@ def _kernel_costs(
         return torch.where(t == 1, reconstruction, cost) if later else reconstruction
 
 
-# The seam: the pairs of a Diffusion without a message
+# The pairs of a Diffusion, evaluated without messages
 
 
 class Recorder(Messenger):
-    """Hears of parameters and sites, and changes nothing.
+    """A handler that records parameters and sites, and changes nothing.
 
     Attributes:
-        parameters: The unconstrained parameters that a message came of, by name.
+        parameters: The unconstrained parameters that were registered, by name.
         sites: The names of the sites, in their order.
     """
 
@@ -136,11 +137,11 @@ def is_listened_to() -> bool:
 
 
 def pair_costs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor | None:
-    """What each datum costs a pair of a diffusion, in nats with shape (B,); None of any other pair.
+    """The cost of each datum under a pair of a diffusion, in nats with shape (B,); None for any other pair.
 
-    None also where the handlers could make a difference: random weights, sites inside of a part (``pyro.factor``, say),
-    programs with hooks or another ``forward``, and, where the networks of all steps would run as one batch, statistics
-    of the batch.
+    None also where Pyro's handlers could make a difference: random weights, sites inside of a part (``pyro.factor``,
+    say), programs with hooks or another ``forward``, and batch normalisation in the trajectory pair, whose networks run
+    on all steps as one batch.
 
     Arguments:
         model, guide: The programs.
@@ -181,7 +182,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def runs(program: Callable, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether a call of a module runs the ``forward`` of this class as it is written, and no other and no hook.
+    """Whether a call of a module runs exactly the ``forward`` of this class: not overridden, and without hooks.
 
     Arguments:
         program: The module.
@@ -198,7 +199,7 @@ def runs(program: Callable, kind: type[Kind]) -> TypeGuard[Kind]:
 
 
 def _is_foreign(hook: Callable) -> bool:
-    """Whether a hook on all modules is none of this package's, which only notes what is called."""
+    """Whether a global hook is from outside of this package, whose own only record what is called."""
     return not getattr(hook, "__module__", "").startswith("pyrodiff.")
 
 
@@ -214,7 +215,7 @@ class _HasSites(Exception):
 
 
 class _Listener(Messenger):
-    """Ends the evaluation at the first site."""
+    """Stops the evaluation at the first site."""
 
     def _pyro_sample(self, msg: dict) -> None:
         raise _HasSites
@@ -226,14 +227,15 @@ def _one_step_costs(model: OneStepModel, x_0: Tensor, context: tuple[Tensor, ...
     with precisely():
         prior = prior_cost(model, x_0)
         t, x_t, scale, noise_scale = step.draw(x_0, lambda name, law: law())
-    # what no datum needs is left out where that is cheap to know, not on an accelerator, nor in a graph being traced,
-    # and where nothing else is lost: a decoder of one's own may have sites, or parameters, whose gradient is then 0
+    # the decoder is skipped if no t is 1, where that is cheap to know (not on an accelerator, nor in a graph being
+    # traced) and has no side effects: a decoder of your own may have sites, or parameters, whose gradient must be 0,
+    # not None
     known = t.device.type == "cpu" and get_proxy_mode() is None and any(runs(model.decoder, k) for k in _DECODERS)
     first = not known or bool((t == 1).any())
     kernel = model.kernel(x_t, t, *context)
     if noise_scale is not None:
         with precisely():
-            # L_simple as a law: -log N(ε; ε̂, 1 / 2π) is π ||ε - ε̂||², so over π it is the squared error itself
+            # -log N(ε; ε̂, 1 / 2π) is π ||ε - ε̂||², so divided by π it is the squared error itself
             kernel, of_noise, epsilon = step.apart(kernel, x_0, x_t, t)
             prior = prior - noise_scale / math.pi * of_noise.log_prob(epsilon)
     costs = _kernel_costs(model, kernel, x_0, t, x_t, None, first, model.num_steps > 1)
@@ -243,7 +245,7 @@ def _one_step_costs(model: OneStepModel, x_0: Tensor, context: tuple[Tensor, ...
 
 
 def _trajectory_costs(model: TrajectoryModel, x_0: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-    """L_T + the sum of all L_{t-1}, with a draw of each x_t by itself: the mean is that of a trajectory."""
+    """L_T + the sum of all L_{t-1}, each x_t drawn independently: in expectation the same as along a trajectory."""
     B, T = len(x_0), model.num_steps
     t = torch.arange(1, T + 1, device=x_0.device).repeat_interleave(B)
     repeated, *given = (_repeated(values.expand(B, *values.shape[1:]), T) for values in (x_0, *context))
@@ -258,5 +260,5 @@ def _trajectory_costs(model: TrajectoryModel, x_0: Tensor, context: tuple[Tensor
 
 
 def _repeated(values: Tensor, T: int) -> Tensor:
-    """The rows of all data, T times one after the other."""
+    """The rows of all data, repeated T times."""
     return values.expand((T, *values.shape)).flatten(0, 1)

@@ -1,7 +1,7 @@
-r"""The steps of the one-step pair: how t is drawn, and what the step weighs.
+r"""The steps of the one-step pair: how t is drawn, and how the step is weighted.
 
-The bound is a sum over t. Drawing one t per datum with probability p(t) and scaling its term by 1 / p(t) leaves the
-mean as it is. A *drawing* says what p is and how the draws of a batch hang together: it turns auxiliary uniform
+The bound is a sum over t. To draw one t per datum with probability p(t) and scale its term by 1 / p(t) leaves the
+expectation as it is. A *drawing* defines p and how the draws of a batch are correlated: it turns auxiliary uniform
 variables u into times. A *weighting* is a function w(t) > 0 that multiplies the term: 1 for the bound.
 
 References:
@@ -46,10 +46,10 @@ __all__ = [
 
 
 class Drawing(Float64Module, ABC):
-    """How one t per datum is drawn: a law of u in [0, 1), and a map from u to t and its probability.
+    """How one t per datum is drawn: a distribution of u in [0, 1), and a map from u to t and its probability.
 
     Attributes:
-        share: Of several processes with a batch each, which this is; None if it is the only one.
+        share: Which of several processes, with a batch each, this is; None if it is the only one.
     """
 
     def __init__(self) -> None:
@@ -57,19 +57,20 @@ class Drawing(Float64Module, ABC):
         self.share: _Share | None = None
 
     def spread(self, number: int, count: int, key: int, device: torch.device | None = None) -> None:
-        """Draw for one of several processes, whose batches are one large batch: its draws are spread over that.
+        """Draw for one of several processes, so that draws are spread over their batches together.
 
         Arguments:
             number: Which process this is, in 0..count-1.
             count: How many there are.
-            key: What the draws that they have in common are made from, the same number for all.
+            key: The seed of the draws that they share, the same number in all.
             device: Where the times are drawn.
         """
         self.share = _Share(number, count, key, device)
 
     @abstractmethod
     def uniforms(self, like: Tensor) -> dist.TorchDistribution:
-        """The law of the auxiliary u, each uniform on [0, 1) by itself, with the batch_shape (B,) of ``like``."""
+        """The distribution of the auxiliary u, each uniform on [0, 1) by itself, with the batch_shape (B,) of
+        ``like``."""
 
     @abstractmethod
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -84,9 +85,8 @@ class Drawing(Float64Module, ABC):
         """
 
     def tell(self, t: Tensor, cost: Tensor, scored: Tensor) -> None:
-        """Told what the steps cost, by each evaluation of the one-step pair with gradients: it may learn from that.
-
-        By :class:`DiffusionELBO`, that is; Pyro's own ELBOs tell nothing.
+        """Called with the costs of the steps, from which a drawing may learn. :class:`DiffusionELBO` calls it at each
+        evaluation of the one-step pair with gradients; Pyro's own ELBOs never do.
 
         Arguments:
             t: The times, of any shape (*).
@@ -101,7 +101,7 @@ def _equal_parts(u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
 
 
 class UniformDrawing(Drawing):
-    """Every t with probability 1 / T, each datum by itself.
+    """Every t with probability 1 / T, independently for each datum.
 
     Example:
         >>> pyrodiff.UniformDrawing()(torch.tensor([0.0, 0.3, 0.99]), num_steps=10)
@@ -118,8 +118,8 @@ class UniformDrawing(Drawing):
 class LowDiscrepancyDrawing(Drawing):
     """Every t with probability 1 / T, spread evenly over the batch: one draw for all data, shifted by 1 / B.
 
-    A batch of at least T data then sees every t. Where the terms change slowly with t, the estimate of the bound varies
-    less than with uniform draws.
+    A batch of at least T data then sees every t. Where the terms change slowly with t, the estimate of the bound has
+    less variance than with uniform draws.
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), appendix I.1.
@@ -141,8 +141,9 @@ class LowDiscrepancyDrawing(Drawing):
 class ImportanceDrawing(Drawing):
     r"""Given probabilities of the times, spread evenly over the batch.
 
-    With p(t) in proportion to the root of :math:`\mathbb{E}[L_{t-1}^2]` independent draws estimate the bound with the
-    least variance (:meth:`of`, but for its uniform part). To spread them helps where the costs change slowly with t.
+    Of independent draws, those with p(t) proportional to the root of :math:`\mathbb{E}[L_{t-1}^2]` estimate the bound
+    with the least variance (:meth:`of`, which mixes in a uniform part). Spreading them helps where the costs change
+    slowly with t.
 
     Arguments:
         probabilities: T positive numbers that add up to 1.
@@ -173,13 +174,13 @@ class ImportanceDrawing(Drawing):
 
     @classmethod
     def of(cls, second_moments: Tensor, uniform: float = 0.1) -> "ImportanceDrawing":
-        r"""The drawing of least variance, given :math:`\mathbb{E}[L_{t-1}^2]` of each time.
+        r"""The drawing of least variance, given :math:`\mathbb{E}[L_{t-1}^2]` at each time.
 
         Arguments:
             second_moments: T numbers, not negative and not all 0, of the costs for the least variance of the value, or
                 of the norms of their gradients for the least variance of the gradient
                 (:func:`variance_account` measures both).
-            uniform: The part of the probability that all times share alike, in (0, 1), so that none is left out.
+            uniform: The part of the probability that is uniform over all times, in (0, 1), so that none is left out.
 
         Raises:
             ValueError: If an argument is none of that.
@@ -200,21 +201,21 @@ class ImportanceDrawing(Drawing):
 
 
 class LossSecondMoment(Drawing):
-    r"""p(t) in proportion to the root of the mean square of the last costs at t, learned as the training goes on.
+    r"""p(t) proportional to the root mean square of the last costs at t, learned during training.
 
     Uniform until every t has been drawn ``history`` times; then it follows the costs as they fall. Its state, the last
     costs of each t, is in its ``state_dict``. Draws are spread evenly over the batch. It learns under
     :class:`DiffusionELBO` only.
 
-    Ten costs are few where most are nearly 0 and some are large: what they miss is then drawn too seldom and weighs too
-    much. The part that is uniform bounds that weight, and where :func:`variance_account` shows a variance above that of
-    uniform draws, a longer history or a larger part helps.
+    Ten costs are few where most are nearly 0 and some are large: times whose large costs were missed are drawn too
+    seldom and weighted too much. The uniform part bounds that weight; where :func:`variance_account` shows a variance
+    above that of uniform draws, a longer history or a larger uniform part helps.
 
     Arguments:
         num_steps: The number of steps T.
-        history: The number of costs that are kept of each t.
-        uniform: The part of the probability that all times share alike, in (0, 1): a t weighs at most 1 / uniform times
-            what it does under uniform draws. The paper has 0.001.
+        history: The number of costs kept per t.
+        uniform: The part of the probability that is uniform over all times, in (0, 1): a t has at most 1 / uniform
+            times the weight that it has under uniform draws. The paper has 0.001.
 
     Raises:
         ValueError: If an argument is out of range; on a call, if T is another.
@@ -256,16 +257,16 @@ class LossSecondMoment(Drawing):
 
     @torch.no_grad()
     def tell(self, t: Tensor, cost: Tensor, scored: Tensor) -> None:
-        """Keep the costs of each t, the newest in place of the oldest."""
+        """Keep the last costs of each t in a ring buffer, without reading a value from the device."""
         history = self.costs.shape[1]
         device = self.costs.device
         index, cost = (t - 1).flatten().to(device), cost.detach().flatten().to(device).double()
         keep = scored.flatten().to(device) & cost.isfinite()
-        index = torch.where(keep, index, len(self.counts))  # what does not count goes to a row that is thrown away
+        index = torch.where(keep, index, len(self.counts))  # what does not count goes to an extra row, dropped below
         order = index.argsort(stable=True)
         index, cost = index[order], cost[order]
         place = torch.arange(len(index), device=index.device)
-        rank = place - torch.searchsorted(index, index)  # among the same t in this batch
+        rank = place - torch.searchsorted(index, index)  # the how many-th of this t in the batch
         number = torch.zeros(len(self.counts) + 1, dtype=torch.long, device=index.device)
         number.index_add_(0, index, torch.ones_like(index))
         stale = rank < number[index] - history  # more of one t in a batch than are kept: the last ones are
@@ -292,7 +293,7 @@ def _by_probability(u: Tensor, probabilities: Tensor, num_steps: int) -> tuple[T
 
 
 class _Share:
-    """Uniform numbers that all processes have in common, without a message: the hash of a key and a counter."""
+    """Uniform numbers that all processes share without communication: hashes of a key and a counter."""
 
     def __init__(self, number: int, count: int, key: int, device: torch.device | None = None) -> None:
         self.number, self.count, self.key = number, count, key
@@ -335,7 +336,7 @@ class _SpreadUniform(TorchDistribution):
         return (u + (self.share.number + places) / self.share.count).frac()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """0, the log density of each u_i by itself; the draws of a batch hang together and have no joint density."""
+        """0, the log density of each u_i by itself; the draws of a batch are dependent and have no joint density."""
         return torch.zeros_like(value)
 
 
@@ -398,15 +399,16 @@ class SimpleWeighting(nn.Module):
 
 
 class NoiseWeighting(nn.Module, ABC):
-    r"""A weighting of the squared error of the noise, beside the bound's step, or in its place.
+    r"""A weighting that adds the squared error of the noise to the bound's step, or puts it in its place.
 
     .. math:: L = \sum_{t=1}^T w_\epsilon(t) \, \mathbb{E} \lVert \epsilon - \hat\epsilon \rVert^2 + w(t) \, L_{t-1},
         \qquad \hat\epsilon = \frac{x_t - a_t \hat x_0}{b_t},
 
-    with :math:`w_\epsilon` by :meth:`noise` and w by a call, 0 unless defined. The one-step pair then has one more
-    site, ``noise``, where :math:`\epsilon` is observed under :math:`N(\hat\epsilon, \frac{1}{2 \pi})`, whose
+    where :meth:`noise` returns :math:`w_\epsilon`, and a call w, which is 0 unless overridden. The one-step pair then
+    has one more site, ``noise``, where :math:`\epsilon` is observed under :math:`N(\hat\epsilon, \frac{1}{2 \pi})`,
+    whose
     :math:`-\log p` is :math:`\pi` times the squared error; in ``x_s`` and ``x_0`` the mean is detached. Any Gaussian
-    kernel will do, whose mean says :math:`\hat x_0`. As no bound, it is not for a learned schedule.
+    kernel will do: its mean implies :math:`\hat x_0`. The loss is not a bound, so a schedule cannot be learned by it.
 
     Example:
         >>> class MinSNR(pyrodiff.NoiseWeighting):  # Hang et al., 2023
@@ -434,20 +436,20 @@ class NoiseWeighting(nn.Module, ABC):
 
 
 class HybridWeighting(NoiseWeighting):
-    r"""The simple loss for the mean, and a little of the bound for the variance alone.
+    r"""The simple loss for the mean, plus a small multiple of the bound for the variance alone.
 
     .. math:: L_\mathrm{hybrid} = \mathbb{E}_{t \sim U\{1..T\}} \left\| \epsilon - \hat\epsilon \right\|^2
         + \lambda L_\mathrm{vlb}
 
-    with the mean detached in :math:`L_\mathrm{vlb}`, so that a network learns the mean by the first, and what a
-    :class:`LearnedVariance` is made of by the second. It is no scale of one step, as other weightings are.
+    with the mean detached in :math:`L_\mathrm{vlb}`, so that a network learns the mean by the first term, and the v of
+    a :class:`LearnedVariance` by the second. Unlike other weightings it is not just a factor of the step.
 
     Arguments:
         scale: :math:`\lambda`, a positive number. Both losses are summed over a datum's numbers, the second in nats;
             theirs is in bits, so that their 0.001 is 0.00144 here.
 
     Raises:
-        ValueError: If ``scale`` is not; on a call of the programs, if the kernel is not Gaussian.
+        ValueError: If ``scale`` is not positive; on a call of the programs, if the kernel is not Gaussian.
 
     References:
         Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), Eq. 16,
@@ -479,7 +481,7 @@ class HybridWeighting(NoiseWeighting):
 
 
 class ScoreWeighting(NoiseWeighting):
-    r"""Denoising score matching at all noise levels, NCSN's loss, in the place of the bound.
+    r"""Denoising score matching at all noise levels, NCSN's loss, instead of the bound.
 
     .. math:: \sum_{t=1}^T \lambda(t) \, \ell(\theta; t), \qquad
         \ell(\theta; t) = \tfrac12 \mathbb{E} \left\| \hat s(x_t, t) + \frac{x_t - a_t x_0}{b_t^2} \right\|^2

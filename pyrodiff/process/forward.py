@@ -1,7 +1,7 @@
 r"""The forward process q: how data turn into noise.
 
 A forward process is a fixed Markov chain :math:`q(x_{1:T} | x_0) = \prod_t q(x_t | x_{t-1})` with three kernels in
-closed form, for any :math:`0 \le s < t \le T`, and the law that it forgets the data towards:
+closed form, for any :math:`0 \le s < t \le T`, and the distribution that it ends in:
 
 .. math::
     \text{transition} \quad & q(x_t | x_s) \\
@@ -71,7 +71,7 @@ class Forward(Float64Module, ABC):
 
     @property
     def levels(self) -> int | float | None:
-        """How many values a number of a state may take, infinity of them counted; None where p is a density."""
+        """How many values a number of a state may take (infinity for all integers); None where p is a density."""
         return number_of_values(self.support)
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Forward(Float64Module, ABC):
     def prior(
         self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> dist.TorchDistribution:
-        """p(x_T), the law that the process forgets the data towards.
+        """p(x_T), the distribution that the process ends in.
 
         Arguments:
             event_shape: The shape of one datum.
@@ -147,7 +147,8 @@ class Forward(Float64Module, ABC):
         return torch.stack(states[1:])
 
     def subchain(self, times: Sequence[int]) -> "Forward":
-        r"""The forward process of fewer steps, :math:`q(x_{\tau_1}, \dots, x_{\tau_K} | x_0)`, the same law of these.
+        r"""The forward process at some of the times, :math:`q(x_{\tau_1}, \dots, x_{\tau_K} | x_0)`, the same as
+        before.
 
         Arguments:
             times: The times :math:`\tau_1 < \dots < \tau_K`, ints in 1..T.
@@ -156,7 +157,7 @@ class Forward(Float64Module, ABC):
             A forward process of K steps, on :class:`SubSchedule` of the same schedule.
 
         Raises:
-            ValueError: If ``times`` are not increasing ints in 1..T, or this kind of process cannot say it.
+            ValueError: If ``times`` are not increasing ints in 1..T, or this kind of process cannot be shortened.
         """
         raise ArgumentError(
             type(self).__name__, "must have a method subchain(times) of its own to be cut to fewer steps"
@@ -203,7 +204,7 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 def shortened(process: Forward, chain: Chain) -> Chain:
-    """The process of fewer steps, refused where it lacks what was put on the whole one: hooks, attributes, methods."""
+    """The process of fewer steps; an error if the whole one has hooks, attributes or methods that it lacks."""
     missing = sorted(vars(process).keys() - vars(chain).keys())
     if process._forward_hooks or process._forward_pre_hooks or missing:
         raise ArgumentError(
@@ -215,7 +216,7 @@ def shortened(process: Forward, chain: Chain) -> Chain:
 
 
 def with_parts(module: Part, **parts: nn.Module) -> Part:
-    """A module that shares all with another, hooks and attributes included, but for some of its parts."""
+    """A shallow copy of a module with some submodules replaced; all else is shared, hooks and attributes included."""
     other = copy.copy(module)
     other._modules = dict(module._modules)
     for name, part in parts.items():
@@ -229,7 +230,7 @@ def event_dim(x: Tensor, t: int | Tensor) -> int:
 
 
 def check_posterior(x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None, num_steps: int) -> None:
-    """Arguments of a posterior q(x_s | x_t, x_0), while Pyro validates."""
+    """Check the arguments of a posterior q(x_s | x_t, x_0), while Pyro validates."""
     checks.step(x_t, t, s, num_steps, first=1)
     if checks.validating() and not _broadcasts(x_0, x_t, event_dim(x_t, t)):
         got = f"its shape is {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"it is a {type(x_0).__name__}"
@@ -314,7 +315,7 @@ class GaussianForward(Forward):
         return dist.Normal(torch.addcmul(weight_t * x_t, weight_0, x_0), noise).to_event(event_dim(x_t, t))
 
     def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
-        """As of :meth:`Forward.check`; data also where their dtype cannot tell x_1 from them.
+        """As :meth:`Forward.check`; also refuse data whose dtype cannot tell x_1 from x_0.
 
         Raises:
             ValueError: As there, and if b_1 / a_1 is below 1e-7 in float32, or twice the spacing of the largest x_0.
@@ -361,7 +362,7 @@ class GaussianForward(Forward):
 class BinomialForward(Forward):
     r"""Binomial diffusion of bits: each step forgets a bit with probability beta_t and then draws it anew.
 
-    With :math:`\bar\alpha_{t|s} = \bar\alpha_t / \bar\alpha_s`, for every bit by itself,
+    With :math:`\bar\alpha_{t|s} = \bar\alpha_t / \bar\alpha_s`, independently for every bit,
 
     .. math::
         q(x_t = 1 | x_s) &= \bar\alpha_{t|s} x_s + (1 - \bar\alpha_{t|s}) r \\
@@ -372,7 +373,7 @@ class BinomialForward(Forward):
     Arguments:
         schedule: A variance preserving noise schedule.
         rate: The stationary rate r, the probability of a 1 in pure noise: in (0, 1), a number or a tensor that
-            broadcasts against one datum (a rate a dimension).
+            broadcasts against one datum (one rate per dimension).
 
     Raises:
         ValueError: If the schedule is variance exploding (it never forgets a bit) or a rate lies outside (0, 1).
@@ -401,7 +402,7 @@ class BinomialForward(Forward):
 
     def subchain(self, times: Sequence[int]) -> "BinomialForward":
         chain = shortened(self, type(self)(SubSchedule(self.schedule, times), self.rate))
-        chain._buffers = self._buffers  # the very dict: what is written, loaded or put into the one, the other has too
+        chain._buffers = self._buffers  # the same dict: what is written to, loaded into or moved in one, is so in both
         return chain
 
     def check(self, x_0: Tensor, event_shape: torch.Size) -> None:

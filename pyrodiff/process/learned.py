@@ -2,14 +2,15 @@ r"""Noise schedules that are learned with the rest, by the bound.
 
 The guide :math:`q(x_{1:T} | x_0)` of a Gaussian diffusion is reparameterised, so the bound has a gradient in
 :math:`\beta_1, \dots, \beta_T` as in any other parameter: a learned schedule stands in the place of a fixed one, in
-either pair, and :class:`SVI` finds its parameters. 2015 calls it *frozen noise*: :math:`\epsilon` is an auxiliary
-variable, held constant while the derivative is taken. With one seed set before each step it is constant throughout.
+either pair, and :class:`SVI` finds its parameters. Sohl-Dickstein et al. call it *frozen noise*: :math:`\epsilon` is an
+auxiliary variable, held constant while the derivative is taken. With one seed set before each step it is constant
+throughout training.
 
 Both schedules here preserve variance and are written by their log signal-to-noise ratio :math:`\lambda_t`,
 
 .. math:: a_t^2 = \mathrm{sigmoid}(\lambda_t), \qquad b_t^2 = \mathrm{sigmoid}(-\lambda_t),
 
-which falls whatever their parameters are. Parameters are float64 and stay so in a model of another dtype.
+which decreases in t for any values of their parameters. Parameters are float64 and stay so in a model of another dtype.
 
 The bits of a :class:`BinomialForward` are not reparameterised: there no schedule can be learned by a gradient of this
 kind. A learned schedule is used with bits as it is after ``schedule.requires_grad_(False)``.
@@ -92,7 +93,7 @@ class _Learned(Schedule):
         return t.to(device, torch.long)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Learned":
-        """As of buffers: parameters, and their gradients, follow the module to a device and keep their dtype."""
+        """Parameters and their gradients, as buffers, follow the module to a device and keep their dtype."""
 
         def moved(x: Tensor) -> Tensor:
             device = home(fn(torch.empty(0, device=x.device)).device)
@@ -108,21 +109,21 @@ def _scales(log_snr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lost(now: Tensor, before: Tensor) -> Tensor:
-    """The part of the signal-to-noise ratio that is lost from one time to a later one."""
+    """The fraction of the signal-to-noise ratio that is lost between two times."""
     return -torch.expm1(now - before)
 
 
 class LearnedBetaSchedule(_Learned):
-    r"""The VP schedule of learned :math:`\beta_1, \dots, \beta_T`, the first of which stay as they are.
+    r"""The VP schedule of learned :math:`\beta_1, \dots, \beta_T`, of which the first ``fixed`` are not learned.
 
-    The parameters are :math:`\mathrm{logit} \, \beta_t`, float64, T - ``fixed`` of them, under the name ``logits``. In
-    2015 the schedule of the Gaussian diffusions is so learned, with :math:`\beta_1` fixed to a small constant, against
-    overfitting. For a prior on them, ``del schedule.logits``: what a program then sets as ``schedule.logits``, a draw
-    of ``pyro.sample`` say, has the betas of both programs.
+    The parameters are :math:`\mathrm{logit} \, \beta_t`, float64, T - ``fixed`` of them, under the name ``logits``.
+    Sohl-Dickstein et al. learn the schedule of their Gaussian diffusions so, with :math:`\beta_1` fixed to a small
+    constant, against overfitting. For a prior on the betas, ``del schedule.logits`` and let a program set
+    ``schedule.logits``, to a draw of ``pyro.sample`` say: model and guide both use it.
 
     Arguments:
         betas: The :math:`\beta_t` at the start, T numbers in (0, 1).
-        fixed: How many of the first stay exactly, an int in 0..T-1.
+        fixed: How many of the first are not learned, an int in 0..T-1.
 
     Raises:
         ValueError: If ``betas`` is empty, not one-dimensional, has a value outside (0, 1) or requires a gradient, or
@@ -144,7 +145,7 @@ class LearnedBetaSchedule(_Learned):
         >>> schedule.beta(1).item(), schedule.beta(2).item() == 0.2
         (0.1, False)
 
-        Noise that is frozen from step to step, as one seed makes it (and the times, in the one-step pair):
+        Noise frozen from step to step by one seed (which freezes the times too, in the one-step pair):
 
         >>> for step in range(3):
         ...     pyro.set_rng_seed(0)
@@ -204,7 +205,7 @@ class LearnedBetaSchedule(_Learned):
 
 
 def _columns(values: Tensor, t: Tensor) -> Tensor:
-    """Of numbers for t = 1..T those at times of any shape."""
+    """The values at times t, of any shape, out of those for t = 1..T."""
     return values.index_select(0, (t - 1).flatten()).reshape(t.shape)
 
 
@@ -216,28 +217,29 @@ class LearnedLogSNRSchedule(_Learned):
         g(u) &= w u + \frac1H \sum_{k=1}^H v_k \left(\mathrm{sigmoid}(s_k u + c_k) - \mathrm{sigmoid}(c_k)\right)
 
     with w, v and s positive (the softplus of their parameters): three layers, the middle one of H sigmoids. It is
-    :math:`\gamma = -\lambda` of variational diffusion models with its noise at t = 1..T, and Luo's :math:`\omega`. At
-    the start it is nearly a line, the schedule of :class:`LogSNRSchedule`.
+    :math:`\gamma = -\lambda` of variational diffusion models, evaluated at t = 1..T, and Luo's :math:`\omega`. At the
+    start it is nearly linear, as in :class:`LogSNRSchedule`.
 
-    With few steps the bound is tighter with the right times. In continuous time, the limit of large T, it depends on
-    the ends alone, and what is between changes only the variance of its estimate (:meth:`steadied`). The network is
-    evaluated at the times that are asked for, or at all T where these are fewer, so a step of training costs no more at
-    T = 1000000 than its batch has data. There the fall of :math:`\lambda` in a step is still exact to nine digits; but
-    the means of two kernels differ by less than float32 tells where :math:`\lambda_1` is above 9: use
-    ``diffusion.double()``. And the variance of the first step must not shrink with the others, as
-    :class:`PosteriorVariance` has it: :class:`ForwardVariance` has :math:`\beta_1`.
+    With few steps, the schedule between the ends makes the bound tighter. In continuous time, the limit of large T, the
+    bound depends on the ends alone, and the schedule between them changes only the variance of its estimate
+    (:meth:`steadied`). The network is evaluated at the times that are asked for, or at all T where these are fewer, so
+    with T = 1000000 a training step evaluates it at no more times than its batch has data. There the fall of
+    :math:`\lambda` in a step is still exact to nine digits; but where :math:`\lambda_1` is above 9, the means of two
+    kernels differ by less than float32 resolves: use ``diffusion.double()``. And the variance of the first step must
+    not shrink with the others, as it does with :class:`PosteriorVariance`: with :class:`ForwardVariance` it is
+    :math:`\beta_1`.
 
-    The ends are learned by the bound as all else is: :math:`L_T` is what a last step with too much signal left costs,
-    :math:`L_0` and the first steps what a first one with too little or too much noise does. On data that are few, or
-    quantised but scored as a density, :math:`\lambda_1` grows without end: keep it with ``learn_ends=False``. Then both
-    stay exactly, while those of the paper's code drift (google-research/vdm#11).
+    The ends are learned by the bound too: :math:`L_T` is large if there is too much signal left at T, :math:`L_0` and
+    the first steps if there is too little or too much noise at t = 1. On few data, or on quantised ones scored as a
+    density, :math:`\lambda_1` grows without end: fix it by ``learn_ends=False``. Then both ends stay exactly as given,
+    while those of the paper's code drift (google-research/vdm#11).
 
     Arguments:
         num_steps: The number of steps :math:`T`, at least 1. With T = 1 only ``first`` is used.
-        first: :math:`\lambda_1`, at the start or for good.
+        first: :math:`\lambda_1`, its initial value, or its fixed one.
         last: :math:`\lambda_T`, below ``first``. The two cannot cross while they are learned.
         hidden: The number H of sigmoids.
-        learn_ends: Whether the two ends are learned; else they stay exactly.
+        learn_ends: Whether the two ends are learned; else they are fixed.
 
     Raises:
         ValueError: If a number is not a positive int, an end lies outside (-700, 700), where float64 ends, ``last`` is
@@ -292,11 +294,11 @@ class LearnedLogSNRSchedule(_Learned):
         return self._last if "_last" in self._buffers else self.first - self.log_fall.exp()
 
     def steadied(self, costs: Tensor) -> Tensor:
-        r"""The sum of costs, but for the schedule between the ends the gradient of the sum of their squares.
+        r"""The sum of costs, whose gradient in the schedule between its ends is that of the sum of their squares.
 
-        In continuous time the mean of the estimate does not depend on the schedule between its ends, so the mean of its
-        square falls with its variance alone. The ends, where learned, and all other parameters have the gradient of the
-        bound. It is used in an ELBO of one's own, of the one-step pair:
+        In continuous time the mean of the estimate does not depend on the schedule between its ends, so to minimise the
+        mean of its square is to minimise its variance. The ends, where learned, and all other parameters have the
+        gradient of the bound. Use it in an ELBO of your own, on the one-step pair:
 
         .. code-block:: python
 
@@ -322,7 +324,7 @@ class LearnedLogSNRSchedule(_Learned):
         squares, plain = (torch.autograd.grad(x, between, retain_graph=True) for x in ((costs**2).sum(), total))
         changes = [((a - b) * p).sum() for a, b, p in zip(squares, plain, between, strict=True)]
         change = sum(changes[1:], changes[0]).to(total.dtype)
-        return total + change - change.detach()
+        return total + change - change.detach()  # the value of total; in each p between, the gradient of the squares
 
     def _falling(self, t: Tensor) -> Tensor:
         T = self.num_steps

@@ -1,4 +1,4 @@
-r"""How much noise, at how many levels, and how long a step: what NCSN's second paper has to say of its numbers.
+r"""The largest noise, the ratio of noise levels and the size of a Langevin step, chosen as in NCSN's second paper.
 
 Of its five techniques these are the first, second and fourth; the third is :class:`pyrodiff.networks.DividedByNoise`,
 and the fifth :func:`pyrodiff.exponential_average`. A :class:`GeometricSchedule` has the levels.
@@ -22,7 +22,7 @@ from .schedules import Schedule
 
 __all__ = ["initial_noise", "langevin_step_size", "noise_ratio"]
 
-_BLOCK = 512  # so many data at once have their distances to so many others computed
+_BLOCK = 512  # distances are computed for blocks of 512 x 512 pairs
 
 
 def initial_noise(x: Tensor, num_samples: int | None = None, generator: torch.Generator | int | None = None) -> float:
@@ -30,13 +30,13 @@ def initial_noise(x: Tensor, num_samples: int | None = None, generator: torch.Ge
 
     With so much noise, a chain that begins at any of the data gets to any other. Distances are computed a block of
     pairs at a time, in the dtype of the data, beginning with the data that are farthest from their mean; pairs that are
-    too near to it to be the farthest are left out. At worst that is all :math:`N (N - 1) / 2` pairs.
+    too near to it to be the farthest are left out. At worst all :math:`N (N - 1) / 2` pairs are computed.
 
     Arguments:
         x: The data, finite floats with shape (N, \*event_shape), at least 2.
-        num_samples: The number of data, drawn without replacement, whose largest distance is taken, which is at most
-            that of all; all of them if not given.
-        generator: A generator or a seed, for the same data each time; torch's global source if not given.
+        num_samples: The size of a random subset, drawn without replacement, whose largest distance is returned (at most
+            that of all data); all data if not given.
+        generator: A generator or a seed, for the same subset each time; torch's global source if not given.
 
     Returns:
         The distance, Euclidean: :math:`\sigma_1` of the paper, the ``sigma_max`` of a :class:`GeometricSchedule`.
@@ -73,21 +73,23 @@ def initial_noise(x: Tensor, num_samples: int | None = None, generator: torch.Ge
 
 
 def noise_ratio(D: int, overlap: float = 0.5) -> float:
-    r"""The ratio of neighbouring noises, Technique 2: the :math:`\gamma > 1` that lets them overlap by a given part.
+    r"""The ratio of neighbouring noise levels, Technique 2: the :math:`\gamma > 1` at which they overlap by a given
+    fraction.
 
     .. math:: \Phi(\sqrt{2 D} (\gamma - 1) + 3 \gamma) - \Phi(\sqrt{2 D} (\gamma - 1) - 3 \gamma) = \text{overlap}
 
     is the probability that the length of noise of standard deviation :math:`\sigma` lies within three standard
-    deviations of that of :math:`\gamma \sigma`, where the length is taken as normal,
-    :math:`N(\sqrt{D} \sigma, \sigma^2 / 2)`, as it is for a large D. It is 0.9973 at :math:`\gamma = 1`. For D below 5
-    the three standard deviations of the larger noise reach 0, so it never falls below that for any ratio.
+    deviations of that of :math:`\gamma \sigma`, with the length approximated as normal,
+    :math:`N(\sqrt{D} \sigma, \sigma^2 / 2)`, as holds for large D. The overlap is 0.9973 at :math:`\gamma = 1`. For D
+    below 5 the three standard deviations of the larger noise reach 0, so that the overlap is at least 0.9973 for any
+    ratio.
 
     Arguments:
         D: The dimension of the data, at least 5.
-        overlap: The part, between 0 and 0.9973.
+        overlap: The fraction, between 0 and 0.9973.
 
     Returns:
-        The ratio :math:`\gamma` of the larger to the smaller, exact but for rounding: :math:`b_{t + 1} / b_t` of a
+        The ratio :math:`\gamma` of the larger noise to the smaller, exact up to rounding: :math:`b_{t + 1} / b_t` of a
         :class:`GeometricSchedule`, and :math:`\sigma_{i - 1} / \sigma_i` of the paper, where noises fall with i.
 
     Raises:
@@ -117,7 +119,7 @@ def noise_ratio(D: int, overlap: float = 0.5) -> float:
 
 
 def _overlap(D: int, excess: float) -> float:
-    """The part of two noises that overlap, whose ratio is above 1 by so much."""
+    """The overlap of two noise levels whose ratio is 1 + excess."""
     middle, half = math.sqrt(2 * D) * excess, 3 * (1 + excess)
     return (math.erfc((middle - half) / math.sqrt(2)) - math.erfc((middle + half) / math.sqrt(2))) / 2
 
@@ -125,7 +127,7 @@ def _overlap(D: int, excess: float) -> float:
 def langevin_step_size(schedule: Schedule, D: int, num_updates: int) -> float:
     r"""The size of a Langevin step, Technique 4: with it the variance at each noise is nearest to what it should be.
 
-    Annealed Langevin dynamics goes down the noises, and at each, :math:`\sigma_i`, makes so many updates
+    Annealed Langevin dynamics goes down the noises, and at each, :math:`\sigma_i`, makes U updates
 
     .. math:: x \leftarrow x + \alpha_i s(x, \sigma_i) + \sqrt{2 \alpha_i} \, z, \qquad
         \alpha_i = \epsilon \, \sigma_i^2 / \sigma_L^2,
@@ -137,13 +139,13 @@ def langevin_step_size(schedule: Schedule, D: int, num_updates: int) -> float:
         c = \frac{2 \epsilon}{\sigma_L^2 - \sigma_L^2 (1 - \epsilon / \sigma_L^2)^2}
           = \frac{2}{2 - \epsilon / \sigma_L^2} .
 
-    It is above 1 for every :math:`\epsilon`, and least for one, which is returned, exact but for rounding: it depends
-    on :math:`\gamma` and :math:`\sigma_L` alone, and not on the dimension D of the data. But that x begins so is
-    to be hoped for only where neighbouring noises overlap in D dimensions (:func:`noise_ratio`), so where less than a
-    hundredth of them does, a warning says so.
+    It is above 1 for every :math:`\epsilon`, and least for one, which is returned, exact up to rounding: it depends on
+    :math:`\gamma` and :math:`\sigma_L` alone, and not on the dimension D of the data. But x begins so only where
+    neighbouring noise levels overlap in D dimensions (:func:`noise_ratio`): below an overlap of 0.01 there is a
+    warning.
 
-    In 2019, and in :class:`AnnealedLangevinSampler`, an update is :math:`x + \tfrac12 \alpha s + \sqrt{\alpha} z`: to
-    that, **twice this size** is to be given.
+    In the paper of 2019, and in :class:`AnnealedLangevinSampler`, an update is
+    :math:`x + \tfrac12 \alpha s + \sqrt{\alpha} z`: give these **twice this size**.
 
     Arguments:
         schedule: The noise schedule, with geometric noise and a signal of 1, of at least two steps: a
@@ -152,7 +154,7 @@ def langevin_step_size(schedule: Schedule, D: int, num_updates: int) -> float:
         num_updates: The number U of updates at each noise, T of the paper, at least 1.
 
     Returns:
-        The size :math:`\epsilon`, a step at the smallest noise, with the unit of its square.
+        The size :math:`\epsilon` of a step at the smallest noise, in squared units of the data.
 
     Raises:
         ValueError: If ``schedule`` is another, or ``D`` or ``num_updates`` is not an int of at least 1.
@@ -182,7 +184,7 @@ def langevin_step_size(schedule: Schedule, D: int, num_updates: int) -> float:
     gain = math.expm1(2 * log_ratio)  # gamma^2 - 1
 
     def falls(r: float) -> bool:
-        """Whether the variance after U updates falls with r, the step over the squared noise."""
+        """Whether the variance after U updates decreases at r, the step divided by the squared noise."""
         log_rest = math.log1p(-r)
         less = U * math.exp((2 * U - 1) * log_rest) * (2 - r) * (2 * gain - (1 + gain) * r)
         return less > -math.expm1(2 * U * log_rest)
@@ -197,7 +199,7 @@ def _permuted(number: int, generator: torch.Generator | int | None) -> Tensor:
 
 
 def _farthest(x: Tensor) -> float:
-    """The largest distance between two of N rows: that of two is at most the sum of theirs to any point."""
+    """The largest distance between two rows. By the triangle inequality, pairs too near to the mean are skipped."""
     distance = torch.nn.functional.pairwise_distance
     radius, order = distance(x, x.mean(0, keepdim=True), eps=0.0).sort(descending=True)
     radii, found = radius.tolist(), 0.0
@@ -232,7 +234,7 @@ def _geometric(schedule: Schedule) -> tuple[float, float]:
 
 
 def _change(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Where what holds at first, from low on, no longer holds, to rounding."""
+    """The point above ``low`` from which on a condition no longer holds, by bisection down to rounding."""
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if holds(middle) else (low, middle)
     return high

@@ -1,9 +1,9 @@
-r"""Quantised data: whole levels 0..L-1, the points where a Gaussian diffusion sees them, and laws over these.
+r"""Quantised data: whole levels 0..L-1, the points that stand for them in a diffusion, distributions over these.
 
 .. math:: v_k = -1 + k \, \Delta, \qquad \Delta = \frac{2}{L - 1}, \qquad k = 0, \dots, L - 1
 
-The levels stand evenly on [-1, 1], both ends included, and :math:`\Delta` is the width of a bin around each. A law over
-the levels gives each a probability, so that :math:`-\log_2` of it is what a code of the data costs in bits.
+The levels are evenly spaced on [-1, 1], both ends included, and :math:`\Delta` is the width of a bin around each. A
+distribution over the levels gives each a probability; :math:`-\log_2` of it is a code length in bits.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.3, there with 256 levels,
@@ -69,7 +69,7 @@ def from_levels(
 
     Raises:
         ValueError: If ``k`` has a value that is not a whole number in 0..levels-1; if ``levels`` is below 2, or more
-            than the dtype tells apart, or a thousandth of that with noise.
+            than the dtype tells apart (with noise: about a thousandth of that).
 
     References:
         A note on the evaluation of generative models (Theis et al., 2016), section 3.1: uniform dequantisation,
@@ -95,14 +95,14 @@ def from_levels(
     if uniform:
         source = generator_of(generator, home(k.device))
         noise = torch.rand(k.shape, generator=source, dtype=torch.float64, device=home(k.device))
-        rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # here and in to_levels
+        rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # of this function and of to_levels
         inside = 1 - 2 * rounding / width  # so that it does not leave the bin
         x = x + width * (noise - 0.5) * inside
     return x.to(dtype).to(k.device)
 
 
 def to_levels(x: Tensor, levels: int) -> Tensor:
-    r"""The levels of the bins that numbers lie in; the first and the last bin hold all that lies beyond them.
+    r"""The level of the bin that each number lies in; the first and the last bin extend to infinity.
 
     Arguments:
         x: Numbers, with a floating dtype and any shape.
@@ -137,7 +137,7 @@ def _points(k: Tensor, levels: int) -> Tensor:
 
 
 def whole_levels(name: str, k: Tensor, levels: int) -> Tensor:
-    """Levels in float64, refused where they are none."""
+    """Levels, in float64; an error where a value is none."""
     if not isinstance(k, Tensor) or k.is_complex():
         raise ArgumentError(
             name, f"must be a tensor of whole numbers in 0..{levels - 1}, but it is {arguments.described(k)}"
@@ -155,7 +155,7 @@ def whole_levels(name: str, k: Tensor, levels: int) -> Tensor:
 
 
 def number_of_values(support: constraints.Constraint) -> int | float | None:
-    """How many values a number may take, infinity counted; None where they are not discrete, so that p is a density.
+    """How many values a number may take (infinity for all integers); None if continuous, so that p is a density.
 
     Arguments:
         support: What the number may be.
@@ -167,7 +167,7 @@ def number_of_values(support: constraints.Constraint) -> int | float | None:
     if isinstance(support, constraints.integer_interval | constraints.multinomial):
         width = torch.as_tensor(support.upper_bound) - getattr(support, "lower_bound", 0)
         return int(width.max()) + 1
-    return getattr(support, "levels", math.inf)  # of one's own, as Levels has them
+    return getattr(support, "levels", math.inf)  # of a constraint of your own; Levels has it too
 
 
 class Levels(constraints.Constraint):
@@ -204,7 +204,7 @@ class Levels(constraints.Constraint):
 
 
 class _OnLevels(TorchDistribution):
-    """A law over the levels, a number by itself."""
+    """A distribution of a single number over the levels."""
 
     arg_constraints: ClassVar[dict] = {}
     has_enumerate_support = True
@@ -236,18 +236,19 @@ class _OnLevels(TorchDistribution):
 
 
 class DiscretizedNormal(_OnLevels):
-    r"""A normal law over the levels: what N(loc, scale²) gives to the bin of each, the outer bins open to infinity.
+    r"""The normal N(loc, scale²) over levels: each has the probability of its bin; the outer bins extend to infinity.
 
     .. math:: P(v_k) = \Phi\left(\frac{v_k + \Delta / 2 - \mu}{\sigma}\right)
         - \Phi\left(\frac{v_k - \Delta / 2 - \mu}{\sigma}\right),
 
-    computed in the logarithm and in float64, in whichever tail it is small: finite, with its gradient, however far off.
+    computed as a logarithm in float64, in whichever tail is the smaller: it and its gradient are finite however far
+    off.
 
     Arguments:
         loc: The mean :math:`\mu`.
         scale: The standard deviation :math:`\sigma`, positive.
         levels: The number of levels L, at least 2.
-        validate_args: Whether arguments and values are checked; as Pyro is set, if not given.
+        validate_args: Whether arguments and values are checked; Pyro's setting if not given.
 
     Raises:
         ValueError: If ``levels`` is below 2, or, under validation, if a scale is not positive or a value no level.
@@ -282,7 +283,7 @@ class DiscretizedNormal(_OnLevels):
         if self._validate_args:
             self._validate_sample(value)
         loc, scale, k = float64(self.loc), float64(self.scale), float64(_nearest(value, self.levels))
-        edge = 2 * k - self.levels  # over L - 1: each edge the very same number in both bins that share it
+        edge = 2 * k - self.levels  # times 1 / (L - 1): an integer, so that two bins share their edge exactly
         lower, upper = ((e / (self.levels - 1) - loc) / scale for e in (edge, edge + 2))
         right = lower + upper > 0  # there 1 - CDF is the small one
         near, far = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
@@ -296,7 +297,7 @@ class DiscretizedNormal(_OnLevels):
 
 
 class _LogCDF(torch.autograd.Function):
-    """log of the normal CDF. Its gradient by torch, exp(-z^2 / 2 - log CDF), is noise a million scales away."""
+    """log of the normal CDF. Torch's gradient, exp(-z^2 / 2 - log CDF), is rounding noise a million scales away."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -322,11 +323,11 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 class LevelCategorical(_OnLevels):
-    """Any law over the levels, given by unnormalised log probabilities.
+    """Any distribution over the levels, given by unnormalised log probabilities.
 
     Arguments:
         logits: Log probabilities up to a constant, with shape (*batch_shape, L).
-        validate_args: Whether values are checked; as Pyro is set, if not given.
+        validate_args: Whether values are checked; Pyro's setting if not given.
 
     Raises:
         ValueError: If ``logits`` are no floats, or of fewer than 2 levels; under validation, if they give no

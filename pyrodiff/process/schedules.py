@@ -1,4 +1,4 @@
-r"""The noise schedule: how much of the data is left, and how much noise is in, after each step.
+r"""The noise schedule: how much signal and how much noise there is after each step.
 
 A schedule of :math:`T` steps is two sequences, the signal :math:`a_t` and the noise :math:`b_t`,
 
@@ -45,14 +45,14 @@ __all__ = [
 ]
 
 
-_NOISE_ALONE = 10.2  # minus the log signal-to-noise ratio
+_NOISE_ALONE = 10.2  # -log SNR above which x_t is taken for pure noise
 
 
 class Schedule(Float64Module, ABC):
     r"""A noise schedule of :math:`T` steps: the signal :math:`a_t` and the noise :math:`b_t` for t = 0..T.
 
-    One's own defines these two, and all else follows; what can be had more exactly, it defines too. All methods take
-    ``t`` as an int or as an integer tensor of any shape, and return float64 of that shape.
+    A schedule of your own defines these two, and all else follows; it may override what it can compute more exactly.
+    All methods take ``t`` as an int or as an integer tensor of any shape, and return float64 of that shape.
 
     Arguments:
         num_steps: The number of steps :math:`T`, at least 1.
@@ -67,7 +67,7 @@ class Schedule(Float64Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the times are that it is asked for: the model's device, or the CPU if that has no float64."""
+        """The device of its float64 numbers: the model's, or the CPU if that has no float64."""
         return self.noise(0).device
 
     def beta(self, t: int | Tensor) -> Tensor:
@@ -97,13 +97,13 @@ class Schedule(Float64Module, ABC):
         return torch.stack([self.signal(t), self.noise(t)])
 
     def even_times(self, num_steps: int) -> tuple[int, ...]:
-        r"""So many times, 1 and T among them, as evenly apart in the log signal-to-noise ratio as may be.
+        r"""``num_steps`` times, 1 and T among them, spaced as evenly as possible in the log signal-to-noise ratio.
 
-        Solvers of the probability flow step in these. Below -10.2, where the noise is 160 times the signal, data of
-        variance 1 cannot be seen: a tenth of the steps, at least one, lead from T to there.
+        Solvers of the probability flow use these. Where the log ratio is below -10.2 and the noise thus 160 times the
+        signal, data of variance 1 cannot be seen: a tenth of the steps, at least one, lie there.
 
         Arguments:
-            num_steps: How many, in 1..T; T alone, if it is one.
+            num_steps: How many, in 1..T; if 1, T alone.
 
         Raises:
             ValueError: If ``num_steps`` is out of range.
@@ -120,7 +120,7 @@ class Schedule(Float64Module, ABC):
         if arguments.positive_int("num_steps", num_steps) > T:
             raise ArgumentError("num_steps", f"must be at most T = {T}, but it is {num_steps}")
         falling = -self.log_snr(torch.arange(1, T + 1, device=self.device)).detach()
-        first, last = float(falling[0]), min(float(falling[-1]), 1e6)  # where no signal is left it is infinite
+        first, last = float(falling[0]), min(float(falling[-1]), 1e6)  # infinite where no signal is left
         if last > _NOISE_ALONE > first and num_steps > 1:  # few steps where there is nothing to see
             tail = max(1, num_steps // 10)
             last = min(last, 2 * _NOISE_ALONE)  # the last time is T in any case
@@ -132,7 +132,7 @@ class Schedule(Float64Module, ABC):
         after = torch.searchsorted(falling, wanted).clamp(min(1, T - 1), T - 1)
         before = (after - 1).clamp(min=0)
         times = (torch.where(wanted - falling[before] < falling[after] - wanted, before, after) + 1).tolist()
-        for k in range(1, num_steps):  # one after the other, where several are nearest to one time
+        for k in range(1, num_steps):  # strictly increasing, where several are nearest to one time
             times[k] = max(times[k], times[k - 1] + 1)
         times[-1] = T
         for k in reversed(range(num_steps - 1)):
@@ -151,7 +151,7 @@ class Schedule(Float64Module, ABC):
         return self.signal(t) / self.signal(s), self.noise(t) * remaining.sqrt()
 
     def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
-        r"""Of :math:`q(x_s | x_t, x_0)` the weights of x_t and of x_0 in the mean, and the standard deviation.
+        r"""The weights of x_t and of x_0 in the mean of :math:`q(x_s | x_t, x_0)`, and its standard deviation.
 
         .. math:: \frac{a_{t|s} b_s^2}{b_t^2}, \qquad \frac{a_s b_{t|s}^2}{b_t^2}, \qquad \frac{b_s b_{t|s}}{b_t}
 
@@ -168,7 +168,7 @@ class Schedule(Float64Module, ABC):
 
 
 def _at(table: Tensor, t: int | Tensor) -> Tensor:
-    """The columns at t of a table with one for each of t = 0..T, with shape (*rows, *t.shape)."""
+    """The columns at times t of a table with a column for each of t = 0..T, with shape (*rows, *t.shape)."""
     if checks.validating() or not isinstance(t, Tensor):
         checks.time("t", t, table.shape[-1] - 1)
     if not isinstance(t, Tensor):
@@ -234,7 +234,7 @@ class SubSchedule(Schedule):
         return found if isinstance(t, Tensor) else int(found)
 
     def times_at(self, t: int | Tensor) -> Tensor:
-        r"""The times :math:`\tau_t` as an integer tensor of the shape of t, of which no value is read."""
+        r"""The times :math:`\tau_t` as an integer tensor of the shape of t, without reading a value of t."""
         return _at(self._times, t)
 
     def extra_repr(self) -> str:
@@ -243,7 +243,7 @@ class SubSchedule(Schedule):
 
 
 class _FixedSchedule(Schedule):
-    """A schedule without parameters: a table with a column for each of t = 0..T, which is all that it is."""
+    """A schedule without parameters: its only state is a table with a column for each of t = 0..T."""
 
     _table: Tensor
 
@@ -387,10 +387,11 @@ class CosineSchedule(_FixedSchedule):
 
 
 class ReciprocalSchedule(_FixedSchedule):
-    r"""The VP schedule with :math:`\beta_t = 1 / (T - t + 1)`, which erases a constant fraction of the data a step.
+    r"""The VP schedule with :math:`\beta_t = 1 / (T - t + 1)`, which erases the same amount, 1 / T of the data, per
+    step.
 
     Here :math:`\bar\alpha_t = 1 - t / T`, so nothing of the data is left at t = T: :math:`a_T = 0` and
-    :math:`L_T = 0` exactly. What divides by the signal (noise and score prediction) cannot be used with it.
+    :math:`L_T = 0` exactly. Predictions that divide by the signal (of the noise, of the score) cannot be used with it.
 
     Arguments:
         num_steps: The number of steps :math:`T`, at least 1.
@@ -454,8 +455,8 @@ class LogSNRSchedule(_FixedSchedule):
     .. math:: a_t^2 = \mathrm{sigmoid}(\lambda_t), \qquad b_t^2 = \mathrm{sigmoid}(-\lambda_t), \qquad
         \lambda_t = \lambda_1 + \frac{t - 1}{T - 1} (\lambda_T - \lambda_1)
 
-    Every step takes the same part of the signal-to-noise ratio, so no step is much larger than the others: where the
-    bound of a long chain is wanted, of quantised data say, it loses least. ``first`` has to be so high that the noise
+    Every step loses the same fraction of the signal-to-noise ratio, so no step is much larger than the others: for the
+    bound of a long chain, of quantised data say, it loses least. ``first`` has to be so high that the noise
     :math:`e^{-\lambda_1 / 2}` is small against what tells the data apart: for L levels on [-1, 1] it is a quarter of
     half a bin at :math:`\lambda_1 = 2 \log(4 (L - 1))`, which is 8.3 for 17 levels and 13.9 for 256.
 

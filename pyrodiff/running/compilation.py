@@ -1,10 +1,9 @@
-r"""A function of tensors as one compiled graph: whatever Python it runs through, only what it does to tensors is kept.
+r"""A function of tensors as one compiled graph: only its tensor operations are kept, whatever Python runs around them.
 
-A function is run once with its tensors tracked, which sees through Pyro's handlers as through any other Python: what
-is left is a graph of tensor operations, forward and backward. Random draws stay draws: with the same seed a graph
-draws the normal and the uniform numbers that the function would, except that draws which nothing depends on are left
-out, and that inductor makes Bernoulli draws in its own way. The graph is compiled by inductor, one graph for each shape
-of the arguments.
+The function is traced once, through Pyro's handlers as through any other Python, into a graph of tensor operations,
+forward and backward. Random draws stay draws: with the same seed a graph draws the same normal and uniform numbers as
+the function, except that unused draws are left out, and that inductor makes Bernoulli draws in its own way. The graph
+is compiled by inductor, one graph for each shape of the arguments.
 """
 
 import functools
@@ -33,7 +32,8 @@ __all__ = ["Compiled", "Composition", "Replayed", "as_written", "captured", "kin
 
 
 def kind_of(args: Any) -> Hashable:
-    """What a graph is made for: the shapes of tensors, and all else as it is. Not hashable where that is not.
+    """The key of a graph: shapes, strides, dtypes and devices of tensors, and other arguments as they are (hashable or
+    not).
 
     Arguments:
         args: Tensors and other things, in any nesting.
@@ -49,26 +49,26 @@ def kind_of(args: Any) -> Hashable:
 
 
 class Compiled:
-    """A function that runs as a compiled graph of what it does to tensors, or as it is where that cannot be.
+    """A function that runs as a compiled graph of its tensor operations, or uncompiled where that is impossible.
 
-    The first call with tensors of some shapes runs the function and keeps its graph, the following ones run the graph.
-    A module has a graph for training and one for evaluation, and a new one where anything that it holds is replaced: a
-    parameter, a buffer, a submodule, a hook, a tensor or a number in a plain attribute. Only so many graphs are made,
-    so that ever new shapes do not mean ever new compilations. What Python itself does while the function runs (a draw
-    of ``random``, the value of a variable that it closes over) happens once per graph; a tensor that it closes over is
-    named in a warning, since another one put in its place is not seen.
+    The first call with tensors of given shapes traces the function, later ones run the graph. A module has a graph for
+    training and one for evaluation, and a new one if anything that it holds is replaced: a parameter, a buffer, a
+    submodule, a hook, a tensor or a number in a plain attribute. At most ``limit`` graphs are made, so that ever new
+    shapes do not compile forever. Python code of the function that is not a tensor operation (a draw of ``random``, the
+    value of a variable that it closes over) is run once per graph; a tensor that it closes over is named in a warning,
+    since the graph would not notice its replacement.
 
     Arguments:
         function: Called with tensors, and other things that can be hashed, in any nesting; it returns a tuple of
             tensors or None.
         modules: The modules whose state it reads and changes.
         tensors: Further tensors that it reads and changes.
-        limit: How many graphs are made at most.
-        name: What is compiled, for warnings.
+        limit: The largest number of graphs.
+        name: A name for the function in warnings.
 
     Attributes:
         made: How many graphs were made.
-        failure: Why no more are made: the limit is reached, or one could not be traced or compiled; empty until then.
+        failure: Why no more are made: the limit is reached, or tracing or compiling failed; empty until then.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Compiled:
     ) -> None:
         self.function, self.limit, self.name = function, limit, name
         self.roots = list(modules)
-        self.modules = _below(self.roots)  # those whose modes choose a graph
+        self.modules = _below(self.roots)  # their modes, training or evaluation, are part of the key
         self.tensors, self.made, self.failure = list(tensors), 0, ""
         self._graphs: dict[Hashable, _Graph] = {}
 
@@ -95,7 +95,7 @@ class Compiled:
         return self.function(*args) if self.failure else self._make(args)
 
     def graph_for(self, *args: Any) -> Callable | None:
-        """The graph for arguments of this kind, if there is one that holds now: for a loop in which nothing changes."""
+        """The graph for arguments of this kind, if there is a valid one: for a loop in which nothing is replaced."""
         graph = self._graphs.get(self._key(args))
         return graph if graph is not None and graph.parts.holds() else None
 
@@ -105,7 +105,7 @@ class Compiled:
         return kind_of(args), modes, torch.is_grad_enabled(), torch.get_default_dtype(), *autocast
 
     def _make(self, args: tuple) -> Any:
-        """The graph of these arguments; what the function returns as it is traced is the result."""
+        """Make the graph for these arguments; returns what the function returned while it was traced."""
         modules, untraced = _below(self.roots), None
         restore = _snapshot(modules)
         with Recorder() as heard:
@@ -118,7 +118,7 @@ class Compiled:
             restore()
             self._give_up(_reason(untraced, heard.sites))
             return self.function(*args)
-        if changed:  # as it would at every call
+        if changed:  # and would be again at every call
             self._give_up(f"it puts something else in the place of {changed}")
             return graph.take_results()
         self._warn_of(graph.unknown)
@@ -130,7 +130,7 @@ class Compiled:
         return graph.take_results()
 
     def _warn_of(self, tensors: list[Tensor]) -> None:
-        """Name the tensors that a graph reads and that no module of the programs holds."""
+        """Warn of tensors that a graph reads but no module holds, by name."""
         if not tensors:
             return
         known = {id(tensor): name for name, tensor in _closed_over([self.function, *_below(self.roots)])}
@@ -144,22 +144,23 @@ class Compiled:
         )
 
     def _give_up(self, reason: str) -> None:
-        """Make no more graphs, and say why, once. Those that were made before are still run."""
+        """Stop making graphs, and warn why, once. Existing graphs are still run."""
         self.failure = reason
         warnings.warn(f"{self.name} runs without being compiled: {reason}", RuntimeWarning, stacklevel=2)
 
 
 class Composition:
-    """What modules are made of: parameters, buffers, submodules, hooks and plain attributes; of what kind tensors are.
+    """A record of what modules hold (parameters, buffers, submodules, hooks, plain attributes), to see if it was
+    replaced.
 
-    Tensors and other objects count by identity, numbers and strings by value, and what lists, tuples, dicts, sets,
-    dataclasses, namespaces, distributions and modules in any of these hold likewise, and the modules' classes. What an
-    object of another class holds is not looked into.
+    Tensors and other objects are compared by identity, numbers and strings by value. Lists, tuples, dicts, sets,
+    dataclasses, namespaces, distributions and modules are searched recursively, and the modules' classes too; objects
+    of other classes are not. Of ``tensors``, dtype, device, strides and ``requires_grad`` are recorded.
 
     Arguments:
         modules: The modules.
         tensors: The tensors.
-        keyed: Modules whose mode, training or evaluation, is known otherwise.
+        keyed: Modules whose mode, training or evaluation, is ignored here, as it is part of the key.
 
     Attributes:
         held: The tensors that were found.
@@ -195,7 +196,7 @@ class Composition:
                 self._look_into(value)
 
     def _look_into(self, value: Any) -> None:
-        """Watch what a value holds, if it is of a kind that is looked into."""
+        """Record what a value holds, if it is of a kind that is searched."""
         if isinstance(value, (*_PLAIN, type, FunctionType)) or value is None or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -213,10 +214,10 @@ class Composition:
         elif isinstance(value, dict):
             self._watch(value)
         elif isinstance(value, SimpleNamespace | Distribution) or is_dataclass(value) or _is_ours(value):
-            self._watch(vars(value), grows=isinstance(value, Distribution))  # which keep what they computed
+            self._watch(vars(value), grows=isinstance(value, Distribution))  # distributions cache what they computed
 
     def _watch_class(self, module: nn.Module) -> None:
-        """Its class, and what that holds where it is none of a library's; of those, what a call runs."""
+        """Record a module's class and its attributes; of the classes of libraries, only ``forward``."""
         self._classes.append((module, type(module)))
         for kind in type(module).__mro__:
             if id(kind) not in self._seen:
@@ -234,14 +235,14 @@ class Composition:
             self._look_into(one)
 
     def holds(self) -> bool:
-        """Whether they still are."""
+        """Whether nothing was replaced since."""
         return not self.changed() and all(
             x.requires_grad is flag and x.dtype is dtype and x.device == device and x.stride() == stride
             for x, flag, dtype, device, stride in self._kinds
         )
 
     def changed(self) -> str:
-        """The name of the first part that is not what it was; empty if all are."""
+        """The name of the first part that was replaced; empty if none was."""
         for mapping, name, value in self._entries:
             found = mapping.get(name, _GONE)
             if found is not value and not _is_equal(found, value):
@@ -276,17 +277,18 @@ def _is_equal(ours: Any, theirs: Any) -> bool:
 
 
 def _is_ours(value: Any) -> bool:
-    """Whether an object is one of this package, and no function or class."""
+    """Whether an object is an instance of one of this package's classes."""
     return type(value).__module__.startswith("pyrodiff.") and hasattr(value, "__dict__")
 
 
 def _below(roots: list[nn.Module]) -> list[nn.Module]:
-    """The modules and all below."""
+    """The modules and all of their submodules, each once."""
     return list({id(part): part for module in roots for part in module.modules()}.values())
 
 
 def _closed_over(programs: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of the tensors among the variables that functions, and functions that these close over, read."""
+    """Names and values of the tensors in global and closed-over variables that functions, and functions called by
+    these, read."""
     seen, waiting = set(), list(programs)
     while waiting:
         one = waiting.pop()
@@ -322,17 +324,17 @@ def _is_filled(cell: Any) -> bool:
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Within, what ``torch.compile`` wraps runs as it is written, beside hooks on all modules, which it would trace."""
+    """A context in which ``torch.compile`` is off, so that it does not trace global hooks."""
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
         yield
 
 
 class Replayed:
-    """A function of tensors as one CUDA graph, in which nothing is launched from Python.
+    """A function of tensors as one CUDA graph, without a launch per kernel from Python.
 
-    What the function does to tensors that it holds on to, it does at each call. It must not wait for the device, and
-    work on the same memory each time; it has run before, so that all it needs is there.
+    What the function writes to tensors of its own is written at each call. It must not synchronise with the device, it
+    must use the same memory each time, and it must have run before, so that all its memory is allocated.
 
     Arguments:
         function: Called with tensors, it returns one.
@@ -350,10 +352,10 @@ class Replayed:
 
 
 def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A function that replays, on the device, what another did there; the result stands in the same memory each time.
+    """A function that replays another's work on the device; its result is in the same memory each time.
 
     Arguments:
-        function: The function, which is run once without effect on the device.
+        function: The function, which is run once to be captured, without effect on the device.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -367,10 +369,10 @@ def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 class _Graph:
-    """The graph of what a function does to tensors, called with arguments of the same kind.
+    """The graph of a function's tensor operations, for arguments of one kind.
 
-    Everything that it reads is an input of the graph, by reference: the arguments, the state of the modules, and
-    whatever other tensors it comes upon.
+    Everything that it reads is an input of the graph, by reference: the arguments, the state of the modules, and any
+    other tensor.
     """
 
     def __init__(
@@ -388,7 +390,7 @@ class _Graph:
         self.parts = Composition(modules, known, keyed=keyed)
 
         def run(*tracked: Tensor) -> tuple:
-            with pyro.validation_enabled(False):  # which reads values
+            with pyro.validation_enabled(False):  # validation reads values
                 self.results = function(*args)
             return self.results
 
@@ -401,14 +403,14 @@ class _Graph:
 
     def compile(self) -> None:
         """Compile it, for tensors like those that it was made with."""
-        options = {  # with fallback_random a seed draws what it does in the function
+        options = {  # fallback_random: a seed draws the same numbers as in the function
             "fallback_random": True,
             "post_grad_custom_pre_pass": _pass(),
         }
         if all(tensor.device.type == "cpu" for tensor in (*self.given, *self.inputs)):
             options["layout_optimization"] = False  # measured: slower by 5 % for convolutions forward and backward
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say of itself
+            warnings.simplefilter("ignore")  # torch's own, about its internals
             self.code = torch._inductor.compile(self.module, [*self.given, *self.inputs], options=options)
         del self.module, self.given
 
@@ -428,13 +430,13 @@ class _Graph:
 
 
 def _alike(results: list[Tensor | None]) -> list[int]:
-    """Which results share the memory of an earlier one, as equal gradients do in a compiled graph."""
+    """The indices of results that share memory with an earlier one, as equal gradients do in a compiled graph."""
     places = [None if result is None else result.untyped_storage().data_ptr() for result in results]
     return [i for i, place in enumerate(places) if place is not None and place in places[:i]]
 
 
 def _merge_alike(graph: fx.Graph) -> None:
-    """Compute once what is computed twice: gradients often are, and inductor 2.13 fails on a bfloat16 sum so stored."""
+    """Merge equal operations, as gradients often have: inductor 2.13 fails where a bfloat16 sum is stored twice."""
     found: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.is_impure():
@@ -446,7 +448,7 @@ def _merge_alike(graph: fx.Graph) -> None:
 
 
 def _pass() -> object:
-    """:func:`_merge_alike` as inductor takes it; made late, since inductor takes seconds to import."""
+    """:func:`_merge_alike` as a pass of inductor; made here, since inductor takes seconds to import."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Pass(CustomGraphPass):
@@ -470,7 +472,7 @@ def _tensors(args: tuple) -> list[Tensor]:
 
 
 def _copied(args: tuple, taken: set[int]) -> tuple:
-    """The arguments, with copies of those that are also state: the next ones may not be."""
+    """The arguments, with copies of those that are also state, as at a later call they may be other tensors."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in taken else leaf, args)
 
 
@@ -480,10 +482,10 @@ def _of(modules: list[nn.Module], kind: str) -> list[Tensor]:
 
 
 def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Make constants of a graph its inputs, and drop those inputs, but for the given, that it does not use.
+    """Turn the constants of a graph into inputs, and drop unused inputs, except for arguments.
 
     Returns:
-        The inputs, and those of them that were constants and no literals of the function.
+        The inputs after the arguments, and those of them that were constants, but not literals in the function.
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     inputs, constants = [], []
@@ -511,7 +513,7 @@ def _lifted(module: fx.GraphModule, num_given: int, known: list[Tensor]) -> tupl
 
 
 def _snapshot(modules: list[nn.Module]) -> Callable[[], None]:
-    """Keeps the random sources and the buffers; called, it puts them back."""
+    """Keep the state of the random generators and of the buffers; returns a function that restores them."""
     buffers = [(buffer, buffer.clone()) for buffer in _of(modules, "_buffers")]
     random, on_cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -526,7 +528,7 @@ def _snapshot(modules: list[nn.Module]) -> Callable[[], None]:
 
 
 def _reason(error: Exception, sites: list[str]) -> str:
-    """Why a program cannot be traced: the operation, the line of the program, and the site that it came after."""
+    """Why a program cannot be traced: the operation, the line of the program, and the last site before it."""
     operation = re.search(r"aten\.\w+", str(error))
     what = f"{operation[0]} reads the value of a tensor" if operation else _first_line(error)
     outside = [

@@ -1,4 +1,4 @@
-"""What every evaluation of a diffusion shares: its mode and its seed, its data batch by batch, its memory, its bar."""
+"""What every evaluation of a diffusion shares: evaluation mode, seed, batches, memory budget, progress bar."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
@@ -45,15 +45,16 @@ def evaluating(
     guide: Callable | None = None,
     given: tuple = (),
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """Within: evaluation mode, random weights drawn once, no validation, and draws from a source of their own.
+    """The context of an evaluation: evaluation mode, random weights drawn once, no validation, its own random
+    generator.
 
-    Afterwards each submodule has its own mode again, and torch's global sources are where they were. What is given is
-    validated by :func:`batches` and :func:`dry_run`.
+    Afterwards each submodule has its own mode again, and torch's global generators their earlier state. The input is
+    validated by :func:`batches` and :func:`dry_run` instead.
 
     Arguments:
         diffusion: The diffusion.
-        generator: A seed; or a generator, from which one is drawn; or None, for torch's global source.
-        agreed: Whether all processes draw alike, as the first does.
+        generator: A seed; or a generator, from which a seed is drawn; or None, for torch's global generator. agreed:
+        Whether all processes use the seed of the first.
         guide: The guide of random weights.
         given: What the guide is called with.
 
@@ -70,7 +71,7 @@ def evaluating(
 
 
 def guided(x_0: Tensor | Iterable, context: tuple[Tensor, ...]) -> tuple:
-    """What a guide of random weights is called with: the data, where they are one tensor, and their context.
+    """The arguments of a guide of random weights: the data, if they are one tensor, and their context.
 
     Arguments:
         x_0: The data, or a loader.
@@ -81,12 +82,12 @@ def guided(x_0: Tensor | Iterable, context: tuple[Tensor, ...]) -> tuple:
 
 @contextmanager
 def seeded(generator: torch.Generator | int | None, device: torch.device, agreed: bool = False) -> Iterator[int]:
-    """Within, draws come from a source of their own; torch's global sources are afterwards where they were.
+    """A context with its own random state, set by a seed; afterwards torch's global generators have their earlier
+    state.
 
     Arguments:
-        generator: A seed; or a generator, from which one is drawn; or None, for torch's global source.
-        device: Where is drawn, besides the CPU.
-        agreed: Whether all ranks draw alike, as the first does.
+        generator: A seed; or a generator, from which a seed is drawn; or None, for torch's global generator. device:
+        The device that is drawn on, besides the CPU. agreed: Whether all ranks use the seed of the first.
 
     Yields:
         The seed, not negative.
@@ -94,7 +95,7 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
     Raises:
         ValueError: If ``generator`` is something else.
     """
-    source = copied_source()  # drawn from, once all went well
+    source = copied_source()  # the global one advances only if nothing fails
     if generator is None:
         seed = int(torch.randint(2**63 - 1, (), generator=source, device="cpu"))
     elif isinstance(generator, torch.Generator):
@@ -117,7 +118,7 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while; afterwards each part has its own mode again.
+    """A context with a module in evaluation mode; afterwards each submodule has its own mode again.
 
     Arguments:
         module: The module.
@@ -133,7 +134,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Data and what is known of each.
+    """Data and the context of each.
 
     Arguments:
         x_0: The data, with shape (B, *event_shape).
@@ -153,7 +154,7 @@ class Batch:
         return Batch(self.x_0.index_select(0, index), tuple(v.index_select(0, index) for v in self.context))
 
     def differentiable(self) -> "Batch":
-        """The same, of tensors that gradients may pass through, which those of ``torch.inference_mode`` are not."""
+        """The same, with tensors of ``torch.inference_mode``, which cannot be differentiated, copied."""
         x_0, *context = (v.clone() if v.is_inference() else v for v in (self.x_0, *self.context))
         return Batch(x_0, tuple(context))
 
@@ -165,14 +166,14 @@ def batches(
 
     Arguments:
         diffusion: The diffusion.
-        x_0: Data with shape (B, *event_shape), or a loader of such batches or of tuples of one and its context; those
+        x_0: Data with shape (B, *event_shape), or a loader of such batches or of tuples of one and its context, which
             are moved to the model's device.
-        context: Of a tensor of data, what is known of each: tensors of B rows, or of one for all.
-        keyword: An option of the caller, for the error where a number stands in the place of a context.
+        context: The context of a tensor of data: tensors of B rows, or of one for all.
+        keyword: An option of the caller, named in the error if a number is given as context.
 
     Raises:
-        ValueError: If a batch cannot be data of the model, or its context is none, or there is no batch; if a context
-            is given beside a loader.
+        ValueError: If a batch or its context cannot be that of the model, or there is no batch; if a context is given
+            beside a loader.
     """
     if not _loads(x_0):
         yield _batch(diffusion, x_0, context, keyword)
@@ -202,7 +203,7 @@ def _loads(x_0: object) -> bool:
 
 
 def _loaded(batch: object, device: torch.device) -> tuple[Any, tuple]:
-    """Data and context of what a loader yields, on a device."""
+    """The data and the context of one item of a loader, on a device."""
     x_0, *context = batch if isinstance(batch, tuple | list) and len(batch) > 0 else (batch,)
     x_0, *context = (values.to(device) if isinstance(values, Tensor) else values for values in (x_0, *context))
     return x_0, tuple(context)
@@ -215,10 +216,11 @@ def _batch(diffusion: Diffusion, x_0: Any, context: Sequence, keyword: str = "")
 
 
 class DryRun(NamedTuple):
-    """What a first, validated call of the kernels for one datum says.
+    """The result of a first, validated call of the kernels, for one datum.
 
     Arguments:
-        rows: How many rows a batch of network calls has: as fit a memory budget, and on a CPU its cache.
+        rows: How many rows a batch of network calls has, so as to fit into the memory budget, and on a CPU into its
+            cache.
         is_analytic: Whether the KL of the posterior and the reverse kernel is registered.
     """
 
@@ -227,7 +229,7 @@ class DryRun(NamedTuple):
 
 
 def dry_run(memory_budget: int, diffusion: Diffusion, batch: Batch) -> DryRun:
-    """Validate the kernels, and say how network calls are batched.
+    """Validate the kernels, and choose the size of batches of network calls.
 
     Arguments:
         memory_budget: The budget in bytes.
@@ -235,8 +237,9 @@ def dry_run(memory_budget: int, diffusion: Diffusion, batch: Batch) -> DryRun:
         batch: Some data.
 
     Raises:
-        ValueError: If no row fits the budget, or it is not a positive int; if a part of the model returns no law, takes
-            another context, or has Pyro sites of its own; if the last step's law is discrete and nothing says so.
+        ValueError: If no row fits the budget, or it is not a positive int; if a part of the model returns no
+            distribution, takes another context, or has Pyro sites of its own; if the last step is a discrete
+            distribution, but neither decoder nor process has a number of levels.
     """
     memory_budget, one = arguments.positive_int("memory_budget", memory_budget), batch.rows(slice(1))
     size, kernel, sites = _called(diffusion, one)
@@ -254,18 +257,18 @@ def dry_run(memory_budget: int, diffusion: Diffusion, batch: Batch) -> DryRun:
     return DryRun(max(1, cached // max(1, size)), _is_analytic(diffusion, one.x_0, kernel))
 
 
-_CACHE = 2**26  # bytes of results on the way, few of which live at the same time
+_CACHE = 2**26  # bytes of intermediate results, few of which live at the same time
 
 
 def bytes_per_row(diffusion: Diffusion, x_0: Tensor, *context: Tensor) -> int:
-    """What one datum takes in a network call and in the kernels and the decoder around it, in bytes; validated.
+    """The memory of one datum in a network call and the kernels and decoder around it, in bytes; validated.
 
-    It is the sum of all results on the way, whether they live at the same time or not.
+    It is the sum of all intermediate results, whether they live at the same time or not.
 
     Arguments:
         diffusion: The diffusion.
         x_0: One datum, with shape (1, *event_shape).
-        *context: What is known of it.
+        *context: Its context.
 
     Raises:
         ValueError: As :func:`dry_run`.
@@ -274,7 +277,7 @@ def bytes_per_row(diffusion: Diffusion, x_0: Tensor, *context: Tensor) -> int:
 
 
 def _called(diffusion: Diffusion, one: Batch) -> tuple[int, Distribution, list[str]]:
-    """The bytes that one datum takes, the reverse kernel, and the Pyro sites that it came upon."""
+    """The bytes that one datum takes, the reverse kernel, and the Pyro sites that were met."""
     x_0, q = one.x_0, diffusion.forward_process
     t = torch.full((1,), min(2, diffusion.num_steps), device=x_0.device)  # at t = 1 the kernel may be of another kind
     with torch.no_grad(), validated(x_0.device), Recorder() as heard, _Results() as results:
@@ -297,7 +300,7 @@ def _called(diffusion: Diffusion, one: Batch) -> tuple[int, Distribution, list[s
 def _is_discrete(law: Distribution) -> bool:
     try:
         return law.support is not None and bool(law.support.is_discrete)
-    except NotImplementedError:  # it does not say
+    except NotImplementedError:  # it has no support
         return False
 
 
@@ -313,16 +316,16 @@ def _is_analytic(diffusion: Diffusion, x_0: Tensor, kernel: Distribution) -> boo
 
 
 def validated(device: torch.device) -> AbstractContextManager:
-    """Within, Pyro validates, where there are values to read: a meta tensor has none.
+    """A context in which Pyro validates, except on the meta device, where there are no values.
 
     Arguments:
-        device: Where the tensors are.
+        device: The device of the tensors.
     """
     return pyro.validation_enabled(device.type != "meta")
 
 
 class _Results(TorchDispatchMode):
-    """Counts the bytes of what operations return, but for views of what they were given."""
+    """Counts the bytes that operations return, without views of their inputs."""
 
     nbytes = 0
 
@@ -340,7 +343,7 @@ def _storage(x: Tensor) -> int:
 
 
 def expect(bar: tqdm, x_0: Tensor | Iterable, rows: int) -> None:
-    """Tell the bar, at the first batch, how many rows all data will take, where a loader says how many batches it has.
+    """Set the bar's total at the first batch, if the loader has a length.
 
     Arguments:
         bar: The bar.
@@ -350,17 +353,17 @@ def expect(bar: tqdm, x_0: Tensor | Iterable, rows: int) -> None:
     if bar.total is None and isinstance(x_0, Sized):
         try:
             bar.total = rows * (1 if isinstance(x_0, Tensor) else len(x_0))
-        except TypeError:  # it does not know
+        except TypeError:  # it has no length
             bar.total = None
 
 
 @contextmanager
 def progress_bar(progress: bool, description: str) -> Iterator[tqdm]:
-    """A bar over rows of network calls; quiet unless asked for, and where there is no terminal.
+    """A progress bar over rows of network calls; shown only if asked for, and on a terminal.
 
     Arguments:
-        progress: Whether it is asked for.
-        description: What stands before it.
+        progress: Whether to show it.
+        description: The text before it.
     """
     arguments.one_of("progress", progress, (False, True))
     with tqdm(desc=description, unit="row", unit_scale=True, disable=None if progress else True) as bar:

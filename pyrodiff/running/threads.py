@@ -16,29 +16,28 @@ __all__ = ["fastest_threads"]
 
 
 def _physical_cores() -> int:
-    """How many cores this process may compute on, where two that share their units count as one."""
+    """The number of physical cores that this process may use: two hyperthreads of one core count once."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     places = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in usable]
     try:
         return len({place.read_text() for place in places})
-    except OSError:  # not this system, or it does not say
+    except OSError:  # another system than Linux
         return len(usable)
 
 
 def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
-    """The number of threads that work is fastest with, measured now: one, two, four, ... up to the physical cores.
+    """The number of threads with which a piece of work is fastest, measured now: 1, 2, 4, ... up to the physical cores.
 
-    More threads have to be a tenth faster than fewer: threads wait for each other, which costs most on a machine that
-    becomes busy later. Never more are tried than torch would use by itself, so ``OMP_NUM_THREADS`` stays a ceiling.
-
-    The state of torch's random numbers on the CPU and Pyro's param store are as they were afterwards.
+    More threads are chosen only if a tenth faster: threads wait for each other, which costs most if the machine becomes
+    busy later. Never more are tried than torch would use by itself, so ``OMP_NUM_THREADS`` stays a ceiling. The state
+    of torch's CPU generator and Pyro's param store are restored afterwards.
 
     Arguments:
-        work: What to do, as a step on one batch. It is called a few times for each number, once if it is slow.
-        seconds: How long to measure in all.
+        work: The function to time, such as a step on one batch. It is called a few times per number, once if slow.
+        seconds: How long to measure in total.
 
     Returns:
-        The number, for ``torch.set_num_threads``; the number that was set is left as it was.
+        The number, to be given to ``torch.set_num_threads``; the current setting is not changed.
 
     Raises:
         ArgumentError: If ``work`` cannot be called, or ``seconds`` is not positive.
@@ -70,9 +69,8 @@ def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
 
 
 def _time(work: Callable[[], object], seconds: float) -> float:
-    """The median time of work after the first time, which allocates and starts threads, over so many seconds.
-
-    It is three times at least; once, the first, where that takes longer by itself.
+    """The median time of the work over so many seconds, without the first time, which allocates and starts threads. The
+    work is repeated at least three times; if the first takes longer than the seconds, its time is the result.
     """
     first = _once(work)
     if first > seconds:

@@ -1,9 +1,9 @@
-r"""Ancestral sampling: the generative chain itself, without a message of Pyro's.
+r"""Ancestral sampling: the generative chain itself, without Pyro's messages.
 
 .. math:: x_T \sim p(x_T), \qquad x_{t-1} \sim p_\theta(x_{t-1} | x_t) \quad (t = T, \dots, 2), \qquad
     x_0 \sim p_\theta(x_0 | x_1),
 
-which is what ``diffusion.model(num_samples=n)`` does as a Pyro program; seeded alike, in the same draws.
+which is what ``diffusion.model(num_samples=n)`` does as a Pyro program; with the same seed, the draws are the same.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), Algorithm 2, https://arxiv.org/abs/2006.11239
@@ -17,7 +17,7 @@ __all__ = ["AncestralSampler"]
 
 
 class AncestralSampler(Sampler):
-    """Draws data by running the chain from x_T to x_0, or the chain of fewer steps (:meth:`Diffusion.subchain`).
+    """Draws data by running the chain, or one of fewer steps (:meth:`Diffusion.subchain`), from x_T to x_0.
 
     Arguments, errors: see :class:`Sampler`.
 

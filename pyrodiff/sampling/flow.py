@@ -1,4 +1,4 @@
-r"""Sampling by the probability flow, with a solver that chooses its steps, and log p of the samples in the same solve.
+r"""Sampling by the probability flow, with an adaptive solver, and log p of the samples in the same solve.
 
 References:
     Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), section 4.3,
@@ -24,16 +24,16 @@ __all__ = ["FlowSampler"]
 
 
 class FlowSampler(Sampler):
-    r"""Carries draws of p(x_T) down the probability flow, each at steps of its own that keep its error to a tolerance.
+    r"""Carries draws of p(x_T) down the probability flow by an adaptive solver, each draw with its own steps.
 
-    The flow is that of :func:`ode_log_prob`, between times and below t = 1 too, so that :meth:`with_log_prob` can say
-    the density of each sample. In fewer steps (``num_steps``, ``times``) it is the flow of the chain of these times:
-    how often the network is called is the solver's choice. Where a decoder makes the last step
-    (:class:`DiscretizedDecoder`, say), that is a draw of it, given :math:`x_1`.
+    The flow is exactly that of :func:`ode_log_prob`, also between times and below t = 1, so that :meth:`with_log_prob`
+    can return the density of each sample. With fewer steps (``num_steps``, ``times``) it is the flow of the chain of
+    these times; the solver chooses how often the network is called. If a decoder makes the last step
+    (:class:`DiscretizedDecoder`, say), x_0 is drawn from it, given :math:`x_1`.
 
     Arguments:
         diffusion: A Gaussian diffusion.
-        tolerance: The error allowed in a step, absolute and relative, of each number (and of log p).
+        tolerance: The error allowed per step, absolute and relative, of each number (and of log p).
         max_steps: The number of the solver's steps after which a sample is given up.
         num_steps, times, guide: As of :class:`Sampler`.
 
@@ -74,7 +74,7 @@ class FlowSampler(Sampler):
         return self._carried(x_t, int(t[0]), int(t[0]) - 1, context)
 
     def last(self, x_1: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-        """The data that the flow leads to from t = 1, or a draw of the decoder."""
+        """The data at the end of the flow from t = 1, or a draw of the decoder."""
         if not runs(self.chain.model.decoder, GaussianDecoder):
             return super().last(x_1, t, *context)
         return self._carried(x_1, 1, 0, context)
@@ -88,18 +88,18 @@ class FlowSampler(Sampler):
         generator: torch.Generator | int | None = None,
         progress: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Draw, and say log p of what is drawn, in the same solve.
+        """Draw samples, and compute log p of each in the same solve.
 
         Arguments:
             num_samples, *context, num_steps, generator, progress: See :meth:`Sampler.__call__`.
-            num_probes: The number of random signs whose mean estimates the divergence; 0 to compute it.
+            num_probes: The number of random sign vectors whose mean estimates the divergence; 0 to compute it exactly.
 
         Returns:
             The samples, with shape (n, *event_shape), and log p of each under the flow, in nats and
             float64 with shape (n,).
 
         Raises:
-            ValueError: As a call; if a decoder makes the last step, so that p has no closed form.
+            ValueError: As :meth:`Sampler.__call__`; if a decoder makes the last step, so that p has no closed form.
         """
         if not runs(self.diffusion.model.decoder, GaussianDecoder):
             raise ArgumentError(
@@ -126,13 +126,13 @@ class FlowSampler(Sampler):
     def _run(
         self, num_samples: int, context: tuple[Tensor, ...], bar: tqdm, wanted: set[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """As of any sampler, but without a stop where no state is wanted."""
+        """As of any sampler, but stopping only at times whose states are wanted."""
         x, context = self._start(num_samples, context)
         t = self.chain.num_steps
         yield t, x
         for k in sorted((wanted | {1}) - {0, t}, reverse=True):
             if k == 1 and 1 not in wanted and runs(self.chain.model.decoder, GaussianDecoder):
-                continue  # which goes on to the data
+                continue  # the flow goes on to the data without a stop
             x, t = self._carried(x, t, k, context), k
             yield k, x
         if runs(self.chain.model.decoder, GaussianDecoder):

@@ -1,17 +1,17 @@
-r"""Langevin dynamics: draws from a law of which only the score is known, and its annealing by the noise of a diffusion.
+r"""Langevin dynamics: draws from a distribution of which only the score is known; annealed by a diffusion's noise.
 
 Every update follows the score :math:`s(x) = \nabla \log p(x)` and adds noise,
 
 .. math:: x \leftarrow x + \frac{\epsilon}{2} s(x) + \sqrt{\epsilon} \, z, \qquad z \sim N(0, I),
 
-and is not followed by a Metropolis test, so that what it settles on is p only as the step size :math:`\epsilon` goes
-to 0. Where the score is linear, of curvature L (p is Gaussian, of variance 1 / L), it multiplies the distance to the
-mean by :math:`1 - \epsilon L / 2`: it settles on the variance
+without a Metropolis test, so that its stationary distribution is p only as the step size :math:`\epsilon` goes to 0.
+For a linear score of curvature L (p is Gaussian, of variance 1 / L), an update multiplies the distance to the mean by
+:math:`1 - \epsilon L / 2`, and the stationary variance is
 
 .. math:: \frac{1}{L} \, \frac{1}{1 - \epsilon L / 4} \qquad \text{if } \epsilon < 4 / L, \text{ and else diverges.}
 
-Between modes with little mass between them it does not mix: how many points end in a mode is a matter of where they
-start. With much noise all is one mode, which is why annealed dynamics begin there.
+It does not mix between modes with little mass between them: how many points end in a mode depends on where they start.
+With much noise there is only one mode, which is why annealed dynamics begin there.
 
 References:
     Generative Modeling by Estimating Gradients of the Data Distribution (Song and Ermon, 2019), Eq. 4 and Algorithm 1,
@@ -43,15 +43,15 @@ class LangevinSampler:
 
     .. math:: x \leftarrow x + \frac{\epsilon}{2} s(x) + \sqrt{\epsilon} \, z, \qquad z \sim N(0, I)
 
-    No gradient is kept. A score that is a module is in evaluation mode meanwhile. One that differentiates a density
-    of its own does so by ``torch.func.grad``, or within ``torch.enable_grad()``.
+    It runs without gradients, and a score that is a module is in evaluation mode meanwhile. A score that differentiates
+    a density must do so by ``torch.func.grad``, or within ``torch.enable_grad()``.
 
     Arguments:
         score: Called with points, a tensor with shape (B, *event_shape), it returns the score at each, a tensor of that
-            shape: a network or any function. Of a diffusion, at the noise of time t, it is
-            ``lambda x: forward.score(x, denoiser(x, t), t)``.
-        step_size: The step size :math:`\epsilon`, a positive number, in the units of x squared: below 4 / L, L being
-            the largest curvature of -log p, and well below to be near to p.
+            shape: a network or any function. For a diffusion at the noise of time t, it is ``lambda x: forward.score(x,
+            denoiser(x, t), t)``.
+        step_size: The step size :math:`\epsilon`, a positive number, in squared units of x: below 4 / L, with L the
+            largest curvature of -log p, and well below for draws close to p.
 
     Raises:
         ValueError: If ``score`` cannot be called, or ``step_size`` is no positive number.
@@ -75,22 +75,19 @@ class LangevinSampler:
     def __call__(self, x: Tensor, num_updates: int, generator: torch.Generator | int | None = None) -> Tensor:
         r"""The points after so many updates.
 
-        Whether the dynamics diverges is seen as it runs: where a point is no longer finite, or is 1e8 times farther
-        from 0 than the start, the first step and the noise of all updates together. Where that grows slowly, and the
-        updates are few, it is not seen.
+        Divergence is detected while it runs: if a point is not finite, or 1e8 times farther from 0 than the start, the
+        first step and the noise of all updates together. A slow divergence over few updates is not detected.
 
         Arguments:
             x: The points to start from, float32 or float64 with shape (B, *event_shape).
             num_updates: The number of updates, at least 1.
-            generator: A generator or a seed, for the same draws each time; a seed from torch's source if not given.
-
-        Returns:
-            A tensor like ``x``.
+            generator: A generator or a seed, for the same draws each time; a seed from torch's global generator if not
+            given. Returns: A tensor like ``x``.
 
         Raises:
             ValueError: If an argument is of another kind, or ``x`` is not finite; if the score is of another shape, or
-                not finite at the start; if the dynamics diverges, with the ``step_size`` below which it would not,
-                where the curvature at the points that do tells it.
+                not finite at the start; if the dynamics diverges; the error then names the ``step_size`` below which it
+                would not, if the curvature at the diverging points shows that.
         """
         x, num_updates = _checked_points(x), arguments.positive_int("num_updates", num_updates)
         start, scale = x, 0.0
@@ -117,38 +114,38 @@ class LangevinSampler:
 
 
 class AnnealedLangevinSampler(Sampler):
-    r"""Annealed Langevin dynamics (NCSN): at every noise of the schedule, from the largest on, some Langevin updates.
+    r"""Annealed Langevin dynamics (NCSN): at every noise level, from the largest on, some Langevin updates.
 
     .. math:: x \leftarrow x + \frac{\alpha_t}{2} s(x, \sigma_t) + \sqrt{\alpha_t} \, z, \qquad
         \alpha_t = \epsilon \, \sigma_t^2 / \sigma_1^2, \qquad t = T, \dots, 1
 
-    so many times at each t, with :math:`\sigma_t = b_t` and :math:`s(x, \sigma_t) = (\hat x_0(x, t) - x) / \sigma_t^2`,
-    whatever the network predicts. (Their i = 1..L runs from the largest noise, as t = T..1 does: their
-    :math:`\sigma_L` is :math:`\sigma_1` here.) What is left of the noise is then taken out by Tweedie's formula,
-    :math:`x + \sigma_1^2 s(x, \sigma_1) = \hat x_0(x, 1)`. The decoder is not asked: to data in levels,
-    apply ``to_levels``.
+    ``num_updates`` times at each t, with :math:`\sigma_t = b_t` and
+    :math:`s(x, \sigma_t) = (\hat x_0(x, t) - x) / \sigma_t^2`, whatever the network predicts. (Their i = 1..L runs from
+    the largest noise, as t = T..1 does: their
+    :math:`\sigma_L` is :math:`\sigma_1` here.) The remaining noise is then removed by Tweedie's formula,
+    :math:`x + \sigma_1^2 s(x, \sigma_1) = \hat x_0(x, 1)`. The decoder is not used: for data in levels, apply
+    ``to_levels``.
 
     It is called as any sampler, for a diffusion whose signal is 1 throughout (:class:`GeometricSchedule`). The state
-    x_t of a trajectory is the one that the updates of t start from. In fewer steps, :math:`\sigma_1` is the smallest
-    noise of these. The start is the prior of the diffusion, :math:`N(0, \sigma_T^2 + 1)` where none was given, and not
-    uniform noise as theirs; it is forgotten where :math:`\sigma_T` is as large as what tells the data apart. A compiled
-    step has its updates one after the other, so that it takes ``num_updates`` times as long to compile as of another
-    sampler.
+    x_t of a trajectory is the one before the updates of t. With fewer steps, :math:`\sigma_1` is their smallest noise.
+    The start is the prior of the diffusion, :math:`N(0, \sigma_T^2 + 1)` by default, not uniform noise as in the paper;
+    it is forgotten if :math:`\sigma_T` is as large as the distances between data. A compiled step contains all its
+    updates, so it takes ``num_updates`` times as long to compile as that of another sampler.
 
     Arguments:
         diffusion: The model.
         step_size: The step size :math:`\epsilon` at the smallest noise, a positive number below
-            :math:`4 \sigma_1^2`. Around data that lie in points the noise has the variance :math:`\sigma_t^2`, which
-            the updates of t widen to :math:`\sigma_t^2 / (1 - \epsilon / (4 \sigma_1^2))`.
+            :math:`4 \sigma_1^2`. Around isolated data points the noise has the variance :math:`\sigma_t^2`, which the
+            updates of t widen to :math:`\sigma_t^2 / (1 - \epsilon / (4 \sigma_1^2))`.
         num_updates: The number of updates at each t, at least 1; 100 in the paper.
-        denoise: Whether to take the last noise out; their first paper does not.
+        denoise: Whether to remove the remaining noise at the end; their first paper does not.
         compile: See :class:`Sampler`; ``num_steps``, ``times``, ``guide`` likewise.
         num_steps, times, guide: See :class:`Sampler`.
 
     Raises:
         ValueError: As :class:`Sampler`, and if an argument is out of range; if the signal of the diffusion is not 1,
-            its noise does not rise with t, or its reverse process has no denoiser. On a call, if by then one of these
-            is so, or if the states diverge all the same, as those of a learned score may.
+            its noise does not rise with t, or its reverse process has no denoiser. On a call too, as the diffusion may
+            have changed by then; and if the states diverge, as those of a learned score may.
 
     References:
         Generative Modeling by Estimating Gradients of the Data Distribution (Song and Ermon, 2019), Algorithm 1, with
@@ -215,7 +212,7 @@ class AnnealedLangevinSampler(Sampler):
         return x_t
 
     def last(self, x_1: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-        r"""The states after the updates of t = 1, and the data :math:`\hat x_0` in these where they are denoised."""
+        r"""The states after the updates of t = 1, or, with ``denoise``, the :math:`\hat x_0` of these."""
         x = self.step(x_1, t, *context)
         return self._denoiser(x, t, *context) if self.denoise else x
 
@@ -226,10 +223,10 @@ class AnnealedLangevinSampler(Sampler):
 
     def _choose(self, num_steps: int | None) -> None:
         super()._choose(num_steps)
-        self._check_chain()  # another smallest noise, or what was learned or loaded since
+        self._check_chain()  # the smallest noise may be another, by the times or by what was learned or loaded since
 
     def _check_chain(self) -> None:
-        """Refuse a chain that is not one of rising noise around the data themselves, or too coarse a step for it."""
+        """Refuse a chain without a signal of 1, rising noise and a denoiser, or too large a step for it."""
         process, way_out = self.chain.forward_process, "give AncestralSampler, which draws from any diffusion"
         if not isinstance(process, GaussianForward):
             raise ArgumentError(
@@ -277,7 +274,7 @@ class AnnealedLangevinSampler(Sampler):
             yield t, x
 
     def _divergence(self, t: int, before: Tensor, after: Tensor, context: tuple[Tensor, ...]) -> ValueError:
-        """What to say of updates at t that lead from these states to those."""
+        """The error for updates at t that diverge, given the states before and after."""
         with torch.inference_mode(False):
             rows = _farthest(after)
             given = [values.expand(len(after), *values.shape[1:])[rows].clone() for values in context]
@@ -313,12 +310,12 @@ def _largest(x: Tensor) -> float:
 
 
 def _has_diverged(x: Tensor, scale: float) -> bool:
-    """Whether some are not finite or beyond all scale: float32 would not tell by then whether noise is added."""
+    """Whether some are not finite or 1e8 times the scale: in float32 the added noise would then vanish by rounding."""
     return not _largest(x) <= 1e8 * scale
 
 
 def _farthest(x: Tensor, number: int = 8) -> Tensor:
-    """The indices of the farthest few points, those before all that are not finite."""
+    """The indices of the few points farthest from 0; points that are not finite come first."""
     distance = x.detach().abs().reshape(len(x), -1).amax(1).nan_to_num(math.inf)
     return distance.topk(min(number, len(x))).indices
 
@@ -326,8 +323,9 @@ def _farthest(x: Tensor, number: int = 8) -> Tensor:
 def _stable_size(score: Callable[[Tensor], Tensor], x: Tensor, num_rounds: int = 50) -> float:
     """4 / L, with L the largest curvature of -log p at some points; NaN if the score has no derivative, or L <= 0.
 
-    By power iteration on products of vectors and the score's Jacobian J, which is symmetric: first for the magnitude r
-    of its largest eigenvalue, then on J - r, whose largest is that of the lowest of J, which is minus the curvature.
+    Power iteration with products of vectors and the score's Jacobian J, which is symmetric: first for the largest
+    magnitude r of its eigenvalues, then on J - r, whose eigenvalue of largest magnitude belongs to the lowest of J,
+    which is -L.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
@@ -357,7 +355,7 @@ def _norms(v: Tensor) -> Tensor:
 
 
 def _divergence(step_size: float, size: float, when: str, where: str) -> ValueError:
-    """The error of Langevin dynamics that diverges: with the step size that would not, if the curvature explains it."""
+    """The error for dynamics that diverge, with a step size at which they would not, if the curvature explains it."""
     told = f"by the largest curvature of -log p at {where} give less than {size:.4g}"
     return ArgumentError(
         "step_size",

@@ -1,8 +1,8 @@
-r"""What every sampler shares: the loop from x_T down to x_0, its seed, its bar, its graph and the states on the way.
+r"""What every sampler shares: the loop from x_T to x_0, its seed, progress bar, compiled graph and intermediate states.
 
-A sampler is one :meth:`Sampler.step`, a draw of :math:`x_{t-1}` given :math:`x_t`. In fewer steps it runs on the chain
-of these, which is another :class:`Diffusion`, so that a step is always from t to t - 1. A multistep method
-also says, in :meth:`Sampler.advance`, what one step leaves for the next.
+A sampler is one method, :meth:`Sampler.step`, a draw of :math:`x_{t-1}` given :math:`x_t`. Fewer steps are a shorter
+chain, another :class:`Diffusion`, so that a step is always from t to t - 1. A multistep method defines
+:meth:`Sampler.advance` too, which passes tensors from one step to the next.
 """
 
 from abc import ABC, abstractmethod
@@ -28,24 +28,24 @@ __all__ = ["Sampler", "drawn"]
 class Sampler(ABC):
     """Draws data step by step, from x_T to x_0.
 
-    A sampler of one's own defines :meth:`step`, on the chain :attr:`chain`. Its denoiser, which returns the estimate of
+    A sampler of your own defines :meth:`step`, on the chain :attr:`chain`. Its denoiser, which returns the estimate of
     x_0 whatever the network predicts, is ``self.chain.reverse.denoiser(x_t, t, *context)``; signal and noise, in the
     dtype of x_t and broadcastable against it, are ``self.chain.forward_process.scales(x_t, t)``, of a Gaussian
-    diffusion. Both t and t - 1 are times of the chain, also in fewer steps. The last step, from x_1 to x_0, is
+    diffusion. With fewer steps, too, t and t - 1 are times of that chain. The last step, from x_1 to x_0, is
     :meth:`last`, by default a draw of the decoder: a deterministic sampler overrides it too. Modules are in evaluation
     mode meanwhile, and random weights (each ``PyroSample``) are drawn once per call, from their guide.
 
     Arguments:
         diffusion: The model.
-        compile: Whether a step runs as one compiled graph, made at the first call with so many samples. A model with
-            random weights cannot be compiled.
-        num_steps: In how many steps, at the times of :meth:`spaced`; in all T, or at the given times, if not given.
-        times: The times of these steps, increasing ints in 1..T, in the place of their number.
-        guide: The guide of random weights, called as ``guide(None, *context)``; for these only.
+        compile: Whether a step runs as one compiled graph, made at the first call with each number of samples. A model
+            with random weights cannot be compiled.
+        num_steps: The number of steps, at the times of :meth:`spaced`; if not given, all T, or the given times.
+        times: The times of the steps, increasing ints in 1..T, instead of their number.
+        guide: The guide of random weights, called as ``guide(None, *context)``; only if there are such.
 
     Attributes:
-        order: The order of a solver of the probability flow: with h the step in the log signal-to-noise ratio, its
-            error falls as h to this power. None of a sampler that draws.
+        order: The order of a solver of the probability flow: its error falls as this power of the step in the log
+            signal-to-noise ratio. None for a stochastic sampler.
         diffusion: The model.
         chain: The diffusion whose steps are taken: the model, or its chain of fewer steps.
 
@@ -91,7 +91,7 @@ class Sampler(ABC):
         self._cut(self._wanted(None))
 
     def _cut(self, times: Sequence[int] | None) -> None:
-        """Make the chain of these times, or of all, of the diffusion as it is now, and note what that is made of."""
+        """Make the chain of these times, or of all, from the diffusion's present parts, and record these."""
         modules = list(self.diffusion.modules())
         self._made_of = Composition(modules, [], keyed=modules)
         self.chain = self.diffusion if times is None else self.diffusion.subchain(times)
@@ -100,7 +100,7 @@ class Sampler(ABC):
         self._compiled = Compiled(self._as_a_function, [self.chain.model], name="sampling") if self._compiles else None
 
     def spaced(self, num_steps: int) -> tuple[int, ...]:
-        """The times of so many steps: evenly spaced in 1..T, unless a sampler has others that suit it better.
+        """The times of ``num_steps`` steps: evenly spaced in 1..T, unless a sampler has others that suit it better.
 
         Arguments:
             num_steps: How many, in 1..T.
@@ -126,14 +126,14 @@ class Sampler(ABC):
     def advance(
         self, x_t: Tensor, t: Tensor, memory: tuple[Tensor, ...], *context: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A step, and what it leaves for the next: of a multistep method, which defines this too.
+        """A step that passes tensors to the next one; a multistep method defines it instead of relying on :meth:`step`.
 
         Arguments:
-            x_t, t, *context: As of :meth:`step`, which this is by default, with nothing left.
-            memory: What the step before has left: tensors, none in the first step.
+            x_t, t, *context: As of :meth:`step`, which this calls by default, passing nothing on.
+            memory: The tensors from the step before; none in the first step.
 
         Returns:
-            A tensor with the shape of ``x_t``, and tensors, as many in every step.
+            A tensor with the shape of ``x_t``, and the tensors for the next step, the same number in every step.
         """
         return self.step(x_t, t, *context), ()
 
@@ -150,20 +150,20 @@ class Sampler(ABC):
         generator: torch.Generator | int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Draw.
+        """Draw samples.
 
         Arguments:
             num_samples: How many, n.
             *context: The context of each sample, for the network: tensors of n rows, or of one for all.
-            num_steps: In how many steps, at the times of :meth:`spaced`; as the sampler was made, if not given.
-            generator: A generator or a seed, for the same draws each time; a seed from torch's source if not given.
+            num_steps: The number of steps, at the times of :meth:`spaced`; the sampler's own if not given. generator: A
+            generator or a seed, for the same draws each time; a seed from torch's global generator if not given.
             progress: Whether to show a progress bar, where there is a terminal.
 
         Returns:
             A tensor with shape (n, *event_shape).
 
         Raises:
-            ValueError: If ``num_samples`` is not a positive int, a context is no tensor of so many rows,
+            ValueError: If ``num_samples`` is not a positive int, a context is not a tensor of n rows or one,
                 ``num_steps`` is no int in 1..T, or ``generator`` is of another kind.
         """
         self._choose(num_steps)
@@ -178,14 +178,14 @@ class Sampler(ABC):
         generator: torch.Generator | int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Draw, and keep states on the way: the same steps in the same draws as without, so that x_0 is the same.
+        """Draw samples, and keep intermediate states; steps and draws, and so x_0, are those of a plain call.
 
         Arguments:
             num_samples: How many, n.
             *context: See :meth:`__call__`.
             num_steps: See :meth:`__call__`.
-            times: The times t of the states x_t to keep, decreasing ints among 0 and those of the steps; the last
-                of these and 0 and, evenly between them, nine more, or all if there are fewer than 10, if not given.
+            times: The times t of the states x_t to keep, decreasing ints, each 0 or the time of a step. If not given:
+                the last time, 0, and nine evenly between them, or all if there are fewer than 10.
             generator: See :meth:`__call__`.
             progress: See :meth:`__call__`.
 
@@ -214,12 +214,12 @@ class Sampler(ABC):
         return torch.stack(self._states(found, num_samples, context, "times", generator, progress))
 
     def _wanted(self, num_steps: int | None) -> tuple[int, ...] | None:
-        """The times of so many steps, or of those that the sampler was made for; None for all."""
+        """The times of ``num_steps`` steps, or of those that the sampler was made for; None for all."""
         num_steps = self._num_steps if num_steps is None else num_steps
         return self._times_given if num_steps is None else self.spaced(num_steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the chain and its graph, which are made anew."""
+        """All but the chain and its graph, which are rebuilt."""
         return {name: value for name, value in vars(self).items() if name not in ("chain", "_made_of", "_compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -227,7 +227,7 @@ class Sampler(ABC):
         self._cut(self._times if self._is_cut else None)
 
     def _choose(self, num_steps: int | None) -> None:
-        """Take so many steps from here on, or as many as the sampler was made for; of the parts as they are now."""
+        """Choose the number of steps (None: the sampler's own); rebuild the chain if it or the parts have changed."""
         times = self._wanted(num_steps)
         is_other = self._is_cut if times is None else not self._is_cut or tuple(times) != self._times
         if is_other or (self._is_cut and not self._made_of.holds()):
@@ -242,7 +242,7 @@ class Sampler(ABC):
         generator: torch.Generator | int | None,
         progress: bool,
     ) -> list[Tensor]:
-        """The states at these times, as tensors that gradients may pass through, which those of inference are not."""
+        """The states at these times, copied out of inference mode, so that gradients may pass through them."""
         num_samples = arguments.positive_int("num_samples", num_samples)
         checks.context(context, num_samples, self.diffusion.model.device, keyword)
         no_gradient = torch.inference_mode() if self._compiled is None else torch.no_grad()
@@ -257,7 +257,8 @@ class Sampler(ABC):
     def _run(
         self, num_samples: int, context: tuple[Tensor, ...], bar: tqdm, wanted: set[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """t and x_t of the chain, from T to 0, those wanted among them; the first network call is validated."""
+        """Yields t and x_t of the chain, from T to 0, at least at the wanted times; the first network call is
+        validated."""
         model, T = self.chain.model, self.chain.num_steps
         with validated(model.device):
             x = drawn(model.top(model.dtype(), model.device), num_samples)
@@ -274,7 +275,7 @@ class Sampler(ABC):
                 _check_states("step", x, start)
             bar.update(num_samples)
             yield t - 1, x
-            if compiled is not None and step is compiled:  # nothing changes from here on: its graph need not ask
+            if compiled is not None and step is compiled:  # nothing is replaced from here on: skip the check
                 step = compiled.graph_for(x, times[t], *context, *memory) or step
             elif t == T and compiled is not None:
                 step = compiled
@@ -291,29 +292,28 @@ class Sampler(ABC):
 
 
 def _check_states(name: str, x: Tensor, like: Tensor) -> None:
-    """States as a step returns them."""
+    """Check the states that a step returned."""
     checks.returned(name, x, like.shape, like)
     if x.dtype != like.dtype:
         raise ArgumentError(name, f"must return states of dtype {like.dtype}, but they are of {x.dtype}")
 
 
 def drawn(law: Distribution, num_samples: int) -> Tensor:
-    """A draw for each sample, also of a law that is the same for all.
+    """A draw for each sample; the distribution may have one batch row for all.
 
     Arguments:
-        law: The law.
-        num_samples: How many samples there are.
+        law: The distribution. num_samples: How many samples there are.
     """
     return law.sample() if law.batch_shape == (num_samples,) else law.expand((num_samples,)).sample()
 
 
 def _spread(times: tuple[int, ...]) -> tuple[int, ...]:
-    """The last of some times and the first and nine evenly between them, or all there are; decreasing."""
+    """The first, the last and nine of the times evenly between them, or all if there are fewer; decreasing."""
     return tuple(sorted({times[round((len(times) - 1) * part / 10)] for part in range(11)}, reverse=True))
 
 
 def _decreasing(times: Sequence[int], num_steps: int) -> tuple[int, ...]:
-    """Decreasing ints in 0..T, at least one."""
+    """Check for decreasing ints in 0..T, at least one."""
     try:
         found = tuple(times.tolist() if isinstance(times, Tensor) else times)
     except TypeError:

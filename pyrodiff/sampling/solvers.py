@@ -1,4 +1,4 @@
-r"""Samplers of Gaussian diffusions that read the denoiser: solvers of the probability flow, and their noisy relatives.
+r"""Samplers that use the denoiser of a Gaussian diffusion: solvers of the probability flow, and stochastic variants.
 
 With :math:`y = x_t / a_t` and :math:`\sigma = b_t / a_t` the flow with the marginals of the diffusion, whatever its
 schedule, is
@@ -6,7 +6,7 @@ schedule, is
 .. math:: \frac{dy}{d\sigma} = \frac{y - \hat x_0}{\sigma} = \hat\epsilon, \qquad
     \hat\epsilon = \frac{x_t - a_t \hat x_0}{b_t} .
 
-Where :math:`\hat x_0` stays as it is from t to an earlier s, its solution is
+If :math:`\hat x_0` is held constant from t to an earlier s, the solution is
 
 .. math:: x_s = a_s \hat x_0 + b_s \hat\epsilon
     = \frac{b_s}{b_t} x_t - a_s \left(e^{-h} - 1\right) \hat x_0, \qquad h = \frac{\lambda_s - \lambda_t}{2},
@@ -36,7 +36,7 @@ __all__ = ["DDIMSampler", "DPMSolverSampler", "HeunSampler", "PredictorCorrector
 
 
 class _GaussianSampler(Sampler):
-    """A sampler of a Gaussian diffusion that reads its denoiser."""
+    """A sampler of a Gaussian diffusion that uses its denoiser."""
 
     def __init__(self, diffusion: Diffusion, **options: Any) -> None:
         checks.instance("diffusion", diffusion, Diffusion)
@@ -66,14 +66,14 @@ class _GaussianSampler(Sampler):
 
 
 class _FlowSampler(_GaussianSampler):
-    """A solver, whose sample is what the denoiser says of x_1."""
+    """A solver, whose sample is the denoiser's estimate at x_1."""
 
     def last(self, x_1: Tensor, t: Tensor, *context: Tensor) -> Tensor:
         return _estimate(self.chain, x_1, t, *context)
 
 
 class _LogSNRSampler(_FlowSampler):
-    """A solver in the log signal-to-noise ratio, whose steps are to be even in that."""
+    """A solver in the log signal-to-noise ratio, which works best with steps that are even in it."""
 
     def spaced(self, num_steps: int) -> tuple[int, ...]:
         """Times that are evenly spaced in the log signal-to-noise ratio, :meth:`Schedule.even_times`."""
@@ -81,7 +81,7 @@ class _LogSNRSampler(_FlowSampler):
 
 
 def _estimate(diffusion: Diffusion, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-    """The denoiser's estimate of x_0, checked where the first step is."""
+    """The denoiser's estimate of x_0, checked."""
     denoiser = cast(nn.Module, diffusion.reverse.denoiser)
     checks.takes_context("denoiser", denoiser, context)
     x_0 = denoiser(x_t, t, *context)
@@ -90,12 +90,12 @@ def _estimate(diffusion: Diffusion, x_t: Tensor, t: Tensor, *context: Tensor) ->
 
 
 def _half_fall(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-    """h, by which half the log SNR, log(a / b), is lower at t than at s < t; infinite where t has no signal."""
+    """h, the fall of log(a / b), half the log SNR, from s to t > s; infinite where t has no signal."""
     return (schedule.log_snr(s) - schedule.log_snr(t)) / 2
 
 
 def _solved(schedule: Schedule, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The state at s on the flow from x_t, where the estimate of x_0 stays as it is."""
+    """The state at s on the flow from x_t, with the estimate of x_0 held constant."""
     weights = torch.stack(
         [schedule.noise(s) / schedule.noise(t), -schedule.signal(s) * torch.expm1(-_half_fall(schedule, t, s))]
     )
@@ -104,18 +104,18 @@ def _solved(schedule: Schedule, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor) 
 
 
 class DDIMSampler(_FlowSampler):
-    r"""DDIM: Euler's method for the probability flow, with fresh noise in the place of some of the old if so asked.
+    r"""DDIM: Euler's method for the probability flow; with eta > 0, some of the noise is replaced by fresh noise.
 
     .. math:: x_s = a_s \hat x_0 + \sqrt{b_s^2 - \eta^2 \tilde\beta} \; \hat\epsilon + \eta \sqrt{\tilde\beta} \, z,
         \qquad \tilde\beta = \mathrm{Var}(x_s | x_t, x_0) = \frac{b_s^2 b_{t|s}^2}{b_t^2}, \qquad z \sim N(0, I)
 
-    With :math:`\eta = 0` nothing is drawn but :math:`x_T`, and x_0 is a function of it. With :math:`\eta = 1` each step
-    is a draw of the posterior at :math:`\hat x_0`: ancestral sampling with :class:`PosteriorVariance`, but for the last
-    step. A schedule that ends without signal is as good as any.
+    With :math:`\eta = 0` only :math:`x_T` is drawn, and x_0 is a function of it. With :math:`\eta = 1` each step is a
+    draw of the posterior at :math:`\hat x_0`: ancestral sampling with :class:`PosteriorVariance`, except for the last
+    step. Schedules that end without signal work too.
 
     Arguments:
         diffusion: A Gaussian diffusion whose reverse process has a denoiser.
-        eta: The part of the posterior's standard deviation that is drawn, in [0, 1].
+        eta: The fraction of the posterior's standard deviation that is drawn, in [0, 1].
         **options: Those of :class:`Sampler`: ``compile``, ``num_steps``, ``times``, ``guide``.
 
     Attributes:
@@ -150,7 +150,7 @@ class DDIMSampler(_FlowSampler):
         schedule, s, x_0 = self.chain.forward_process.schedule, t - 1, _estimate(self.chain, x_t, t, *context)
         if self.eta == 0:
             return _solved(schedule, x_t, x_0, t, s)
-        kept = torch.exp(-2 * _half_fall(schedule, t, s))  # 1 - kept is the posterior's variance over b_s^2
+        kept = torch.exp(-2 * _half_fall(schedule, t, s))  # 1 - kept is the posterior's variance divided by b_s^2
         old = schedule.noise(s) * ((1 - self.eta**2) + self.eta**2 * kept).sqrt()
         new = self.eta * schedule.posterior(t, s)[2]
         weights = torch.stack(
@@ -161,17 +161,17 @@ class DDIMSampler(_FlowSampler):
 
 
 class DPMSolverSampler(_LogSNRSampler):
-    r"""DPM-Solver++(2M): DDIM's step at an :math:`\hat x_0` that two steps say together, for one network call per step.
+    r"""DPM-Solver++(2M): DDIM's step with an :math:`\hat x_0` extrapolated from two steps, for one network call per
+    step.
 
     .. math:: D = \hat x_0(x_t, t) + \frac{h}{2 h'} \left(\hat x_0(x_t, t) - \hat x_0(x_{t+1}, t + 1)\right), \qquad
         x_s = \frac{b_s}{b_t} x_t - a_s \left(e^{-h} - 1\right) D
 
     with h the rise of half the log signal-to-noise ratio in this step, and h' in the step before. The first step is
-    DDIM's, for there is none before. After a step that begins without signal h' is infinite, and the second is, too.
+    DDIM's, as there is none before. If it begins without signal, h' is infinite, and the second step is DDIM's too.
 
-    It does best where the steps are of about one size in the log signal-to-noise ratio, so that ``num_steps`` of them
-    are at :meth:`Schedule.even_times`. Where a step is much larger than the one before, D is far off, and DDIM does
-    better.
+    It does best with steps of about equal size in the log signal-to-noise ratio, so ``num_steps`` uses
+    :meth:`Schedule.even_times`. Where a step is much larger than the one before, D is far off, and DDIM does better.
 
     Arguments:
         diffusion: A Gaussian diffusion whose reverse process has a denoiser.
@@ -229,31 +229,31 @@ class DPMSolverSampler(_LogSNRSampler):
 
 
 class HeunSampler(_LogSNRSampler):
-    r"""Heun's method for the probability flow, two network calls per step; with churn, after a step back into noise.
+    r"""Heun's method for the probability flow, two network calls per step; churn puts some noise back before each step.
 
-    The slope is the mean of that at t and of that at the end of DDIM's step, :math:`x'_s`, which comes to
+    The slope is the mean of the slopes at t and at the end of DDIM's step, :math:`x'_s`, which gives
 
     .. math:: x_s = x'_s + \frac{a_s}{2} \left(e^h - 1\right) \left(\hat x_0(x'_s, s) - \hat x_0(x_t, t)\right) .
 
-    A step that divides :math:`\sigma` by much goes wrong by as much, since :math:`e^h` is that factor. So ``num_steps``
-    are even in the log signal-to-noise ratio (:meth:`Schedule.even_times`), which divides it by the same in each; where
-    :math:`\sigma_T` is far above 80, the paper's greatest, as with :class:`CosineSchedule`, give ten steps or more.
+    The factor by which a step divides :math:`\sigma` is :math:`e^h`, and the error grows with it. So ``num_steps`` uses
+    steps that are even in the log signal-to-noise ratio (:meth:`Schedule.even_times`), each with the same factor; where
+    :math:`\sigma_T` is far above 80, the paper's largest, as with :class:`CosineSchedule`, take ten steps or more.
 
     With churn a step begins at a noisier time u of the whole chain, the nearest to
-    :math:`\sigma_u = (1 + \gamma) \sigma_t`, since a network knows no time between, and
+    :math:`\sigma_u = (1 + \gamma) \sigma_t`, since a network is trained at no time between, and
     :math:`\gamma = \min(\mathrm{churn} / K, \sqrt 2 - 1)` in K steps:
-    :math:`x_u = a_{u|t} x_t + \nu b_{u|t} z`, with :math:`\nu` the ``churn_noise``. It draws with the right marginals
-    too, and corrects errors made before. The whole chain has to be finer than that: where all of its T steps are
-    taken, u may be t, and nothing is drawn.
+    :math:`x_u = a_{u|t} x_t + \nu b_{u|t} z`, with :math:`\nu` the ``churn_noise``. This keeps the marginals, and
+    corrects earlier errors. The whole chain has to be finer than these steps: if all of its T steps are taken, u may be
+    t, and nothing is drawn.
 
     Arguments:
         diffusion: A Gaussian diffusion whose reverse process has a denoiser.
-        churn: How much noise is put back in, :math:`S_\mathrm{churn}`, at least 0: over all steps, as a part of
-            :math:`\sigma`.
-        churn_from: The least :math:`\sigma_t = b_t / a_t` at which it is, :math:`S_\mathrm{tmin}`.
-        churn_to: The greatest, :math:`S_\mathrm{tmax}`.
-        churn_noise: The standard deviation of that noise over the right one, :math:`S_\mathrm{noise}`: a little above 1
-            makes up for a denoiser that takes away too much.
+        churn: How much noise is put back, :math:`S_\mathrm{churn}`, at least 0: in all steps together, relative to
+        :math:`\sigma`.
+        churn_from: The smallest :math:`\sigma_t = b_t / a_t` with churn, :math:`S_\mathrm{tmin}`.
+        churn_to: The largest, :math:`S_\mathrm{tmax}`.
+        churn_noise: The factor of the standard deviation of that noise, :math:`S_\mathrm{noise}`: a little above 1
+            makes up for a denoiser that removes too much.
         **options: Those of :class:`Sampler`: ``compile``, ``num_steps``, ``times``, ``guide``.
 
     Attributes:
@@ -309,14 +309,14 @@ class HeunSampler(_LogSNRSampler):
         return x_s + weight * (_estimate(self.diffusion, x_s, s, *context) - x_0)
 
     def _whole_time(self, t: Tensor) -> Tensor:
-        """The time of the whole chain, whose denoiser is asked: churn leads between the times of the steps."""
+        """The time in the whole chain, whose denoiser is called, as churn leads to times between those of the steps."""
         schedule, is_whole = self.chain.forward_process.schedule, self.chain is self.diffusion
         return schedule.times_at(t).to(t.device) if isinstance(schedule, SubSchedule) and not is_whole else t
 
     def _churned(self, schedule: Schedule, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The state with more noise, and its time."""
         rise = 1 + min(self.churn / self.chain.num_steps, math.sqrt(2) - 1)
-        first = t[:1].to(schedule.device)  # all are alike
+        first = t[:1].to(schedule.device)  # all data have the same t
         sigma = _sigma(schedule, first)
         u = torch.where((sigma >= self.churn_from) & (sigma <= self.churn_to), _nearest(schedule, rise * sigma), first)
         u = u.to(t.device).expand_as(t)
@@ -340,7 +340,8 @@ def _sigma(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def _nearest(schedule: Schedule, sigma: Tensor) -> Tensor:
-    """The times in 1..T whose b / a are nearest, by bisection: a learned schedule of very many steps has no table."""
+    """The times in 1..T whose b / a is nearest to sigma, by bisection: a learned schedule of very many steps has no
+    table."""
     T = schedule.num_steps
     low, high = (torch.full(sigma.shape, end, device=sigma.device) for end in (1, T))
     for _ in range(T.bit_length()):
@@ -352,22 +353,22 @@ def _nearest(schedule: Schedule, sigma: Tensor) -> Tensor:
 
 
 class PredictorCorrectorSampler(_GaussianSampler):
-    r"""A draw of the model's own kernel, the predictor, and then steps of Langevin's at the new time, the corrector.
+    r"""A draw of the model's own kernel, the predictor, and then Langevin updates at the new time, the corrector.
 
     .. math:: x \leftarrow x + \delta \hat s + \sqrt{2 \delta} \, z, \qquad
         \hat s = \frac{a_s \hat x_0(x, s) - x}{b_s^2}, \qquad
         \delta = 2 \alpha_s \, \frac{r^2 D}{\|\hat s\|^2}, \qquad \alpha_s = \frac{a_s^2}{a_{s-1}^2}
 
-    for each s = T - 1, ..., 1 of the chain, D being the dimension of a datum and so about :math:`\|z\|^2`. Of a chain
-    that explodes :math:`\alpha_s` is 1. The norm of the score is the mean over the samples, which the paper takes for
-    many of them: by itself, a datum where the score happens to be small would be thrown far off. So a sample depends,
-    little, on those drawn with it. Where the scores are 0 to rounding nothing is corrected.
+    for each s = T - 1, ..., 1 of the chain, D being the dimension of a datum and so about :math:`\|z\|^2`. In a VE
+    chain :math:`\alpha_s` is 1. The norm of the score is its mean over the samples, as in the paper: a single sample
+    whose score happens to be small would be thrown far off. So a sample depends, slightly, on those drawn with it.
+    Where the scores are 0 up to rounding nothing is corrected.
 
-    The last step is a draw of the decoder, as of :class:`AncestralSampler`, which this is without corrections.
+    The last step is a draw of the decoder, as in :class:`AncestralSampler`, which this is without corrections.
 
     Arguments:
         diffusion: A Gaussian diffusion whose reverse process has a denoiser.
-        snr: How large the corrections are, r: about the ratio of the norms of the drift and of the noise in each.
+        snr: The size r of the corrections: about the ratio of the norms of drift and noise in each.
         num_corrections: How many there are at each time, each a network call.
         **options: Those of :class:`Sampler`: ``compile``, ``num_steps``, ``times``, ``guide``.
 
@@ -404,6 +405,6 @@ class PredictorCorrectorSampler(_GaussianSampler):
         norm, length = (y.reshape(len(x), -1).norm(dim=1).mean() for y in (score, x))
         ratio = process.schedule.signal(t) / process.schedule.signal(t - 1)
         alpha, noise = coefficients(torch.stack([ratio**2, process.schedule.noise(t)]), x)
-        says = norm * noise**2 > 8 * torch.finfo(x.dtype).eps * length  # else it is what is left of rounding
+        says = norm * noise**2 > 8 * torch.finfo(x.dtype).eps * length  # else the score is only rounding error
         size = 2 * alpha * self.snr**2 * self.diffusion.event_shape.numel() * torch.where(says, norm**-2, 0.0)
         return x + size * score + (2 * size).sqrt() * torch.randn_like(x)

@@ -13,7 +13,7 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    signal.signal(signal.SIGINT, leave)  # imports take seconds, in which a KeyboardInterrupt may come anywhere
+    signal.signal(signal.SIGINT, leave)  # imports take seconds; Ctrl-C must not raise in the middle of one
     os.environ["MPLBACKEND"] = "agg"  # pictures go to files, whatever a notebook has set for the screen
     from .command.cli import main as command
 

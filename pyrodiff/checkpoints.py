@@ -1,12 +1,11 @@
-"""Checkpoints: a run on disk, whole at every instant, and without code that loading it could run.
+"""Checkpoints: a run on disk, written atomically, and loaded without running code.
 
 A checkpoint holds the state of an :class:`~pyrodiff.SVI` (weights, average, optimizer, scheduler, scaler, counts, the
-history of a drawing of t) and of every source of random numbers. A run that is resumed from it is, on a CPU and unless
-compiled, bit for bit the one that was left.
+history of a drawing of t) and of every random number generator. A run that is resumed from it continues, on a CPU and
+unless compiled, bit for bit as the original would have.
 
-It is written beside its place, brought to the disk, and only then put there: whoever is killed meanwhile, or finds the
-disk full, still has the one before. It is read as tensors, numbers and strings; anything else in a file is refused
-before it could do anything.
+It is written to a temporary file, flushed to the disk and then renamed: after a kill, or on a full disk, the previous
+one is still there. Only tensors, numbers and strings are read; anything else in a file is refused before it could run.
 
 Example:
     >>> import pathlib, tempfile
@@ -53,23 +52,22 @@ __all__ = ["load", "restore", "save"]
 _FORMAT, _NAMES = 1, {"format", "svi", "sources", "more"}
 _PLAIN = (type(None), bool, int, float, str, Tensor, nn.Parameter)
 _NESTED = (dict, OrderedDict, Counter, list, tuple, torch.Size)
-_CALLED = re.compile(  # what tensors are made by, none of which takes memory that the file does not
+_CALLED = re.compile(  # the calls that rebuild tensors, none of which allocates more than the file holds
     r"collections (OrderedDict|Counter)|torch (Size|\w+Storage|[a-z]+\d+)|"
     r"torch\._utils _rebuild_(tensor_v\d|parameter\w*)"
 )
 
 
 def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
-    """Save a run. Of several ranks all call it, and the first writes.
+    """Save a run. With several ranks all must call it, and rank 0 writes.
 
     Arguments:
-        path: The file; one that is there is replaced once the new one is whole.
-        svi: The run, after a step of the optimizer.
-        more: What else is to be kept: tensors, numbers and strings, in dicts, lists and tuples.
+        path: The file; an existing one is replaced once the new one is complete. svi: The run, after a step of the
+        optimizer. more: Anything else to save: tensors, numbers and strings, in dicts, lists and tuples.
 
     Raises:
-        ValueError: If ``svi`` has no state yet, or something is to be kept that is not plain; nothing is written.
-        OSError: If the file cannot be written; what was there before is as it was.
+        ValueError: If ``svi`` has no state yet, or ``more`` has values of another kind; nothing is written. OSError: If
+        the file cannot be written; an existing one is unchanged.
     """
     checks.instance("svi", svi, SVI)
     path = path_of(path)
@@ -81,24 +79,19 @@ def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
             data = io.BytesIO()
             torch.save(state, data)
             write(path, data.getbuffer())
-    except Exception as error:  # the other ranks are not to wait for this one
+    except Exception as error:  # reported below, so that other ranks do not wait for this one
         problem = error
     if not ranks.all_say(problem is None):
         raise problem or OSError(f"{path} could not be written by another rank")
 
 
 def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
-    """Resume a run that was saved. Of several ranks all call it.
-
-    Where they are as many as there were, each resumes with its own random numbers; a rank that was not there keeps
-    those it has.
+    """Resume a run that was saved. With several ranks all must call it. Each rank gets back its own random state; a
+    rank beyond those that were saved keeps the one it has.
 
     Arguments:
         path: The file.
-        svi: Made as the one that was saved, from programs of the same kind.
-
-    Returns:
-        What else was kept.
+        svi: Constructed like the saved one, from programs of the same kind. Returns: The ``more`` that was saved.
 
     Raises:
         ValueError: If there is no such file, it is cut short, corrupt, of a newer version, or holds anything but
@@ -130,7 +123,7 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU: "svi", "sources", of each rank, and "more".
+    """The content of a checkpoint, on the CPU: "svi", "sources" (the random state of each rank) and "more".
 
     Arguments:
         path: The file.
@@ -171,7 +164,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _refuse_records(file: Path) -> None:
-    """Refuse what torch would not look at: sizes that the file does not have, checksums, and calls of other kinds."""
+    """Checks that torch does not make: of sizes against the file's, of checksums, and of what is called."""
     with zipfile.ZipFile(file) as records:
         infos = records.infolist()
         if sum(info.file_size for info in infos) > file.stat().st_size or any(info.compress_type for info in infos):
@@ -186,7 +179,7 @@ def _refuse_records(file: Path) -> None:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """What a file can hold without code: the value itself, or with numbers of NumPy's, say, as Python's."""
+    """A value that a file can hold without code: itself, or with NumPy's numbers, say, turned into Python's."""
     if type(value) in _PLAIN:
         return value
     parts: dict | list | tuple

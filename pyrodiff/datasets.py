@@ -1,7 +1,8 @@
 r"""Data: generated from a seed, carried inside the package, or read from disk; nothing is downloaded.
 
-What is generated or carried is float32 with shape (n, *event_shape), the same for the same seed. What is read is as its
-file has it (:mod:`pyrodiff.readers`). :func:`binarize` and :class:`Strokes` make data of data. All is on the CPU.
+Generated and packaged data are float32 with shape (n, *event_shape), the same for the same seed. Data from disk keep
+the shape and dtype of their file (:mod:`pyrodiff.readers`). :func:`binarize` and :class:`Strokes` transform data. All
+are on the CPU.
 """
 
 import functools
@@ -42,7 +43,7 @@ P = ParamSpec("P")
 
 
 def _on_cpu(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """What makes data on the CPU, whatever torch's default device."""
+    """Decorate a function to make its data on the CPU, whatever torch's default device."""
 
     @functools.wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -61,7 +62,7 @@ def _generator(num_samples: int, seed: int) -> torch.Generator:
 
 @_on_cpu
 def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
-    r"""A spiral in the plane, of unit variance a dimension as in the paper.
+    r"""A spiral in the plane, with unit variance per dimension as in the paper.
 
     .. math:: x \propto (r \cos r, r \sin r) / 4 + \text{noise}, \qquad r \sim U[1.5 \pi, 4.5 \pi]
 
@@ -131,7 +132,7 @@ def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
     if not (arguments.is_number(noise) and 0 < noise < math.inf):
         raise ArgumentError("noise", f"must be a number above 0 for a density, but it is {noise!r}")
     scale = math.sqrt(1 + noise**2)
-    pieces = math.ceil(3 * math.pi * 2.2 * max(1.0, 1 / noise) / 4)  # the spiral moves by 2.2 at most as r does by 1
+    pieces = math.ceil(3 * math.pi * 2.2 * max(1.0, 1 / noise) / 4)  # the spiral moves at most 2.2 per unit of r
     node, weight = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(16))
     node = (torch.arange(pieces)[:, None] + (1 + node) / 2).flatten() / pieces * 2 - 1
     weight, number = weight.repeat(pieces) / pieces, 16 * pieces
@@ -270,13 +271,13 @@ def digits(split: str = "train", binary: bool = False) -> Tensor:
 
 
 class Strokes:
-    r"""Other pictures of the same digits: turned, sheared, scaled and moved a little, to train on.
+    r"""Data augmentation for the digits: pictures slightly rotated, sheared, scaled and shifted.
 
-    A level of :func:`digits` counts the dark ones among 4 x 4 points of a scan of 32 x 32. A likely scan of each
-    picture is restored, and its points are counted anew after the change: a turn by up to 0.14 radians, a shear by up
-    to 0.12, a width and a height other by up to 8 % each, and a shift by up to 1.5 points of the scan to the side and
-    1 up or down, each uniform on its interval and independent of the others. A picture that is not changed is given
-    back as it was. Data for training alone: a bound is one on the law of the data it is evaluated on.
+    A level of :func:`digits` is the number of dark points among 4 x 4 of a 32 x 32 scan. A likely scan of each picture
+    is reconstructed, and its points are counted again after a transformation: a rotation by up to 0.14 radians, a shear
+    by up to 0.12, a scaling of width and height by up to 8 % each, and a shift by up to 1.5 points of the scan
+    horizontally and 1 vertically, each uniform on its interval and independent. Without a transformation the picture is
+    unchanged. For training only: a bound refers to the distribution of the data it is evaluated on.
 
     Arguments:
         k: The levels 0..16 of the pictures, with shape (n, 8, 8), as :func:`digits` has them.
@@ -302,13 +303,13 @@ class Strokes:
 
     @_on_cpu
     def __call__(self, i: Tensor) -> Tensor:
-        """Change pictures, each in a way of its own, drawn from torch's global source.
+        """Transform pictures, each at random, by draws from torch's global generator.
 
         Arguments:
-            i: The numbers of the pictures, integers in 0..n-1 with shape (B,); a number may come more than once.
+            i: The indices of the pictures, integers in 0..n-1 with shape (B,); an index may occur more than once.
 
         Returns:
-            The levels of the changed pictures, 0..16, with shape (B, 8, 8).
+            The levels of the transformed pictures, 0..16, with shape (B, 8, 8).
 
         Raises:
             ValueError: If ``i`` is something else.
@@ -329,18 +330,18 @@ class Strokes:
 def binarize(
     k: Tensor, levels: int = 256, threshold: int | None = None, generator: torch.Generator | int | None = None
 ) -> Tensor:
-    r"""Bits of grey levels: drawn, a 1 with probability :math:`k / (L - 1)`, or 1 from a threshold on.
+    r"""Bits from grey levels: drawn, a 1 with probability :math:`k / (L - 1)`, or by a threshold.
 
     What papers call *dynamic* binarisation is a call for each batch, with fresh draws, in training and for the data of
     a bound. *Static* or *fixed* binarisation is one call with a seed for each split, whose bits are kept, like the file
-    of MNIST that Larochelle drew once; a threshold is static too, and draws nothing. They are data of different laws,
-    with different entropies, whose nats do not compare: always say which.
+    of MNIST that Larochelle drew once; a threshold is static too, and draws nothing. These are different distributions,
+    with different entropies, and their nats cannot be compared: always say which.
 
     Arguments:
         k: Levels, whole numbers in 0..levels-1, of any dtype and shape.
         levels: The number of levels L, at least 2.
         threshold: The least level that becomes a 1, in 1..levels-1; bits are drawn if not given.
-        generator: A generator or a seed of the draws; torch's global source if not given.
+        generator: A generator or a seed of the draws; torch's global generator if not given.
 
     Returns:
         Zeros and ones with the shape of ``k``, float32.

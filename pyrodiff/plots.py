@@ -1,4 +1,4 @@
-r"""Pictures of a diffusion: what goes in, what comes out and on which way, and where the bound is spent.
+r"""Plots of a diffusion: data, samples, states on the way, and the terms of the bound.
 
 Each function draws on matplotlib axes or makes a figure, and returns it; none shows or saves anything.
 """
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _DATA, _MODEL = "#1f4e79", "#b5452c"
-_GAP = 0.8  # the grey between pictures, neither black nor white, which their edges may be
+_GAP = 0.8  # the grey between pictures, which differs from black and white edges
 
 
 @torch.no_grad()
@@ -49,13 +49,13 @@ def diffusion_process(
 
     The top row shows :math:`q(x_t)` of the data, the middle row the model's :math:`p_\theta(x_t)`, drawn by running
     it from :math:`x_T` down, and the bottom row the drift, the mean of :math:`p_\theta(x_{t-1} | x_t)` less
-    :math:`x_t`, as arrows, in each picture to a scale of its own.
+    :math:`x_t`, as arrows, scaled separately in each picture.
 
     Arguments:
         diffusion: A model of points in the plane, with event_shape (2,).
         x_0: Data, with shape (B, 2).
         times: The times of the columns, from the data to the noise, in 0..T; 0, T / 2 and T if not given.
-        extent: The pictures show [-extent, extent]^2; what holds nearly all data and noise if not given.
+        extent: The pictures show [-extent, extent]^2; if not given, large enough for nearly all data and noise.
 
     Returns:
         The figure.
@@ -121,7 +121,7 @@ def terms(bound: Bound, axes: Axes | None = None) -> Axes:
 
     Arguments:
         bound: The bound.
-        axes: Where to draw; axes of a new figure if not given.
+        axes: The axes to draw on; those of a new figure if not given.
 
     Returns:
         The axes.
@@ -137,14 +137,14 @@ def terms(bound: Bound, axes: Axes | None = None) -> Axes:
     axes.set(xlabel="t", ylabel="$L_{t-1}$ in nats")
     if len(means) and (means > 0).all():
         axes.set_yscale("log")
-        if means.min() < 1e-6 * means.max():  # what is so small is rounding, and is let go
+        if means.min() < 1e-6 * means.max():  # smaller values are rounding errors
             axes.set_ylim(1e-6 * means.max(), 2 * means.max())
     axes.legend(frameon=False)
     return axes
 
 
 def variances(account: VarianceAccount) -> Figure:
-    r"""The mean and the spread of each term over t, and the variance that each way of drawing t leaves.
+    r"""The mean and the spread of each term over t, and the variance under each way of drawing t.
 
     On the left the root of :math:`\mathbb{E}[L_{t-1}^2]`, to which the best probabilities of t are proportional, and
     the mean; on the right the variances of the one-step estimate and of its gradient, relative to the first drawing,
@@ -184,7 +184,7 @@ def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axe
 
     Arguments:
         x: Zeros and ones, with shape (B, length), or (B, height, width).
-        axes: Where to draw; axes of a new figure if not given.
+        axes: The axes to draw on; those of a new figure if not given.
         columns: How many pictures stand side by side; about the root of B if not given. Sequences have one column.
 
     Returns:
@@ -207,17 +207,17 @@ def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axe
 
 
 def pictures(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axes:
-    """A batch of pictures side by side, as light: 0 is black and 1 white, unlike in :func:`bits`; colours as they are.
+    """A batch of pictures side by side: 0 is black and 1 white, unlike in :func:`bits`; or in colour.
 
     Arguments:
         x: Numbers in [0, 1], with shape (B, height, width), (B, 1, height, width) or, for red, green and blue,
             (B, 3, height, width). Data on levels or in [-1, 1] are ``(x + 1) / 2``, and draws from a density that go
-            beyond are to be clamped.
-        axes: Where to draw; axes of a new figure if not given.
+            beyond must be clamped.
+        axes: The axes to draw on; those of a new figure if not given.
         columns: How many pictures stand side by side; about the root of B if not given.
 
     Returns:
-        The axes, with one image of all. In it a pixel of pictures of at most 16 x 16 is a square of several.
+        The axes, with one image of all. Pixels of pictures of at most 16 x 16 are enlarged in it.
 
     Raises:
         ValueError: If ``x`` has another shape, or a number outside [0, 1], or ``columns`` is not a positive int.
@@ -246,15 +246,15 @@ def pictures(x: Tensor, axes: Axes | None = None, columns: int | None = None) ->
 
 
 def samples(x: Tensor, axes: Axes | None = None, limits: tuple[float, float] | None = None) -> Axes:
-    """Samples or data, whatever they are: points as a scatter, sequences one below the other, pictures side by side.
+    """Samples or data of any kind: points as a scatter, sequences one below the other, pictures side by side.
 
     Arguments:
         x: Points in the plane, with shape (B, 2); sequences, (B, length); or pictures, (B, height, width) or
             (B, 1 or 3, height, width).
-        axes: Where to draw; axes of a new figure if not given.
+        axes: The axes to draw on; those of a new figure if not given.
         limits: The two numbers that are drawn as black and white in pictures, and as white and black in sequences;
-            a number beyond is drawn as the nearer one. If not given, (0, 1) if no number is below 0, else (-1, 1),
-            where :class:`pyrodiff.Levels` stand.
+            numbers beyond are clipped. If not given, (0, 1) if no number is below 0, else (-1, 1), as for
+            :class:`pyrodiff.Levels`.
 
     Returns:
         The axes.
@@ -280,7 +280,7 @@ def samples(x: Tensor, axes: Axes | None = None, limits: tuple[float, float] | N
 
 
 def beside(samples: Tensor, data: Tensor | None = None, limits: tuple[float, float] | None = None) -> Figure:
-    """Samples, and data beside them to one scale, each under a title that says how many there are of which.
+    """Samples, with data beside them on the same scale; the titles give the number of each.
 
     Arguments:
         samples: Samples as in :func:`samples`: points, sequences or pictures.
@@ -323,12 +323,12 @@ def beside(samples: Tensor, data: Tensor | None = None, limits: tuple[float, flo
 
 
 def histograms(samples: Tensor, data: Tensor, most: int = 12) -> Figure:
-    """Samples of vectors beside data, dimension by dimension: a histogram of each in one frame.
+    """Histograms of samples and data, of vectors, in one frame per dimension.
 
     Arguments:
         samples: Samples with shape (B, length).
         data: Data of the same length.
-        most: How many dimensions are drawn at most, spread evenly.
+        most: The largest number of dimensions to draw, spread evenly.
 
     Returns:
         The figure.
@@ -377,14 +377,14 @@ def _named(samples: Tensor, data: Tensor | None) -> dict[str, Tensor]:
 def trajectory(
     states: Tensor, times: Sequence[int], rows: int | None = None, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """States on the way from noise to data, a column for each time: a strip of the same samples.
+    """States on the way from noise to data, as a strip: a column per time, with the same samples in each.
 
     Arguments:
         states: States x_t with shape ``(len(times), B, *event_shape)``, as of
             :meth:`pyrodiff.AncestralSampler.trajectory`, of data as in :func:`samples`.
         times: Their times t.
-        rows: How many samples stand one below the other, the first ones; at most 6 pictures or 24 sequences if not
-            given. Points are all drawn, to one scale.
+        rows: How many samples to draw, one below the other; if not given, the first 6 pictures or 24 sequences. Points
+            are all drawn, on one scale.
         limits: See :func:`samples`; if not given, by the last states.
 
     Returns:
@@ -425,13 +425,13 @@ def trajectory(
 def animation(
     states: Tensor, times: Sequence[int], limits: tuple[float, float] | None = None, interval: int = 100
 ) -> FuncAnimation:
-    """States on the way from noise to data, a frame for each time, the last of which stands for a second more.
+    """States on the way from noise to data, a frame per time; the last is shown for a second more.
 
     Arguments:
         states: See :func:`trajectory`. All samples are drawn, as by :func:`samples`.
         times: Their times t.
         limits: See :func:`trajectory`.
-        interval: How long a frame stands, in milliseconds.
+        interval: How long a frame is shown, in milliseconds.
 
     Returns:
         matplotlib's animation, which opens no window: write it to a file by its ``save``. matplotlib warns if it is
@@ -476,17 +476,17 @@ def animation(
 def curves(
     records: Sequence[Mapping[str, float]], axes: Axes | None = None, scale: float = 1.0, unit: str = "nats per datum"
 ) -> Axes:
-    """What a training wrote down: the loss of each record, thin, its mean over those around it, and a held-out bound.
+    """The curves of a training: the loss of each record (thin), its running mean, and a held-out bound.
 
-    The vertical axis is logarithmic where all is positive and the greatest is over 30 times the least.
+    The vertical axis is logarithmic if all values are positive and the largest is over 30 times the smallest.
 
     Arguments:
-        records: Mappings, such as lines of JSON, with a number "step" and, each where there is one, a "loss" and a
-            "bound", in nats per datum, with its standard error "bound_se". What is missing, None or not finite is not
-            drawn, nor is any other key.
-        axes: Where to draw; axes of a new figure if not given.
-        scale: What the values are multiplied by: 1 / (D log 2) for bits per dimension of D numbers.
-        unit: What the vertical axis then is called.
+        records: Mappings, such as lines of JSON, with a number "step" and, if present, a "loss" and a "bound", in nats
+            per datum, with its standard error "bound_se". Values that are missing, None or not finite are not drawn;
+            other keys are ignored.
+        axes: The axes to draw on; those of a new figure if not given.
+        scale: A factor for the values: 1 / (D log 2) for bits per dimension of D numbers. unit: The label of the
+        vertical axis.
 
     Returns:
         The axes. The bars of the bound are two standard errors up and down.
@@ -529,7 +529,7 @@ def curves(
 
 
 def _column(records: Sequence[Mapping[str, float]], *keys: str) -> np.ndarray:
-    """Steps beside the values of some keys, of the records that have a step and the first; others are NaN."""
+    """Rows of the step and the values of some keys, for records with a step and the first key; others may be NaN."""
     rows = []
     for number, record in enumerate(records):
         if not isinstance(record, Mapping):
@@ -545,7 +545,7 @@ def _column(records: Sequence[Mapping[str, float]], *keys: str) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray, half: int) -> np.ndarray:
-    """The mean of each value and so many before and behind it, or as many as there are."""
+    """A running mean over ``half`` values to either side, or as many as there are."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
@@ -553,7 +553,7 @@ def _smooth(values: np.ndarray, half: int) -> np.ndarray:
 
 
 def _form(event_shape: Sequence[int]) -> str | None:
-    """What data of a shape are drawn as."""
+    """The form in which data of a shape are drawn."""
     if tuple(event_shape) == (2,):
         return "points"
     if len(event_shape) == 3:
@@ -562,7 +562,7 @@ def _form(event_shape: Sequence[int]) -> str | None:
 
 
 def _checked_form(name: str, x: Tensor, before: str, dims: int) -> str:
-    """What ``x`` is drawn as, of whose shape the first ``dims`` sizes are called ``before``."""
+    """The form in which ``x`` is drawn, checked; its first ``dims`` dimensions are called ``before`` in the error."""
     form = _form(x.shape[dims:]) if isinstance(x, Tensor) and x.numel() and x.dim() > dims else None
     if form is None:
         raise ArgumentError(
@@ -577,7 +577,7 @@ def _checked_form(name: str, x: Tensor, before: str, dims: int) -> str:
 
 
 def _checked_states(states: Tensor, times: Sequence[int]) -> tuple[str, tuple]:
-    """What states are drawn as, and their times."""
+    """The form in which states are drawn, and their times, checked."""
     form = _checked_form("states", states, "len(times), B", 2)
     found = times.tolist() if isinstance(times, Tensor) else times
     found = tuple(found) if isinstance(found, Sequence) else ()
@@ -604,7 +604,7 @@ def _drawn(x: Tensor, form: str, limits: tuple[float, float], columns: int | Non
 def _enlarged(x: Tensor) -> np.ndarray:
     """Grey pictures with shape (B, height, width), coloured ones with (B, height, width, 3).
 
-    A pixel of small ones is a square of several, so that the gap between two pictures is thin.
+    Pixels of small ones are enlarged, so that the gap between two pictures is thin.
     """
     x = x.detach().cpu().double()
     if x.dim() == 4:
@@ -614,7 +614,7 @@ def _enlarged(x: Tensor) -> np.ndarray:
 
 
 def _tiled(tiles: np.ndarray, columns: int | None, gap: float) -> np.ndarray:
-    """Pictures side by side, a pixel of ``gap`` apart, row by row."""
+    """Pictures side by side, row by row, separated by one pixel of grey ``gap``."""
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     margins = ((0, -len(tiles) % columns), (0, 1), (0, 1), (0, 0))[: tiles.ndim]
     tiles = np.pad(tiles, margins, constant_values=gap)
@@ -639,7 +639,7 @@ def _square_axes() -> Axes:
 
 
 def _extent(x: Tensor) -> float:
-    """What holds all points but the outermost."""
+    """The half-width of a square with all points except the outermost."""
     return 1.1 * float(np.quantile(x.detach().abs().cpu().numpy(), 0.998)) or 1.0
 
 
@@ -653,7 +653,7 @@ def _show(axes: Axes, tiles: np.ndarray, form: str) -> None:
 
 def _light(axes: Axes, tiles: np.ndarray) -> None:
     """An array of pictures: 0 black, 1 white."""
-    interpolation = "nearest" if max(tiles.shape) <= 400 else "antialiased"  # axes often have no more places
+    interpolation = "nearest" if max(tiles.shape) <= 400 else "antialiased"  # about the resolution of the axes
     axes.imshow(tiles, cmap="gray", vmin=0, vmax=1, interpolation=interpolation, aspect="equal")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color(str(_GAP))

@@ -1,7 +1,7 @@
 r"""Data of your own, read from disk; nothing is downloaded. Everything public here is at hand in ``datasets``.
 
-What is read keeps the shape and dtype of its file, and no header is believed further than there are bytes; pictures
-are uint8 levels, as Pillow reads them. No file can run code. All is on the CPU.
+Data keep the shape and dtype of their file, and no more memory is taken than the file has bytes, whatever its header
+says; pictures are uint8 levels, as Pillow reads them. No file can run code. All data are on the CPU.
 """
 
 import gzip
@@ -40,18 +40,18 @@ __all__ = [
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_STEMS = {"images": "images{}idx3-ubyte", "labels": "labels{}idx1-ubyte"}
-_TORCH_TYPES = {  # what torch holds a number type of numpy as; the unsigned ones that it half supports, widened
+_TORCH_TYPES = {  # the torch dtype of each NumPy dtype; unsigned ones that torch supports only in part are widened
     **{name: name for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")},
     **{"uint16": "int32", "uint32": "int64"},
 }
-_PICTURES = {  # how the names of pictures end, and what Pillow calls the format
+_PICTURES = {  # file endings of pictures, and Pillow's names of the formats
     **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".gif": "GIF", ".webp": "WEBP"},
     **{".tif": "TIFF", ".tiff": "TIFF", ".pbm": "PPM", ".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM"},
 }
 _FIRST_BYTES = re.compile(  # of these formats
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|BM.{4}\0{4}|GIF8[79]a|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6]\s+[\d#]", re.DOTALL
 )
-_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA")  # Pillow's names of how a picture has its pixels
+_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA")  # Pillow's modes
 _DAMAGE = (EOFError, OSError, RuntimeError, struct.error, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
 
 
@@ -89,11 +89,12 @@ def idx(path: str | os.PathLike[str]) -> Tensor:
 
 
 def idx_folder(folder: str | os.PathLike[str], split: str = "train", kind: str = "images") -> Tensor:
-    """The images or labels of a folder with the four files of MNIST, or of a data set that took over its format.
+    """The images or labels of a folder with the four files of MNIST, or of a data set in its format.
 
-    They are looked for in the folder, in ``raw`` in it, and in ``raw`` in a folder of it, as MNIST/raw of torchvision.
-    The files are {train,t10k}-{images-idx3,labels-idx1}-ubyte or, with a dot, {train,t10k}-{images.idx3,...}-ubyte,
-    each plain or, with .gz at the end, gzipped; the plain one is taken where there are both.
+    The files may be in the folder, in its sub-folder ``raw``, or in ``raw`` of a sub-folder, as torchvision's
+    MNIST/raw. The files are {train,t10k}-{images-idx3,labels-idx1}-ubyte or, with a dot,
+    {train,t10k}-{images.idx3,...}-ubyte, each plain or, with .gz at the end, gzipped; the plain one is taken where
+    there are both.
 
     Arguments:
         folder: The folder.
@@ -173,8 +174,8 @@ def array(path: str | os.PathLike[str], name: str | None = None, mapped: bool = 
     Arguments:
         path: The file.
         name: Which array of an .npz file; not needed if it has one.
-        mapped: Whether the numbers of an .npy file may stay there until they are looked at, so that more of them can be
-            had than memory holds; the file must not change meanwhile. What is written to the tensor is not to the file.
+        mapped: Whether to memory-map an .npy file, so that it may be larger than memory; the file must not change
+            meanwhile. Writing to the tensor does not change the file.
 
     Returns:
         The array, with its shape and dtype; uint16 as int32 and uint32 as int64, which torch has more operations for.
@@ -210,14 +211,14 @@ def array(path: str | os.PathLike[str], name: str | None = None, mapped: bool = 
 
 
 def array_place(path: str | os.PathLike[str]) -> tuple[int, tuple[int, ...], np.dtype, str]:
-    """Where the numbers of an .npy file lie, one datum after another, so that some can be read without the rest.
+    """Where the numbers of an .npy file are, one datum after another, so that some can be read without the rest.
 
     Arguments:
         path: The file.
 
     Returns:
-        The byte that they begin at; their shape; their dtype in the file; the name of the one that :func:`array`
-        gives them.
+        The offset of the first byte; the shape; the dtype in the file; the name of the dtype that :func:`array`
+        returns.
 
     Raises:
         ValueError: If :func:`array` would refuse the file; if it is an .npz file, or its first index runs fastest, so
@@ -246,7 +247,7 @@ def array_place(path: str | os.PathLike[str]) -> tuple[int, tuple[int, ...], np.
 
 
 def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor:
-    """All pictures in a folder and its sub-folders, in the order of their sorted names, or the numbers of those.
+    """All pictures in a folder and its sub-folders, sorted by name, or their labels, the numbers of the sub-folders.
 
     Pictures are files that begin as PNG, JPEG, BMP, GIF, WebP, TIFF or PNM do, whatever their names, or whose names end
     in .png, .jpg, .jpeg, .bmp, .gif, .webp, .tif, .tiff, .pbm, .pgm, .ppm or .pnm; other files are passed over, and so
@@ -255,8 +256,8 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
 
     Levels are given as the file has them. Black and white is 0 and 255; a palette is colour; where some pictures are
     grey and others coloured, the grey ones have three equal channels. Whatever would need a choice is refused: 16 bits
-    a channel, CMYK and other colour spaces, a pixel that is not opaque, more than one frame, a photograph that its
-    file says is to be turned. One tensor is filled, picture by picture.
+    a channel, CMYK and other colour spaces, a pixel that is not opaque, more than one frame, an EXIF orientation that
+    asks for a rotation. One tensor is filled, picture by picture.
 
     Arguments:
         folder: The folder.
@@ -264,8 +265,8 @@ def image_folder(folder: str | os.PathLike[str], kind: str = "images") -> Tensor
 
     Returns:
         Images as levels 0..255, uint8, with shape (n, height, width) if all are grey and (n, 3, height, width) if not,
-        for ``pyrodiff.from_levels(images, levels=256)``; or labels with shape (n,), int64, the number of the sub-folder
-        that each picture lies in, or of the one that its own lies in, as their names are sorted, from 0.
+        for ``pyrodiff.from_levels(images, levels=256)``; or labels with shape (n,), int64, the number, from 0, of the
+        top-level sub-folder that each picture is in, sorted by name.
 
     Raises:
         ValueError: If there is no such folder or kind; if there is no picture; if a picture is none, is cut short or
@@ -337,7 +338,7 @@ def picture(file: str | os.PathLike[str]) -> Tensor:
 
 @contextmanager
 def _pillow(reader: str) -> Iterator[Any]:
-    """Pillow's ``Image``; within, a picture of a size that Pillow warns of is refused."""
+    """Pillow's ``Image``, in a context that refuses pictures of a size that Pillow warns of."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -348,14 +349,14 @@ def _pillow(reader: str) -> Iterator[Any]:
 
 
 def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]]:
-    """The pictures that :func:`image_folder` reads, and what it passes over.
+    """The pictures that :func:`image_folder` reads, and the files that it ignores.
 
     Arguments:
         folder: The folder.
 
     Returns:
-        The pictures in the folder and its sub-folders, at least one, in order; and the names in it of all other files,
-        and of the folders that are not looked into, sorted.
+        The pictures in the folder and its sub-folders, at least one, in order; and the names of all other files, and of
+        folders that are not searched, sorted.
 
     Raises:
         ValueError: If there is no such folder, one cannot be read, or there is no picture.
@@ -389,7 +390,7 @@ def picture_files(folder: str | os.PathLike[str]) -> tuple[list[Path], list[str]
 
 
 def picture_labels(folder: str | os.PathLike[str], files: list[Path]) -> Tensor:
-    """The number, of each picture, of the sub-folder that it lies in, as ``image_folder(folder, "labels")`` has it.
+    """The label of each picture, the number of its sub-folder, as of ``image_folder(folder, "labels")``.
 
     Arguments:
         folder: The folder.
@@ -430,7 +431,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _existing(name: str, value: str | os.PathLike[str], kind: str) -> Path:
-    """The path of a file or folder that is there."""
+    """The path of an existing file or folder."""
     try:
         path = Path(value)
     except TypeError:
@@ -450,7 +451,7 @@ def _few(names: Iterable[str]) -> str:
 
 @contextmanager
 def _whole(must: tuple[str, str], where: object) -> Iterator[None]:
-    """What unpacking a damaged file raises, as an error of the argument ``must[0]``."""
+    """A context that turns errors of unpacking a damaged file into one of the argument ``must[0]``."""
     try:
         yield
     except _DAMAGE as error:
@@ -467,11 +468,11 @@ def _opened(must: tuple[str, str], file: Path) -> Iterator[IO[bytes]]:
         zipped = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         with _whole(must, file), gzip.GzipFile(fileobj=plain) if zipped else plain as stream:
-            yield cast(IO[bytes], stream)  # as good as: GzipFile is one in all but name
+            yield cast(IO[bytes], stream)  # GzipFile is one in all but name
 
 
 def _idx_header(must: tuple[str, str], file: Path, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
-    """The dtype and the shape that an IDX file says it has."""
+    """The dtype and the shape in the header of an IDX file."""
     first = stream.read(4)
     if len(first) < 4 or first[:2] != b"\0\0":
         begins = f"begins with the bytes {first.hex(' ')}" if first else "is empty"
@@ -568,10 +569,10 @@ def _check_dtype(must: tuple[str, str], where: object, dtype: np.dtype, shape: t
 
 
 def _npy_header(must: tuple[str, str], where: object, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], bool]:
-    """The dtype and the shape that an array says it has, and whether its first index runs fastest."""
+    """The dtype and the shape in the header of an array, and whether its first index runs fastest (Fortran order)."""
     magic = stream.read(8)
     length = stream.read(2 if magic[6:7] == b"\1" else 4)
-    header = stream.read(min(int.from_bytes(length, "little"), 10_000))  # NumPy takes no longer one, but would read it
+    header = stream.read(min(int.from_bytes(length, "little"), 10_000))  # NumPy refuses longer ones, after reading
     whole = io.BytesIO(magic + length + header)
     try:
         version = np.lib.format.read_magic(whole)
@@ -630,7 +631,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _of_picture(pillow: Any, file: Path, read: Callable[[Any], tuple | Tensor | str]) -> Any:
-    """What ``read`` finds in a picture; where it gives a text, that is what keeps the picture from being read."""
+    """The result of ``read`` on a picture; if that is a string, it is the reason why the picture is refused."""
     if not file.is_file():
         got = (
             "is neither a file nor a folder" if file.exists() else "does not exist, or is a link to what does not exist"
@@ -660,7 +661,7 @@ def _of_picture(pillow: Any, file: Path, read: Callable[[Any], tuple | Tensor | 
 
 
 def _head(image: Any) -> tuple[tuple[int, int], str] | str:
-    """Width and height of a picture, and how it has its pixels."""
+    """Width and height of a picture, and Pillow's mode; or the reason why it is refused."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         return f"has {frames} frames; save the one to be read as a picture of its own"
@@ -675,10 +676,10 @@ def _head(image: Any) -> tuple[tuple[int, int], str] | str:
 
 
 def _pixels_in(mode: str) -> Callable[[Any], Tensor | str]:
-    """What reads the levels of a picture as "L", with shape (height, width), or "RGB", (3, height, width)."""
+    """A function that reads a picture's levels as "L", with shape (height, width), or "RGB", (3, height, width)."""
 
     def pixels(image: Any) -> Tensor | str:
-        if image.getexif().get(0x0112, 1) not in (0, 1):  # the orientation; looked at first, for loading may obey it
+        if image.getexif().get(0x0112, 1) not in (0, 1):  # EXIF orientation; read before load(), which may apply it
             return "is to be turned or mirrored when it is shown, says its EXIF orientation; turn it first"
         image.load()
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

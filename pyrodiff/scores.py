@@ -1,9 +1,9 @@
-r"""Score matching: losses of a score network, or of minus the gradient of an energy, and the noise to train it with.
+r"""Score matching: losses for a score network, or for minus the gradient of an energy; and choices of the noise.
 
 The score of a density is the gradient of its logarithm, :math:`\nabla \log p(x)`. A loss compares it with a *score*
 :math:`s`, any function from x, with shape (B, \*event_shape), to a tensor of the same shape: a network, or
-:func:`minus_gradient` of an energy. Each loss is per datum, with shape (B,); the mean over the data is what is to be
-minimised. With D numbers a datum,
+:func:`minus_gradient` of an energy. Each loss is per datum, with shape (B,); minimise its mean over the data. With D
+numbers per datum,
 
 .. math::
     \text{explicit:} \quad & \tfrac12 \lVert s(x) - \nabla \log p(x) \rVert^2 \\
@@ -13,15 +13,17 @@ minimised. With D numbers a datum,
     \text{denoising:} \quad & \tfrac12 \lVert s(x + \sigma \epsilon) + \epsilon / \sigma \rVert^2,
         \qquad \epsilon \sim N(0, I)
 
-Explicit, implicit and sliced differ in the mean by :math:`\tfrac12 \mathbb{E} \lVert \nabla \log p \rVert^2`, in which
-the score does not occur. Denoising is the explicit loss of the noisy data, again up to what does not depend on the
-score, so that its best score is that of :math:`p_\sigma`, the density of the data with their noise.
+In expectation, the implicit and the sliced loss are the explicit one less
+:math:`\tfrac12 \mathbb{E} \lVert \nabla \log p \rVert^2`, which does not depend on the score s. Denoising is the
+explicit loss of the noisy data, again up to a constant, so that its best score is that of :math:`p_\sigma`, the density
+of the noisy data.
 
-A network of a diffusion is trained by the bound, with all times at once; these losses are for a score by itself, at one
-noise, or at a noise for each datum. A network that takes the time is given as ``lambda x: network(x, t)``, and NCSN's
-weight :math:`\lambda(\sigma) = \sigma^2` is ``sigma**2 * denoising(score, x, sigma)``.
+A diffusion is trained by the bound, at all times at once; these losses are for a score by itself, at one noise level,
+or at one per datum. A network that takes the time is given as ``lambda x: network(x, t)``, and NCSN's weight
+:math:`\lambda(\sigma) = \sigma^2` is ``sigma**2 * denoising(score, x, sigma)``.
 
-Of the five techniques of 2020, the first, second and fourth are :func:`initial_noise`, :func:`noise_ratio` and
+Of the five techniques of Song and Ermon (2020), the first, second and fourth are :func:`initial_noise`,
+:func:`noise_ratio` and
 :func:`langevin_step_size`; the third is :class:`pyrodiff.networks.DividedByNoise`, and the fifth
 :func:`pyrodiff.exponential_average`.
 
@@ -102,12 +104,12 @@ def explicit(score: Callable[[Tensor], Tensor], x: Tensor, true_score: Tensor | 
 def implicit(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     r"""The explicit loss without the true score: :math:`\tfrac12 \lVert s(x) \rVert^2 + \nabla \cdot s(x)`.
 
-    In the mean it is the explicit loss less :math:`\tfrac12 \mathbb{E} \lVert \nabla \log p \rVert^2`, where
-    :math:`p(x) s(x)` vanishes at infinity. The divergence is exact, of D gradients. Its gradient in the parameters of
-    the score is that of the loss.
+    In expectation it is the explicit loss less :math:`\tfrac12 \mathbb{E} \lVert \nabla \log p \rVert^2`, if
+    :math:`p(x) s(x)` vanishes at infinity. The divergence is exact, by D gradients, and is differentiable in the
+    parameters of the score.
 
     Arguments:
-        score: The score, a function of x that is differentiable in x, each datum by itself.
+        score: The score, a function of x that is differentiable in x, row by row.
         x: The data, floats with shape (B, \*event_shape).
 
     Returns:
@@ -148,11 +150,11 @@ def sliced(
     independent numbers, N(0, 1) among them: of data of one number nothing is left to vary.
 
     Arguments:
-        score: The score, a function of x that is differentiable in x, each datum by itself.
+        score: The score, a function of x that is differentiable in x, row by row.
         x: The data, floats with shape (B, \*event_shape).
-        num_projections: The number of directions whose mean is taken, of each datum its own.
-        variance_reduced: Whether the squared length of the score is taken whole, :math:`\tfrac12 \lVert s \rVert^2`,
-            or as the paper first has it, :math:`\tfrac12 (v^\top s)^2`, which has the same mean and a larger variance.
+        num_projections: The number of directions to average over, drawn independently per datum.
+        variance_reduced: Whether to use the exact :math:`\tfrac12 \lVert s \rVert^2`, or the paper's first form,
+            :math:`\tfrac12 (v^\top s)^2`, which has the same mean and a larger variance.
 
     Returns:
         The loss, with shape (B,).
@@ -199,26 +201,26 @@ def denoising(
     \rVert^2` at :math:`\tilde x = x + \sigma \epsilon`, since :math:`\nabla \log N(\tilde x; x, \sigma^2 I) = -\epsilon
     / \sigma`.
 
-    Multiplied out, it has two terms that grow as :math:`\sigma` falls and whose means are known:
+    Expanded, it has two terms that grow as :math:`\sigma` falls, and whose expectations are known:
     :math:`s(x) \cdot \epsilon / \sigma`, of mean 0, and :math:`\lVert \epsilon \rVert^2 / 2 \sigma^2`, of mean
-    :math:`D / 2 \sigma^2`. With a control variate they are replaced by their means,
+    :math:`D / 2 \sigma^2`. With the control variate they are replaced by these,
 
     .. math:: \tfrac12 \lVert s(\tilde x) \rVert^2 + (s(\tilde x) - s(x)) \cdot \frac{\epsilon}{\sigma}
         + \frac{D}{2 \sigma^2} .
 
-    The mean is the same, and so is the mean of the gradient. Of the plain loss the variance grows as
+    The expectation is the same, and so is that of the gradient. The variance of the plain loss grows as
     :math:`\sigma^{-4}`, and that of its gradient as :math:`\sigma^{-2}`; with the control variate both stay bounded for
     a smooth score, since :math:`(s(\tilde x) - s(x)) / \sigma \to \nabla s(x) \epsilon`: as :math:`\sigma \to 0` it is
     :func:`sliced`, variance reduced and along :math:`\epsilon`, and a constant. It costs a second call of the score. At
-    a large :math:`\sigma` it may vary more than the plain loss, and it does not help a score that is random itself, as
-    by dropout.
+    a large :math:`\sigma` its variance may be above that of the plain loss, and it does not help with a score that is
+    random itself, as by dropout.
 
     Arguments:
         score: The score, a function of x.
         x: The data, floats with shape (B, \*event_shape).
         sigma: The standard deviation of the noise, positive: a number, or a tensor with shape (B,) or ().
         control_variate: Whether to take the low-variance form.
-        noise: The noise :math:`\epsilon`, with the shape of ``x``; drawn from torch's global source if not given.
+        noise: The noise :math:`\epsilon`, with the shape of ``x``; drawn from torch's global generator if not given.
 
     Returns:
         The loss, with shape (B,). In float32 the constant :math:`D / 2 \sigma^2` hides the last digits of the rest
@@ -269,8 +271,8 @@ def minus_gradient(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
     returns the numbers alone.
 
     Arguments:
-        energy: The energy :math:`E`, a function of x, with shape (B, \*event_shape), and perhaps more, as a time, that
-            returns a tensor of shape (B,), each datum by itself.
+        energy: The energy :math:`E`, a function of x, with shape (B, \*event_shape), and perhaps of more, such as a
+            time, that returns a tensor of shape (B,), row by row.
 
     Returns:
         A function of the same arguments that returns a tensor of the shape of x.
@@ -304,7 +306,7 @@ def minus_gradient(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _check(function: object, x: object, name: str = "score") -> None:
-    """Refuse data that are no floats, and, unless it is None, what is no function of them."""
+    """Check for data that are floats, and for a function, unless that is None."""
     checks.data(x)
     if function is not None and not callable(function):
         raise ArgumentError(
@@ -317,7 +319,7 @@ def _check(function: object, x: object, name: str = "score") -> None:
 def _scored(score: Callable[[Tensor], Tensor], x: Tensor, name: str = "score") -> Tensor:
     s = score(x)
     checks.returned(name, s, x.shape, x)
-    return s.to(x.dtype)  # under autocast a network is less precise than what is made of it
+    return s.to(x.dtype)  # under autocast the network's output has a lower precision
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -329,7 +331,7 @@ def _half_square(x: Tensor) -> Tensor:
 
 
 def _variable(x: Tensor) -> Tensor:
-    """The data as something to take gradients in."""
+    """The data as a leaf that requires a gradient."""
     return x if x.requires_grad else x.detach().clone().requires_grad_()
 
 
@@ -341,7 +343,7 @@ def _gradients(
     kept: bool,
     name: str = "score",
 ) -> Iterator[Tensor]:
-    """The gradients in x of v times the value of a function, summed, for each direction v; kept for one more."""
+    """The gradients in x of the sum of v times the value, for each direction v; differentiable if ``kept``."""
     for v in directions:
         gradient = None
         if value.requires_grad:
@@ -353,7 +355,7 @@ def _gradients(
 
 
 def _refuse_a_cut_graph(function: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, name: str) -> None:
-    """Refuse what changes with x but has no gradient there, which would count as constant."""
+    """Refuse a function that changes with x but has no gradient in it, and so would count as constant."""
     with torch.no_grad():
         if not torch.equal(value, function(x + 0.1).to(value.dtype)):
             raise ArgumentError(

@@ -1,18 +1,18 @@
-r"""Data larger than memory: batches that are read as they are needed, by processes of their own if so asked.
+r"""Data larger than memory: batches that are read when needed, by worker processes if asked for.
 
 .. math:: \text{batch}_n = (x_{i_1}, \dots, x_{i_B}), \qquad i_1, \dots, i_B \sim U\{0, \dots, N - 1\}
     \text{ from the seed, the rank and } n
 
-Any map-style data set will do: whatever has ``len(dataset)`` and ``dataset[i]``, a tensor, a NumPy array mapped from
-its file, torch's own. :class:`ArrayFile` and :class:`PictureFolder` are such, for more than memory holds.
+Any map-style data set will do, with ``len(dataset)`` and ``dataset[i]``: a tensor, a memory-mapped NumPy array, one of
+torch's. :class:`ArrayFile` and :class:`PictureFolder` are such, for data larger than memory.
 
-Batch n is a function of the seed, of n, of the rank, of N and of B, and of nothing else: not of the batches before it,
-nor of how many processes read. So a run needs to save one number to be resumed, how many batches it has drawn.
+Batch n depends only on the seed, n, the rank, N and B: not on earlier batches, or on the number of workers. So to be
+resumed, a run has to save one number only, how many batches it has drawn.
 
-Data are drawn with replacement. SVI's loss, that of a batch times N / B, and its gradient then are unbiased given
-whatever came before, at every step; shuffled epochs have that on average only, need a permutation of all N numbers in
-memory, and end with a short batch. The price: N draws leave out one datum in e = 2.7, in the mean.
-:class:`Blocks` has each datum once, in order.
+Data are drawn with replacement. So SVI's loss, that of a batch times N / B, and its gradient are unbiased at every
+step, whatever came before; with shuffled epochs that holds on average only, a permutation of all N numbers is kept in
+memory, and the last batch is short. The price: N draws leave out one datum in e = 2.7, on average. :class:`Blocks` has
+each datum once, in order.
 """
 
 import multiprocessing
@@ -42,19 +42,19 @@ _LOADER = ("multiprocessing_context", "pin_memory", "prefetch_factor", "timeout"
 
 
 class Stream:
-    """Batches of a data set, drawn with replacement, that begin at any of their numbers.
+    """Batches of a data set, drawn with replacement, which can begin at any batch number.
 
-    What the items draw at random, as augmentation does, they draw from a seed of their batch: torch's global source on
-    the CPU, NumPy's and Python's, all of which are in the calling process as they were. Under ``torchrun`` each rank
-    draws batches of its own.
+    Random numbers in items, as of augmentation, come from a seed of their batch, by torch's global CPU generator,
+    NumPy's and Python's; in the calling process these are restored. Under ``torchrun`` each rank draws batches of its
+    own.
 
     Arguments:
-        dataset: A map-style data set: a tensor or a NumPy array of shape (N, ...), or what has a length and items,
-            which are tensors, arrays, numbers, or tuples or dicts of them, all alike. If it has ``__getitems__``, a
-            batch is one call of it.
+        dataset: A map-style data set: a tensor or a NumPy array of shape (N, ...), or an object with a length and
+            items, which are tensors, arrays, numbers, or tuples or dicts of them, all alike. If it has
+            ``__getitems__``, that is called once per batch.
         batch_size: The number of data in a batch, B.
-        seed: The seed of what is drawn.
-        num_workers: How many processes read; with 0, this one does. They end with the iterator, and with this process.
+        seed: The seed of all draws. num_workers: The number of worker processes; with 0, this process reads. They end
+        with the iterator, and with this process.
         **options: Of torch's ``DataLoader``: ``prefetch_factor``, how many batches each process reads ahead (2);
             ``pin_memory``, ``timeout``, ``multiprocessing_context``.
 
@@ -117,7 +117,8 @@ class Stream:
             until: The number to end before; without end if not given.
 
         Returns:
-            An iterator over what :meth:`batch` returns. Its processes end once it is used up, closed or let go of.
+            An iterator over what :meth:`batch` returns. Its worker processes end when it is exhausted, closed or
+            garbage-collected.
 
         Raises:
             ValueError: If a number is out of range; as batches are drawn, if an item cannot be had.
@@ -132,8 +133,7 @@ class Stream:
 class Blocks:
     """A data set once, in order, in blocks: for checks, for what is fitted to the data, for their bound.
 
-    It may be iterated over many times. What items draw at random they draw from a seed of the block, so it is the same
-    each time.
+    It may be iterated over many times. Random numbers in items come from a seed of the block, the same each time.
 
     Arguments:
         dataset, num_workers, **options: As :class:`Stream`.
@@ -163,10 +163,10 @@ class Blocks:
 
 
 class ArrayFile(Dataset):
-    """The rows of an .npy file, read when they are asked for: memory holds those of a batch, whatever the file's size.
+    """The rows of an .npy file, read when they are needed: memory holds one batch, whatever the file's size.
 
-    :func:`~pyrodiff.datasets.array` with ``mapped=True`` serves too, and looks like any tensor; but pages of a mapped
-    file count as memory of the process until the system wants them back. The file must not change meanwhile.
+    :func:`~pyrodiff.datasets.array` with ``mapped=True`` is an alternative that looks like any tensor; but pages of a
+    mapped file count as memory of the process until the system reclaims them. The file must not change meanwhile.
 
     Arguments:
         path: The file.
@@ -198,7 +198,7 @@ class ArrayFile(Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        """Several rows, the file being opened once."""
+        """Several rows, for one opening of the file."""
         rows = np.empty((len(indices), *self.shape[1:]), self._dtype)
         with self.path.open("rb", buffering=0) as stream:
             for row, i in zip(rows.reshape(len(indices), -1).view(np.uint8), map(self._number, indices), strict=True):
@@ -214,7 +214,7 @@ class ArrayFile(Dataset):
 
 
 def _fill(stream: Any, row: np.ndarray) -> int:
-    """Read into a row until it is full or the file ends; how many bytes there were."""
+    """Read into a row until it is full or the file ends; returns the number of bytes."""
     done = 0
     while done < len(row) and (more := stream.readinto(row[done:])):
         done += more
@@ -222,15 +222,15 @@ def _fill(stream: Any, row: np.ndarray) -> int:
 
 
 class PictureFolder(Dataset):
-    """The pictures in a folder and its sub-folders, each opened when it is asked for.
+    """The pictures in a folder and its sub-folders, each opened when it is needed.
 
-    Files, their order and their levels are those of :func:`~pyrodiff.datasets.image_folder`, but that the first picture
-    says what all are: its size, and whether they are grey or coloured. A grey one among coloured ones has three equal
+    Files, their order and their levels are those of :func:`~pyrodiff.datasets.image_folder`, but the first picture
+    determines the size of all, and whether they are grey or coloured. A grey one among coloured ones gets three equal
     channels.
 
     Arguments:
         folder: The folder.
-        labels: Whether an item is a tuple of the picture and the number of its sub-folder.
+        labels: Whether items are tuples of a picture and the number of its sub-folder.
         colour: Whether pictures have three channels; as the first, if not given.
 
     Attributes:
@@ -262,7 +262,7 @@ class PictureFolder(Dataset):
         first = picture(self.files[0])
         self._colour = first.dim() == 3 if colour is None else colour
         self.shape = torch.Size((3, *first.shape[-2:]) if self._colour else first.shape[-2:])
-        self[0]  # refused here if it is coloured and colour is False
+        self[0]  # raises if the first is coloured and colour is False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -301,23 +301,23 @@ class _Numbers:
 
 
 class _Reader(Dataset):
-    """Batches by their numbers, as torch's loader asks for them, in whatever process.
+    """Batches by number, as torch's loader requests them, in any process.
 
     Arguments:
         dataset: The data set.
         batch_size: The number of data in a batch.
-        seed, rank: What is drawn, is drawn from these and the number of the batch.
+        seed, rank: All draws depend on these and the number of the batch.
     """
 
     def __init__(self, dataset: Any, batch_size: int, seed: int, rank: int) -> None:
         self.dataset, self.batch_size, self.seed, self.rank = dataset, batch_size, seed, rank
-        self.workers = False  # whether it is run by processes of its own
+        self.workers = False  # whether it runs in worker processes
 
     def indices(self, number: int) -> Tensor:
         raise NotImplementedError
 
     def __getitem__(self, number: int) -> Any:
-        """The batch, or what went wrong: an error that a worker raised would come with another type and text."""
+        """The batch, or an :class:`_Unread`: an error raised in a worker would arrive with another type and text."""
         indices = self.indices(number)
         if isinstance(self.dataset, Tensor):
             return self.dataset[indices.to(self.dataset.device)].cpu()
@@ -329,7 +329,7 @@ class _Reader(Dataset):
                 return default_collate(self._items(indices.tolist()))
             except _Unread as unread:
                 return unread
-            except Exception as error:  # of torch, which stacks them
+            except Exception as error:  # of torch, which collates them
                 return _Unread(f"must give items that make a batch, but items {_few(indices.tolist())} do not", error)
 
     def _items(self, indices: list[int]) -> list[Any]:
@@ -338,7 +338,7 @@ class _Reader(Dataset):
             try:
                 return together(indices)
             except Exception as error:
-                for i in indices:  # one of them is to be named
+                for i in indices:  # to find the one at fault
                     self._one(together, [i])
                 raise _Unread(f"must give the items {_few(indices)} together, but does not", error) from error
         return [self._one(self.dataset.__getitem__, i) for i in indices]
@@ -357,7 +357,7 @@ class _Drawn(_Reader):
     """Batches that are drawn with replacement."""
 
     def indices(self, number: int) -> Tensor:
-        """From bits that NumPy promises not to change; where N does not divide 2^64, the bias is N / 2^64 at most."""
+        """Drawn from raw bits, which NumPy promises not to change; the bias is at most N / 2^64."""
         raw = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(self.rank, number)))
         return torch.from_numpy((raw.random_raw(self.batch_size) % len(self.dataset)).astype(np.int64))
 
@@ -371,7 +371,7 @@ class _InOrder(_Reader):
 
 
 class _Unread(Exception):
-    """What is wrong with an item, in words, so that any process can hand it to any other."""
+    """An error about an item, as text, so that it can be sent between processes."""
 
     def __init__(self, said: str, error: Exception | None = None) -> None:
         if error is not None:
@@ -380,14 +380,14 @@ class _Unread(Exception):
 
 
 def _returned(batch: Any) -> Any:
-    """The batch, if it is one."""
+    """The batch, or its error raised."""
     if isinstance(batch, _Unread):
         raise ArgumentError("dataset", str(batch)) from batch.__cause__
     return batch
 
 
 def _read(reader: _Reader, numbers: _Numbers, num_workers: int, options: dict[str, Any]) -> Iterator[Any]:
-    """The batches of these numbers; processes end with the iterator, by an error too."""
+    """The batches of these numbers; workers end with the iterator, also after an error."""
     reader.workers = num_workers > 0
     loader = DataLoader(
         reader,
@@ -396,7 +396,7 @@ def _read(reader: _Reader, numbers: _Numbers, num_workers: int, options: dict[st
         num_workers=num_workers,
         collate_fn=_as_it_is,
         worker_init_fn=partial(_leave_signals, os.getpid()),
-        generator=torch.Generator("cpu"),  # else the loader would draw from torch's global source
+        generator=torch.Generator("cpu"),  # else the loader would use torch's global generator
         # without workers DataLoader refuses the other options
         **(options if num_workers else {name: options[name] for name in options if name == "pin_memory"}),
     )
@@ -405,7 +405,7 @@ def _read(reader: _Reader, numbers: _Numbers, num_workers: int, options: dict[st
         for batch in batches:
             yield _returned(batch)
     finally:
-        del batches  # its processes with it
+        del batches  # ends the workers
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -413,9 +413,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals(parent: int, worker: int) -> None:
-    """Leave signals to the process that asked for the batches, which may want to finish its step: Ctrl-C and schedulers
-    send them to a whole group."""
-    # torch ends a worker whose parent changes, but notes the parent only after this: not if it has died before
+    """Leave signals, which Ctrl-C and schedulers send to a whole group, to the main process, which may finish its
+    step."""
+    # torch ends a worker whose parent changes, but records the parent only after this; check for one that is dead
+    # already
     has_other_parent = isinstance(multiprocessing.current_process(), getattr(context, "ForkServerProcess", ()))
     if os.getppid() != parent and not has_other_parent:
         os._exit(1)
@@ -425,7 +426,7 @@ def _leave_signals(parent: int, worker: int) -> None:
 
 
 def _seed(seed: int) -> None:
-    """Seed what items may draw from. Not ``torch.manual_seed``, which would seed devices too."""
+    """Seed all generators that items may use. Not by ``torch.manual_seed``, which would seed devices too."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

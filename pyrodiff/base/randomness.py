@@ -81,7 +81,7 @@ def generator_of(value: torch.Generator | int | None, device: torch.device) -> t
     """The generator to draw from: the one given, a new one for a seed, None for None.
 
     Arguments:
-        value: A generator, a seed, or None for torch's global source.
+        value: A generator, a seed, or None for torch's global generator.
         device: The device of a new one.
 
     Raises:

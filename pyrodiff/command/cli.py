@@ -1,9 +1,8 @@
 """The command line: ``pyrodiff train``, ``bound``, ``sample``, ``plot`` and ``info``.
 
-The line is parsed here, and each command called. Nothing here imports torch until a line is right: a mistake is
-answered at once. Exit codes are those that a shell expects: 0 where all went well, 2 for what cannot be (said in one
-line, with nothing half-written), 1 where the training itself failed, 128 and the signal's number where a signal
-stopped it.
+This module parses the line and calls the command. Torch is imported only once the line is valid, so that mistakes are
+reported at once. Exit codes are: 0 for success, 2 for an invalid request (one line on stderr, nothing half-written), 1
+for a training that failed, and 128 plus the signal's number if a signal stopped it.
 """
 
 import argparse
@@ -32,17 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Arguments:
-        arguments: What stands on the line after the command's name; that of the process if not given.
+        arguments: The words after the command's name; those of the process if not given.
 
     Returns:
         The exit code.
     """
     for stream in (sys.stdout, sys.stderr) if arguments is None else ():
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may know no ±
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack ±
     try:
         code = _run(_parsed(sys.argv[1:] if arguments is None else list(arguments)))
-    except SystemExit as left:  # of the parser, which has said why
+    except SystemExit as left:  # from the parser, which has printed why
         code = left.code if isinstance(left.code, int) else 2
     except BaseException as error:
         known = _code_of(error)
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(line: argparse.Namespace) -> int:
-    """Call the command of a line. What it needs is imported here: torch alone takes seconds."""
+    """Call the command of a line. Its imports are here, as torch alone takes seconds."""
     if line.command == "train":
         given = {name: options.checked(name, vars(line)[name]) for name in options.names() if name in vars(line)}
         from .train import train
@@ -82,7 +81,7 @@ def _run(line: argparse.Namespace) -> int:
 
 
 def _listen() -> None:
-    """Let SIGINT be a KeyboardInterrupt again, once everything is imported."""
+    """Let SIGINT raise KeyboardInterrupt again, after all imports."""
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -91,7 +90,7 @@ def _listen() -> None:
 
 
 def _code_of(error: BaseException) -> int | None:
-    """The exit code for an error, which is said in one line; None for one that is the command's own fault."""
+    """The exit code for an error, after printing it in one line; None for a bug of the command itself."""
     if isinstance(error, Interrupted):
         return _said(f"stopped by {signal.Signals(error.signal).name}: nothing was written", 128 + error.signal)
     if isinstance(error, KeyboardInterrupt):
@@ -128,13 +127,13 @@ _AS_OPTIONS = {name: options.flag(name) for name in options.names()} | {
 
 
 def _is_memory(error: RuntimeError) -> bool:
-    """Whether torch says that memory is full, for which it has no one class."""
+    """Whether an error of torch is about full memory; there is no single class for that."""
     return "memory" in str(error) or "overflow" in str(error)
 
 
 def _said(line: str, code: int) -> int:
-    """The exit code, after a line on stderr; of several processes any may err alone, so each says its own."""
-    with suppress(OSError):  # of a full disk, say: the exit code remains
+    """Print a line on stderr, on any rank, as one may fail alone; returns the exit code."""
+    with suppress(OSError):  # a full disk, say; the exit code still tells
         print(f"pyrodiff: {printable(line)}", file=sys.stderr, flush=True)
     return code
 
@@ -143,7 +142,7 @@ def _said(line: str, code: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that names the nearest option or command, and whose errors stand in one line."""
+    """A parser that suggests the nearest option or command, with errors in one line."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more, allow_abbrev=False)
@@ -159,7 +158,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Renamed(argparse.Action):
-    """An option by its earlier spelling: accepted for one release, with a notice of its name now."""
+    """An option under its earlier name: accepted for one release, with a notice of the new name."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, spelling: str | None = None) -> None:
         setattr(namespace, self.dest, values)
@@ -200,7 +199,7 @@ def _parser() -> _Parser:
 
 
 def _add(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
-    """The parser of a command for a run that is there."""
+    """The parser of a command for an existing run."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that pyrodiff train made")
     parser.add_argument("--checkpoint", default="best", help="best, last, or the path of a checkpoint (default: best)")

@@ -1,8 +1,8 @@
 """Data of a run: found wherever they are, divided in three parts, looked at, and encoded batch by batch.
 
-They are held once, as they are given, and looked at and encoded a block at a time. They are read as *numbers*, whose
-likelihood is a density, as *levels*, whole numbers whose likelihood is a probability, or as *bits*; which,
-:mod:`~pyrodiff.command.plans` decides.
+They are kept once, as given, and examined and encoded in blocks. They are read as *numbers*, whose likelihood is a
+density, as *levels*, whole numbers whose likelihood is a probability, or as *bits*; :mod:`~pyrodiff.command.plans`
+decides which.
 """
 
 import dataclasses
@@ -38,13 +38,12 @@ class Form:
     Arguments:
         read_as: "numbers", "levels" or "bits".
         event_shape: The shape of one datum.
-        levels: The number of levels, of levels.
+        levels: The number of levels, if the data are levels.
         shift, scale: The mean and the standard deviation that numbers are standardised by, with the shape of a datum.
-        rate: How many of all bits are 1.
-        dtype: That of numbers as they are given.
+        rate: The fraction of bits that are 1. dtype: The dtype of numbers as given.
         fingerprint: A hash of the data.
-        contents: The sizes of the three parts, and what of a folder was passed over, in words.
-        classes: The number of labels, 0..classes - 1, where the data are read with theirs.
+        contents: The sizes of the three parts, and which files of a folder were ignored, in words. classes: The number
+        of labels, 0..classes - 1, if the data are read with labels.
     """
 
     read_as: str
@@ -64,17 +63,18 @@ class Form:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "Form":
-        """What :meth:`plain` returned."""
+        """The form from what :meth:`plain` returned."""
         return cls(**{**plain, "event_shape": torch.Size(plain["event_shape"])})
 
     def encoded(self, raw: Tensor) -> Tensor:
-        """Data as the model has them."""
+        """Encode data for the model."""
         if self.shift is not None and self.scale is not None:
             return ((raw.double() - self.shift.to(raw.device)) / self.scale.to(raw.device)).float()
         return raw.float() if self.levels is None else from_levels(raw, self.levels)
 
     def decoded(self, x_0: Tensor) -> Tensor:
-        """What the model draws, as data are given: numbers in their units, levels and bits as whole numbers."""
+        """Decode draws of the model to the form of the data: numbers in their units, levels and bits as whole
+        numbers."""
         if self.shift is not None and self.scale is not None:
             x = x_0.double() * self.scale.to(x_0.device) + self.shift.to(x_0.device)
             return x if self.dtype == "float64" else x.float()
@@ -89,36 +89,35 @@ class Form:
 
     @property
     def is_drawable(self) -> bool:
-        """Whether there is a picture of such data."""
+        """Whether such data can be drawn as a picture."""
         return len(self.event_shape) < 3 or (len(self.event_shape) == 3 and self.event_shape[0] in (1, 3))
 
     @property
     def log_scale(self) -> float:
-        """Log Jacobian of the standardisation, in nats per datum: what a cost in the units that are given has more."""
+        """Log Jacobian of the standardisation, in nats per datum; add it to a cost to have that in the data's units."""
         return 0.0 if self.scale is None else float(self.scale.log().sum())
 
     def in_units(self, estimate: Estimate) -> Estimate:
-        """An estimate of the density of numbers in the units that they are given in; others as they are."""
+        """An estimate for numbers, converted to the data's units; estimates for levels and bits are unchanged."""
         return estimate.rescaled(self.log_scale) if self.read_as == "numbers" else estimate
 
     def per_unit(self, nats: float) -> float:
-        """Nats per datum in the unit that people are shown: bits per dimension of levels, else nats per datum."""
+        """Nats per datum in the displayed unit: bits per dimension for levels, else nats per datum."""
         return nats if self.unit == "nats" else nats / (math.log(2) * self.event_shape.numel())
 
     @property
     def outcomes(self) -> int | None:
-        """How many values a number has, where its likelihood is a probability; None where it is a density."""
+        """How many values a number can have, if p is a probability; None if it is a density."""
         return 2 if self.read_as == "bits" else self.levels
 
     @property
     def unit(self) -> str:
-        """The unit that people are shown: "bits/dim" for levels, "nats" per datum otherwise."""
+        """The displayed unit: "bits/dim" for levels, "nats" per datum otherwise."""
         return "bits/dim" if self.read_as == "levels" else "nats"
 
     def drawable(self, x_0: Tensor) -> Tensor:
-        """What the model draws, as a picture shows it: points in their units, grey and colour in [0, 1].
-
-        Sequences of numbers are left without their mean and scale, so that all of them show; the first 64 of any.
+        """Draws of the model, prepared for plots: points in their units, grey and colour in [0, 1]. Sequences of
+        numbers stay standardised, so that all dimensions show; at most 64 sequences.
         """
         if len(self.event_shape) == 1 and self.event_shape != (2,):
             x_0 = x_0[:64]
@@ -128,7 +127,7 @@ class Form:
 
 
 class Rows:
-    """Data that are read as their rows are asked for; to whom indexes it, a tensor.
+    """A data set whose rows are read on demand, with the interface of a tensor that is indexed by rows.
 
     Arguments:
         dataset: A data set of tensors of one shape.
@@ -148,20 +147,19 @@ class Rows:
         together = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
         try:
             return torch.stack(list(together(indices))).reshape(len(indices), *self.shape[1:])
-        except ArgumentError as error:  # of a file, which is not what the line names
+        except ArgumentError as error:  # about a file, while the user gave the option data
             raise ArgumentError("data", error.said) from error
 
 
 class Part(Dataset):
-    """A part of the data: rows of a tensor that is held once, or left in its file, whatever its parts.
+    """A part of the data: rows of a tensor that all parts share, in memory or in its file.
 
-    To torch's loader it is a data set of tuples of a datum, and its label where there are labels.
+    For torch's loader it is a data set of tuples of a datum and, if there are labels, its label.
 
     Arguments:
-        whole: The tensor, or what is read as it is asked for.
-        rows: The numbers of its rows that are the part; all if not given.
-        labels: The label of each row of the tensor, where the data are read with theirs.
-        change: What is done to the rows that are read; nothing if not given.
+        whole: The tensor, or a :class:`Rows`. rows: The indices of the part's rows; all if not given. labels: The label
+        of each row of the tensor, if the data are read with labels. change: A function applied to rows when they are
+        read; none if not given.
     """
 
     def __init__(
@@ -186,13 +184,13 @@ class Part(Dataset):
         return list(zip(self[i], *self.context(i), strict=True))
 
     def blocks(self) -> Iterator[Tensor]:
-        """All of it, in blocks of about 2 ** 19 numbers."""
+        """The part in blocks of about 2 ** 19 numbers."""
         size = max(1, 2**19 // self.whole.shape[1:].numel())
         for start in range(0, len(self), size):
             yield self[slice(start, start + size)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Part":
-        """A part with something else in the place of each row; what is read as it is asked for is changed then."""
+        """A part with a function applied to its rows: now, or when they are read if the data are on demand."""
         if isinstance(self.whole, Rows):
             both = change if self.change is None else partial(_after, self.change, change)  # workers pickle it
             return Part(self.whole, self.rows, self.labels, both)
@@ -205,7 +203,7 @@ class Part(Dataset):
         return Part(whole, None, next(iter(self.context()), None))
 
     def context(self, i: Tensor | slice = slice(None)) -> tuple[Tensor, ...]:
-        """What the network is given beside these rows: their labels, or nothing."""
+        """The context of these rows: their labels, or nothing."""
         return () if self.labels is None else (self.labels[self.rows[i].cpu()],)
 
 
@@ -218,22 +216,20 @@ class Range(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """The grid of numbers that stand for whole ones: start + k step stands for k."""
+    """A grid of numbers that encode whole ones: start + k * step encodes k."""
 
     start: float
     step: float
 
 
 class Found:
-    """Data as they are given, before it is decided how they are read.
+    """Data as given, before it is decided how to read them.
 
     Arguments:
-        name: What they are called: a built-in data set, or their path.
+        name: The name of a built-in data set, or their path.
         parts: The data in three parts: "train", "validation" and "test".
-        passed_over: The names of what was passed over in a folder.
-
-    Attributes:
-        dtype, event_shape: Those of the data.
+        passed_over: The names of files of a folder that were ignored. Attributes: dtype, event_shape: Those of the
+        data.
         ranges: The range of each part.
 
     Raises:
@@ -248,30 +244,30 @@ class Found:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether they come with the package."""
+        """Whether the data come with the package."""
         return self.name in BUILT_IN
 
     @property
     def range(self) -> Range:
-        """The range of all of them."""
+        """The range of all parts together."""
         least, most, whole = zip(*self.ranges.values(), strict=True)
         return Range(min(least), max(most), all(whole))
 
     @property
     def contents(self) -> str:
-        """The sizes of the three parts, and what was passed over, in words."""
+        """The sizes of the three parts, and the ignored files, in words."""
         sizes, others = ", ".join(f"{len(part)} {name}" for name, part in self.parts.items()), self.passed_over
         names = ", ".join(others[:5]).encode("utf-8", "backslashreplace").decode() + ", ..." * (len(others) > 5)
         return f"{sizes}; {len(others)} passed over: {names}" if others else sizes
 
     def blocks(self) -> Iterator[Tensor]:
-        """All of them, block by block, in float64."""
+        """All data, block by block, in float64."""
         return (x.double() for part in self.parts.values() for x in part.blocks())
 
     def scale(self, levels: int | None) -> Scale | None:
-        """The grid on which they stand for levels, or for bits, or None if there is none.
+        """The grid by which the data encode levels, or bits; None if they do not.
 
-        Floats that stand for levels are k / (L - 1) in [0, 1], or 2 k / (L - 1) - 1 in [-1, 1]; bits, any two values.
+        Floats encode levels as k / (L - 1) in [0, 1], or 2 k / (L - 1) - 1 in [-1, 1]; any two values encode bits.
 
         Arguments:
             levels: The number L of levels; None for bits.
@@ -285,7 +281,7 @@ class Found:
             ways = [Scale(least, most - least)]
         elif self.dtype.is_floating_point and -1 <= least and most <= 1:
             ways = [Scale(0, 1 / top), Scale(-1, 2 / top)]
-        rounding = 2**-11 if top < 512 else 2**-23  # of float16, as far as that tells levels apart
+        rounding = 2**-11 if top < 512 else 2**-23  # float16's, up to the levels that it can tell apart
         for way in ways:
             off = 0 if levels is None else rounding / way.step
             if all(stands_evenly(x, *way, top, off) for x in self.blocks()):
@@ -294,12 +290,12 @@ class Found:
 
 
 class Data:
-    """Data to learn from, in three parts, as they are read.
+    """Data for training, in three parts, read as decided.
 
     Arguments:
         reading: How they are read, as :func:`~pyrodiff.command.plans.resolve` decided.
         found: The data.
-        device: Where they are computed on.
+        device: The device to compute on.
     """
 
     def __init__(self, reading: Reading, found: Found, device: torch.device) -> None:
@@ -323,15 +319,15 @@ class Data:
             self.parts["train"] = self.parts["train"].each(lambda raw: raw.to(device))
 
     def _bits(self, part: Part, seed: int) -> Part:
-        """Data as they are evaluated: bits that are drawn are drawn once."""
+        """A part as it is evaluated: with bits that are drawn once."""
         if self.binarize == "threshold":
             return part.each(partial(_at_threshold, self.levels))
         drawn = torch.Generator(part.whole.device).manual_seed(seed)
         return part.each(lambda raw: datasets.binarize(raw, self.levels, generator=drawn).to(torch.uint8))
 
     def draw(self, size: int) -> tuple[Tensor, ...]:
-        """A batch, drawn with replacement: data as the model has them, with shape (size, *event_shape), and, where they
-        are read with their labels, these, with shape (size,)."""
+        """A batch, drawn with replacement: encoded data with shape (size, *event_shape) and, if there are labels,
+        these, with shape (size,)."""
         i = torch.randint(len(self.parts["train"]), (size,), device=self.device)
         raw = self.parts["train"][i]
         if self._strokes is not None:
@@ -342,14 +338,14 @@ class Data:
         return (x_0, *(y.to(self.device) for y in self.parts["train"].context(i)))
 
     def _flipped(self, x_0: Tensor) -> Tensor:
-        """Half of them, drawn anew, left to right, where that is asked for."""
+        """Mirror a random half of the pictures left to right, if ``augment`` is "flip"."""
         if self.augment != "flip":
             return x_0
         flipped = torch.rand(len(x_0), device=self.device) < 0.5
         return torch.where(flipped.reshape(-1, *(1,) * (x_0.dim() - 1)), x_0.flip(-1), x_0)
 
     def drawn(self, size: int, start: int, seed: int, workers: int) -> Generator[tuple[Tensor, ...], None, None]:
-        """Batches without end, as :meth:`draw` draws them, or, where they are streamed, by their numbers.
+        """An infinite iterator of batches: by :meth:`draw` or, if streamed, by their numbers.
 
         Arguments:
             size: The number of data in a batch.
@@ -370,7 +366,7 @@ class Data:
             yield (x_0, *(y.to(self.device) for y in labels))
 
     def split(self, name: str, size: int | None = None) -> Tensor:
-        """The first so many data of a part, as the model has them.
+        """The first ``size`` data of a part, encoded.
 
         Arguments:
             name: "train", "validation" or "test".
@@ -379,7 +375,7 @@ class Data:
         return torch.cat([x_0 for x_0, *_ in self.batches(name, size)])
 
     def batches(self, name: str, size: int | None = None) -> "Batches":
-        """The first so many data of a part in batches of 64, as the model has them, with their labels where there are.
+        """The first ``size`` data of a part in batches of 64, encoded, with their labels if there are any.
 
         Arguments:
             name, size: As of :meth:`split`.
@@ -387,7 +383,7 @@ class Data:
         return Batches(self.raw(name, size), self.form, self.device)
 
     def raw(self, name: str, size: int | None = None) -> Part:
-        """The first so many data of a part, as they are given; bits that are drawn anew each time are drawn once.
+        """The first ``size`` data of a part, as given; dynamic bits are drawn once.
 
         Arguments:
             name, size: As of :meth:`split`.
@@ -397,7 +393,7 @@ class Data:
         return self._bits(part, 0) if name == "train" and self.binarize == "dynamic" else part
 
     def often(self) -> Tensor:
-        """How often each number has each level, a little evened out, with shape (*event_shape, levels)."""
+        """The smoothed frequency of each level at each number, with shape (*event_shape, levels)."""
         number, levels = self.form.event_shape.numel(), self.levels
         counts, places = torch.zeros(number * levels, device=self.device), torch.arange(number, device=self.device)
         for raw in self.parts["train"].blocks():
@@ -408,7 +404,7 @@ class Data:
 
 
 class Batches:
-    """A part of the data in batches, each encoded when it is asked for."""
+    """A part of the data in batches, each encoded when it is needed."""
 
     def __init__(self, part: Part, form: Form, device: torch.device, size: int = 64) -> None:
         self.part, self.form, self.device, self.size = part, form, device, size
@@ -427,13 +423,13 @@ class Batches:
 
 
 def find(reading: Reading) -> Found:
-    """The data as they are given, with their labels where these are asked for.
+    """The data as given, with their labels if asked for.
 
     Labels are the folders that pictures lie in, IDX files of labels, or ``y`` of an .npz file, beside ``x`` or what
     ``array`` names.
 
     Arguments:
-        reading: Which data; how they are read is decided later.
+        reading: Which data; how to read them is decided later.
 
     Raises:
         ArgumentError: If there are no such data or labels.
@@ -507,7 +503,7 @@ def _from_path(reading: Reading) -> Found:
 
 
 def _streamed(reading: Reading, path: Path) -> Found:
-    """Data of which no more is held than what is asked for."""
+    """Data that are read on demand."""
     if path.is_file() and path.suffix == ".npy" and not reading.labels:
         return Found(reading.data, _divided(Rows(ArrayFile(path)), reading.holdout))
     if path.is_file() or readers.idx_place(path)[0] is not None:
@@ -538,7 +534,7 @@ def _idx_parts(folder: Path, holdout: float, labels: bool) -> dict[str, Part]:
 
 
 def _divided(raw: Tensor | Rows, holdout: float, labels: Tensor | None = None) -> dict[str, Part]:
-    """Three parts of data that have none, always the same ones."""
+    """A fixed split of data into three parts."""
     if labels is not None and len(labels) != len(raw):
         raise ArgumentError("labels", f"must be as many as the data, {len(raw)}, but there are {len(labels)}")
     if len(raw) < 10:
@@ -605,11 +601,11 @@ def _form(reading: Reading, train: Part) -> Form:
         return Form("bits", shape, rate=min(max(rate, 0.01), 0.99))
     if reading.data in BUILT_IN:  # of known scale
         return Form("numbers", shape, shift=torch.zeros(shape).double(), scale=torch.ones(shape).double())
-    first = train[:1].double()[0]  # deviations from a datum keep their digits, and are 0 where all are the same
+    first = train[:1].double()[0]  # deviations from one datum do not lose digits, and are 0 where all are equal
     shift = first + sum((x.double() - first).sum(0) for x in train.blocks()) / len(train)
     squares = torch.stack([(x.double() - shift).square().sum(0) for x in train.blocks()]).sum(0)
     scale = (squares / (len(train) - 1)).sqrt()
-    constant = scale <= 1e-12 * shift.abs()  # but for rounding, as yardsticks have it
+    constant = scale <= 1e-12 * shift.abs()  # up to rounding, as in yardsticks
     if bool(constant.any()):
         place = tuple(constant.nonzero()[0].tolist())
         raise ArgumentError("data", f"must vary in each dimension, but number {place} is the same in all: leave it out")

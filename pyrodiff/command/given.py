@@ -1,4 +1,4 @@
-"""``pyrodiff sample --given``: samples of what is not known of a datum, given what is."""
+"""``pyrodiff sample --given``: samples of the unknown part of a datum, given the known part."""
 
 import warnings
 from pathlib import Path
@@ -18,13 +18,10 @@ __all__ = ["Given", "completed"]
 
 
 class Given:
-    """What is known of a datum.
-
-    Arguments:
-        run: The run whose data it is one of.
+    """The known part of a datum. Arguments: run: The run, whose kind of data it is.
         values: A file of the datum, .npy in the shape and the units of the data, or a picture.
         mask: A file of which of its numbers are known: .npy of bools, zeros and ones, or a picture, white where known.
-        noise: The standard deviation of noise on what is known, as a part of that of the data; above 0 for numbers.
+        noise: The standard deviation of noise on the known numbers, as a fraction of the data's; above 0 for numbers.
 
     Raises:
         ArgumentError: If a file cannot be read or has another shape, the datum could be none of the run's, all or none
@@ -62,12 +59,12 @@ class Given:
             raw = raw.long()
         x_0 = form.encoded(raw[None])[0].to(run.device)
         self.observation = Inpainting(known.to(run.device), x_0, noise)
-        # the log density of what is known is less by this in the units of the data
+        # in the data's units, the log density of the known part is less by this
         self.log_scale = 0.0 if form.scale is None else float(form.scale.log()[known].sum())
 
 
 def _known(path: Path, shape: torch.Size) -> Tensor:
-    """Which numbers a mask says are known; of pictures in colour, also one mask for all channels."""
+    """Which numbers are known by a mask; for pictures in colour, it may be one for all channels."""
     try:
         mask = _read("--mask", path, shape)
     except ArgumentError:
@@ -97,19 +94,17 @@ def _read(argument: str, path: Path, shape: torch.Size) -> Tensor:
 def completed(
     run: Run, given: Given, number: int, particles: int, by_replacement: bool, seed: int, context: tuple[Tensor, ...]
 ) -> Tensor:
-    """Samples of a datum given what is known of it; what they rest on is printed.
+    """Samples of a datum given its known part; evidence and effective sample size are printed.
 
     Arguments:
         run: The run.
-        given: What is known.
-        number: How many samples.
-        particles: By how many particles of sequential Monte Carlo.
-        by_replacement: Whether by replacement in its place, which is fast and biased.
+        given: The known part. number: The number of samples. particles: The number of particles of sequential Monte
+        Carlo. by_replacement: Whether to use replacement instead, which is fast and biased.
         seed: The seed of all draws.
         context: The label, where the run has labels, with one row.
 
     Returns:
-        The samples, as the model has them.
+        The samples, encoded.
     """
     if by_replacement:
         return replacement(run.diffusion, given.observation, *context, num_samples=number, generator=seed)

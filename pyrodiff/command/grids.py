@@ -1,7 +1,7 @@
 """Floats that stand on an even grid, k/255 or quarters or prices: the density of such data has no bound.
 
-They are whole numbers in disguise. They are refused as numbers, with what to write instead, or read as levels or bits
-where that is asked for.
+They are whole numbers in disguise: refused as numbers, with a hint what to give instead, or read as levels or bits if
+asked for.
 """
 
 import math
@@ -19,12 +19,11 @@ def refuse_grid(some: Tensor, blocks: Callable[[], Iterator[Tensor]], is_whole: 
     """Refuse floats on an even grid: all of them, one column of a table, or one channel of pictures.
 
     Arguments:
-        some: The first data, as they are given.
-        blocks: Called for all of them, block by block, in float64.
+        some: The first data, as given. blocks: Called for all data, block by block, in float64.
         is_whole: Whether all numbers are whole.
 
     Raises:
-        ArgumentError: If they are; it says what to write instead.
+        ArgumentError: If so, with a hint what to give instead.
     """
     low, high = (torch.full(some.shape[1:], end).double() for end in (math.inf, -math.inf))
     for x in blocks():
@@ -62,7 +61,7 @@ def stands_evenly(x: Tensor, start: float, step: float, top: int, off: float) ->
 
 
 def _way(least: float, most: float, steps: int) -> str:
-    """What to write for floats that stand for something else."""
+    """The option to give for floats that encode something else."""
     step = (most - least) / steps
     if steps == 1:
         return "--read-as bits for two values"
@@ -76,12 +75,11 @@ def _way(least: float, most: float, steps: int) -> str:
 
 
 def _even_steps(x: Tensor, least: float, most: float) -> int | None:
-    """How many even steps lead from the least of all numbers to the greatest, over each of some, x.
+    """The number of steps of an even grid from the least to the greatest number that contains all of x.
 
-    None if there are none, or if real numbers, which floats round, might stand so by chance: once in about 10 ** 5
-    data sets. A real number is one of many multiples of what its float resolves; that it is one of few that are even
-    steps apart has the ratio for a probability, and each distinct one is as unlikely again. More than a million steps
-    are as good as none.
+    None if there is no such grid of up to about a million steps, or if rounded real numbers might lie on it by chance,
+    in more than one of about 10 ** 5 data sets. The probability that one float lies on the grid is the ratio of the
+    grid's points to the floats in the range; distinct numbers are taken as independent.
 
     Arguments:
         x: Some of the numbers, float64, of one dimension.
@@ -101,7 +99,7 @@ def _even_steps(x: Tensor, least: float, most: float) -> int | None:
             continue
         chances = (steps * (_spacing(values, resolved) / span).clamp(2 * error)).clamp(max=1)
         place = ((values - least) / span * steps).round()
-        is_new = inside & (place.diff(prepend=place[:1] - 1) > 0)  # near the one before, it would be no surprise
+        is_new = inside & (place.diff(prepend=place[:1] - 1) > 0)  # numbers at the same grid point are not independent
         if -chances[is_new].log().sum() > 12 + 2 * math.log(steps):
             return steps
         if len(x) >= 20 and counts.min() > 1 and chances.max() < 0.5:
@@ -110,12 +108,12 @@ def _even_steps(x: Tensor, least: float, most: float) -> int | None:
 
 
 def _spacing(x: Tensor, precision: float) -> Tensor:
-    """How far the next float is, of a kind that has this precision."""
+    """The distance to the next float, for a dtype with this precision."""
     return precision * x.abs().log2().floor().exp2()
 
 
 def _steps(x: Tensor, error: float, span: float) -> int | None:
-    """The fewest even steps from 0 to 1 over numbers, to some error; hundredths and their like are tried further."""
+    """The fewest even steps from 0 to 1 that contain all numbers up to an error; decimal steps are tried further."""
     most = min(2**20, int(1 / (4 * error)))
     decimals = [round(span * 10**n) for n in range(7)]
     candidates = [*range(1, min(most, 2**16) + 1), *(n for n in decimals if 2**16 < n <= most)]

@@ -1,4 +1,4 @@
-"""``pyrodiff info``: what a run is and how far it came, or the versions and devices that are there."""
+"""``pyrodiff info``: a summary of a run and its progress, or of versions and devices."""
 
 import platform
 from importlib import metadata
@@ -15,7 +15,7 @@ __all__ = ["info", "versions"]
 
 
 def info(folder: Path | None) -> int:
-    """Print what a run is and how far it came.
+    """Print a summary of a run and its progress.
 
     Arguments:
         folder: Its folder; versions and devices are printed if not given.
@@ -34,11 +34,7 @@ def info(folder: Path | None) -> int:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What a figure may depend on: the versions, and the machine.
-
-    Arguments:
-        device: Where it is computed.
-    """
+    """The versions and the machine, on which a figure may depend. Arguments: device: The device of the computation."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "pyrodiff": __version__,

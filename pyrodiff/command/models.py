@@ -30,7 +30,7 @@ from .options import Model, Plan
 
 __all__ = ["build", "pair", "shortened"]
 
-SAMPLERS: dict[str, type[Sampler]] = {  # by their names on the line
+SAMPLERS: dict[str, type[Sampler]] = {  # by their names on the command line
     "ancestral": AncestralSampler,
     "ddim": DDIMSampler,
     "dpm": DPMSolverSampler,
@@ -52,8 +52,8 @@ def build(plan: Plan, form: Form, often: Tensor | None = None) -> Diffusion:
 
     Arguments:
         plan: The plan.
-        form: What the data are.
-        often: How often each number has each level, where the network starts from that; evenly if not given.
+        form: The form of the data.
+        often: The frequency of each level at each number, where the network starts from that; uniform if not given.
     """
     model = plan.model
     if form.read_as == "bits":
@@ -116,10 +116,10 @@ def shortened(diffusion: Diffusion, steps: int | None, argument: str) -> Diffusi
     Arguments:
         diffusion: The diffusion.
         steps: How many of its T steps; all if not given.
-        argument: What asks for it, for errors.
+        argument: The option that asks for it, for errors.
 
     Raises:
-        ArgumentError: If they are more than it has.
+        ArgumentError: If there are more than T.
     """
     T = diffusion.num_steps
     if steps is not None and steps > T:

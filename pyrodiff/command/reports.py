@@ -1,7 +1,7 @@
 """The report of a run: one page of HTML with everything in it, to be opened anywhere.
 
-What the run was told and where it ran, what came out with its standard errors, its curves and its samples, and the
-commands that make it again.
+It has the options and the machine, the bound with standard errors, curves and samples, and the commands to reproduce
+it.
 """
 
 import base64
@@ -42,9 +42,8 @@ def report(run: Run, found: Bound, beside: Yardsticks, samples: Tensor, x_0: Ten
     Arguments:
         run: The run.
         found: The bound on the test data.
-        beside: What simple laws cost on the same data.
-        samples: Samples, as the model has them.
-        x_0: As many test data, likewise.
+        beside: The costs of simple distributions on the same data. samples: Samples, encoded. x_0: As many test data,
+        likewise.
         commands: The commands that made the run.
 
     Returns:
@@ -87,7 +86,7 @@ def report(run: Run, found: Bound, beside: Yardsticks, samples: Tensor, x_0: Ten
 
 
 def _samples(run: Run, samples: Tensor, x_0: Tensor) -> list[str]:
-    """Samples, and as many data beside them."""
+    """The figure of samples beside as many data."""
     if not run.form.is_drawable:
         return []
     caption = f"samples, T = {run.plan.model.T}, seed {run.plan.training.seed}, and test data"

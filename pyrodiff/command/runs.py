@@ -1,11 +1,11 @@
-"""A run and its folder: the model and what trains it, saved at any step and opened again.
+"""A run and its folder: the model and its SVI, saved at any step and opened again.
 
 ``settings.toml``
     the plan; ``pyrodiff train --config`` reads it.
 ``checkpoints/``
     ``step-00001000.pt``, the last few, and ``best.pt``, by the bound on held-out data.
 ``metrics.jsonl``
-    a line of JSON for each so many steps: the loss, or the held-out bound term by term.
+    lines of JSON: the loss every few steps, the held-out bound term by term at evaluations.
 ``pictures/``
     samples and the terms over t, at each evaluation.
 ``bound.npz``, ``samples.npz``, ``report.html``
@@ -65,7 +65,7 @@ __all__ = [
 
 
 def say(line: str) -> None:
-    """Say something to people on stderr, above a bar if there is one; the first rank alone does.
+    """Print a line on stderr, above the progress bar if there is one; on rank 0 only.
 
     Arguments:
         line: The line.
@@ -76,11 +76,7 @@ def say(line: str) -> None:
 
 
 def show(text: object) -> None:
-    """Print what a command found.
-
-    Arguments:
-        text: What it is.
-    """
+    """Print a result of a command on stdout. Arguments: text: The result."""
     print(printable(text, "\n"), flush=True)
 
 
@@ -119,14 +115,14 @@ class Run:
     Arguments:
         folder: The folder.
         plan: The plan.
-        form: What the data are.
-        device: Where it computes.
+        form: The form of the data.
+        device: The device to compute on.
         often: The frequency of each level in each dimension, which ``LevelPrediction`` starts from.
 
     Attributes:
         diffusion: The model.
-        svi: What trains it.
-        state: What else a checkpoint keeps: how far it is logged and evaluated, the best bound, the time it took.
+        svi: Its SVI. state: What else a checkpoint keeps: the last step logged and evaluated, the best bound, the time
+        taken.
     """
 
     def __init__(self, folder: Path, plan: Plan, form: Form, device: torch.device, often: Tensor | None = None) -> None:
@@ -158,15 +154,12 @@ class Run:
 
     @classmethod
     def opened(cls, folder: str | os.PathLike[str], which: str = "best", device: str = "auto") -> "Run":
-        """A run that was trained, with the weights of a checkpoint, the averaged ones if they are averaged.
+        """A trained run, with the weights of a checkpoint: the averaged ones, if there is an average.
 
         Arguments:
             folder: The folder.
             which: "best", "last", or the path of a checkpoint.
-            device: Where it is to be.
-
-        Raises:
-            ValueError: If there is none.
+            device: The device to put it on. Raises: ValueError: If there is no such run.
         """
         folder = Path(folder)
         path = _checkpoint(folder, which)
@@ -176,7 +169,7 @@ class Run:
             recorded = Plan.of(options.read(record, str(record)))
             if which not in ("best", "last"):
                 _refuse_other_options(recorded, plan, path)
-            plan = plan.but(data=recorded.reading.data)  # which may have moved
+            plan = plan.but(data=recorded.reading.data)  # the data may have moved
         try:
             run = cls(folder, plan, form, device_of(device))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
@@ -194,7 +187,7 @@ class Run:
             path: The file.
 
         Raises:
-            ValueError: If it is of a run with other settings, other than those that may change.
+            ValueError: If it is of a run with other options, except for those that may change.
         """
         plan, form = _kept(path)
         self.refuse_other_data(form, path)
@@ -216,7 +209,7 @@ class Run:
         self.state = {**self.state, **state, "loss": state["loss"].to(self.device)}
 
     def refuse_other_data(self, form: Form, where: object) -> None:
-        """Refuse data that are not those of the run: they may have been trained on, or have other units.
+        """Refuse other data than the run's: their test data may have been trained on, or have other units.
 
         Arguments:
             form: What the other data are.
@@ -230,7 +223,7 @@ class Run:
             raise ArgumentError("data", f"must be those that the run began with, but {ours} and {where} differ")
 
     def save(self, path: Path) -> None:
-        """Save all of it.
+        """Save a checkpoint.
 
         Arguments:
             path: The file.
@@ -239,7 +232,7 @@ class Run:
         checkpoints.save(path, self.svi, settings=settings, form=self.form.plain(), state=self.state)
 
     def context(self, number: int, first: int = 0, label: int | None = None) -> tuple[Tensor, ...]:
-        """The labels of samples, all labels in turn or one alone; nothing where a run has no labels.
+        """The labels of samples: all labels in turn, or only one; nothing for a run without labels.
 
         Arguments:
             number: The number of samples.
@@ -258,7 +251,7 @@ class Run:
             name: Which, of :data:`~pyrodiff.command.models.SAMPLERS`.
 
         Raises:
-            ValueError: If it is not for such a model.
+            ValueError: If it does not suit the model.
         """
         try:
             return models.SAMPLERS[name](self.diffusion)
@@ -267,12 +260,12 @@ class Run:
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:
-    """The learning rate, as a part of its largest: it rises in a line, and falls as a cosine."""
+    """The learning rate as a fraction of its maximum: a linear warm-up, then a cosine decay."""
     return min(1.0, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
 def last_checkpoint(folder: Path, whole: bool = False) -> Path | None:
-    """The last checkpoint of a run, by the number of its step; the best one if it is alone, and None if there is none.
+    """The last checkpoint of a run, by its step; the best one if there is no other, and None if there is none.
 
     Arguments:
         folder: The folder of the run.
@@ -283,7 +276,7 @@ def last_checkpoint(folder: Path, whole: bool = False) -> Path | None:
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints by their steps, the last one last; what has another name is not the run's.
+    """The checkpoints with their steps, in order; files with other names are ignored.
 
     Arguments:
         folder: The folder of the run.
@@ -306,7 +299,7 @@ def _checkpoint(folder: Path, which: str) -> Path:
 
 
 def _refuse_other_options(ours: Plan, theirs: Plan, path: Path) -> None:
-    """Refuse the checkpoint of a run with other options; where the data lie is another matter."""
+    """Refuse the checkpoint of a run with other options; the path of the data may differ."""
     here, there = ours.values(), theirs.values()
     for name in options.names():
         if here.get(name) != there.get(name) and not options.may_change(name):
@@ -317,13 +310,13 @@ _STATE = dict.fromkeys(("logged", "evaluated", "saved", "best_step", "drawn"), i
 
 
 def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Path | None, Path | None]:
-    """The checkpoint that a run is resumed from, and its best one, looked at before anything is built.
+    """The checkpoint to resume a run from, and its best one, both checked before anything is built.
 
     Arguments:
         folder: The folder of the run.
-        plan: The plan that it is resumed with.
-        form: What the data are.
-        whole: Whether those that are damaged do not count; one of which nothing else is left does.
+        plan: The plan to resume it with.
+        form: The form of the data.
+        whole: Whether to ignore damaged ones, unless there are no others.
 
     Raises:
         ValueError: If one of them is damaged, or of another run.
@@ -340,7 +333,7 @@ def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Pat
 
 
 def _kept(path: Path) -> tuple[Plan, Form]:
-    """The plan and the data's form that a checkpoint holds; or else which other one is whole."""
+    """The plan and the data's form in a checkpoint; the error for a damaged one names another that is whole."""
     try:
         return _content(path)
     except ValueError as error:
@@ -377,7 +370,7 @@ def _content(path: Path) -> tuple[Plan, Form]:
 
 
 def _is_form(form: Form) -> bool:
-    """Whether this can be what data are: each of its type, and all that its kind has."""
+    """Whether a form is valid: fields of the right types, and all that its kind needs."""
     has = {name for name in ("levels", "shift", "scale", "rate") if vars(form)[name] is not None}
     numbers, units = (form.levels, form.classes, *form.event_shape), (form.shift, form.scale)
     return (
@@ -392,7 +385,7 @@ def _is_form(form: Form) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether this may be the value of an option, which to say in an error takes no memory."""
+    """Whether this may be the value of an option; anything else is not printed, as it may be large."""
     return isinstance(value, int | float | str) or (isinstance(value, list) and {type(one) for one in value} <= {int})
 
 
@@ -403,7 +396,7 @@ def _no_run(path: Path) -> ArgumentError:
 
 
 def _refuse_sizes(model: Model, form: Form, path: Path) -> None:
-    """Refuse a model that a checkpoint is too small to hold, before any of it is built."""
+    """Refuse a model too large for the checkpoint file, before it is built."""
     shape, widths = form.event_shape, model.channels or (model.hidden,)
     size, area = math.prod(shape), math.prod(shape[-2:]) >> 2 * len(widths[1:])
     inner = model.hidden * widths[-1] * area if model.channels else widths[0] * size
@@ -416,11 +409,11 @@ def _refuse_sizes(model: Model, form: Form, path: Path) -> None:
 
 
 class Metrics:
-    """What is noted of a run: lines of JSON in a file, and TensorBoard's files where that is installed.
+    """The metrics of a run: lines of JSON in a file, and TensorBoard's files if that is installed.
 
     Arguments:
         folder: The folder of the run.
-        step: The step that the run is resumed from; what was noted after it is dropped.
+        step: The step that the run is resumed from; later records are dropped.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
@@ -432,7 +425,7 @@ class Metrics:
         self._board = _board(folder / "tensorboard", step)
 
     def note(self, step: int, **values: Any) -> None:
-        """Note values of a step."""
+        """Record values of a step."""
         with open(self.path, "a", encoding="utf-8", opener=plainly) as file:
             file.write(json.dumps({"step": step, **{name: _sayable(value) for name, value in values.items()}}) + "\n")
         for name, value in values.items() if self._board is not None else ():
@@ -440,13 +433,13 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Bring all of it to the disk."""
+        """Flush and close."""
         if self._board is not None:
             self._board.close()
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """The records in a run's folder, but for lines that are cut short, or are somebody else's."""
+        """The records in a run's folder, without lines that are cut short or of another kind."""
         records, path = [], folder / "metrics.jsonl"
         with open(path, "rb", opener=plainly) if path.is_file() else nullcontext(io.BytesIO()) as file:
             for line in iter(partial(file.readline, 2**16), b""):
@@ -463,7 +456,7 @@ def _is_sayable(value: object) -> bool:
 
 
 def _sayable(value: Any) -> Any:
-    """A value as JSON has it, which knows no NaN."""
+    """A value for JSON, which has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -477,28 +470,24 @@ def _board(folder: Path, step: int) -> Any:
 
 @contextmanager
 def finite(step: int) -> Iterator[None]:
-    """A context in which what the model returns has to be finite: laws and pictures take nothing else.
+    """A context that turns a ValueError, as distributions and plots raise for NaN, into a FloatingPointError.
 
     Arguments:
-        step: The step that the weights are of.
-
-    Raises:
-        FloatingPointError: If it is not.
+        step: The step of the weights. Raises: FloatingPointError: If so.
     """
     try:
         yield
     except ValueError as error:
-        if isinstance(error, ArgumentError) and error.argument == "data":  # which cannot be read any more
+        if isinstance(error, ArgumentError) and error.argument == "data":  # the data cannot be read any more
             raise
         raise FloatingPointError(f"what the weights give is not finite at step {step}: {str(error)[:200]}") from error
 
 
 def picture(form: Form, samples: Tensor, data: Tensor | None = None) -> Figure:
-    """A picture of samples, and of data beside them where there are; vectors of numbers as histograms.
+    """A figure of samples, beside data if given; vectors of numbers as histograms.
 
     Arguments:
-        form: What the data are, which must be drawable.
-        samples, data: Both as the model has them.
+        form: The form of the data, which must be drawable. samples, data: Both encoded.
     """
     if form.read_as == "numbers" and data is not None and len(form.event_shape) == 1 and form.event_shape != (2,):
         return plots.histograms(form.decoded(samples), form.decoded(data))
@@ -506,18 +495,18 @@ def picture(form: Form, samples: Tensor, data: Tensor | None = None) -> Figure:
 
 
 def curves(form: Form, records: list[dict[str, Any]]) -> Any:
-    """A picture of what was noted of a training, in the unit that people are shown.
+    """A figure of a training's metrics, in the displayed unit.
 
     Arguments:
-        form: What the data are.
-        records: What was noted.
+        form: The form of the data.
+        records: The records of :class:`Metrics`.
     """
     unit = "nats per datum" if form.unit == "nats" else "bits per dimension"
     return plots.curves(records, scale=form.per_unit(1.0), unit=unit).figure
 
 
 def save_figure(path: Path, figure: Any) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure as PNG, atomically.
 
     Arguments:
         path: The file.
@@ -529,7 +518,7 @@ def save_figure(path: Path, figure: Any) -> None:
 
 
 def save_arrays(path: Path, **arrays: Tensor) -> None:
-    """Write tensors as a compressed .npz, whole or not at all.
+    """Write tensors as a compressed .npz, atomically.
 
     Arguments:
         path: The file.
@@ -542,13 +531,13 @@ def save_arrays(path: Path, **arrays: Tensor) -> None:
 
 
 def bound_in(path: Path) -> Bound:
-    """The bound in a run's folder, unless it says to hold much more than numbers can be compressed to.
+    """The bound in a run's folder; refused if it claims to unpack to much more than numbers can.
 
     Arguments:
         path: The file.
 
     Raises:
-        ArgumentError: If it does, or holds no bound.
+        ArgumentError: If so, or if it holds no bound.
     """
     with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
         if sum(info.file_size for info in file.infolist()) > 100 * path.stat().st_size:

@@ -1,4 +1,4 @@
-"""Stopping where nothing is lost, when a signal asks."""
+"""Stopping on a signal, without losing work."""
 
 import os
 import signal
@@ -10,18 +10,15 @@ __all__ = ["Interrupted", "Stop", "leave"]
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """A handler of signals that ends the process at once, while there is nothing that could be lost.
-
-    Arguments:
-        number: The number of the signal.
-        frame: Where it came.
+    """A signal handler that ends the process at once, for use while nothing can be lost. Arguments: number: The number
+    of the signal. frame: The interrupted frame.
     """
     os.write(2, f"pyrodiff: stopped by {signal.Signals(number).name}: nothing was written\n".encode())
     os._exit(128 + number)
 
 
-class Interrupted(BaseException):  # so that nothing takes it for a damaged file
-    """A signal asked to stop, and what was under way stopped where nothing is lost.
+class Interrupted(BaseException):  # not an Exception, which readers take for a damaged file
+    """A signal asked to stop, and the work stopped at a safe point.
 
     Arguments:
         signal: The number of the signal.
@@ -39,8 +36,8 @@ class Stop:
         alone: Whether this is the only process. Several stop together, so none of them stops by :meth:`check`.
 
     Attributes:
-        signal: The signal that asked, if one did.
-        is_safe: Whether each point is a safe one, as long as nothing is begun that could be lost.
+        signal: The first signal, if there was one. is_safe: Whether every point is a safe one, as nothing can be lost
+        yet.
     """
 
     def __init__(self, alone: bool = True) -> None:

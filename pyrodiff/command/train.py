@@ -1,7 +1,8 @@
 """``pyrodiff train``, from the options to the report.
 
 :func:`train` is the whole story; :meth:`Trainer.train` is its loop. A run can be killed at any instant and resumed as
-if nothing had happened: what is due at a step is written before the next step is taken, and repeated where it was not.
+if nothing had happened: everything due at a step is written before the next step, and repeated after a resume if it was
+not.
 """
 
 import copy
@@ -50,7 +51,7 @@ from .use import write_samples
 
 try:
     import fcntl
-except ImportError:  # not on this system
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Trainer", "train"]
@@ -59,25 +60,24 @@ Resume = Literal["last", "whole"] | None
 
 
 def train(given: Mapping[str, Any], out: Path | None, config: Path | None, resume: Resume, line: str) -> int:
-    """Train a run, or resume it; its bound on the test data, samples and a report come out.
+    """Train or resume a run; at the end come its bound on the test data, samples and a report.
 
     Arguments:
         given: The options on the line, by name.
         out: The run's folder.
         config: A TOML file of options.
-        resume: Whether to resume a run that is there: from its last checkpoint, or from the last whole one.
-        line: The line, for the record.
+        resume: Whether to resume an existing run: from its last checkpoint, or from the last whole one. line: The
+        command line, to be recorded.
 
     Returns:
         The exit code.
 
     Raises:
-        ArgumentError: If an option cannot be what it is.
-        FloatingPointError: If the loss, the weights or what the model gives are not finite any more.
-        OSError: If a file cannot be written; what was saved before is as it was.
+        ArgumentError: If an option is invalid. FloatingPointError: If the loss, the weights or outputs of the model are
+        not finite. OSError: If a file cannot be written; earlier files are unchanged.
     """
     folder, values = _given(given, out, config, resume)
-    threads = torch.get_num_threads()  # the caller's, in Python, which stays as it was
+    threads = torch.get_num_threads()  # restored at the end, for callers from Python
     try:
         _join(values.get("device", "auto"))
         with ExitStack() as locked, Stop(alone=ranks.count() == 1) as stop:
@@ -112,7 +112,7 @@ def _interrupted(run: Run, interrupted: Interrupted) -> int:
 def _given(
     line: Mapping[str, Any], out: Path | None, config: Path | None, resume: Resume
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder, and the options that are given: by the record of a run that is there, by a file, and by the line."""
+    """The folder, and the given options: from the record of an existing run, from a file, and from the line."""
     values = {**(options.read(config, "--config") if config is not None else {}), **line}
     data = values.get("data")
     if data and data not in BUILT_IN and Path(data).exists():
@@ -152,14 +152,14 @@ def _given(
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuse a run whose own folders lie elsewhere, where old checkpoints and parts of files would be deleted."""
+    """Refuse a run whose sub-folders are links: old checkpoints and temporary files would be deleted elsewhere."""
     for path in (folder / name for name in ("checkpoints", "pictures", "tensorboard")):
         if path.is_symlink():
             raise ArgumentError("--out", f"must have folders of its own, but {path} is a link")
 
 
 def _join(device: str) -> None:
-    """Be one of several ranks, where torchrun started several."""
+    """Join the process group, if torchrun started several ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         found = device_of(device)
         if found.type == "cuda":
@@ -170,7 +170,7 @@ def _join(device: str) -> None:
 def _begin(
     folder: Path, given: Mapping[str, Any], resume: Resume, line: str, locked: ExitStack, stop: Stop
 ) -> tuple[Run, Data]:
-    """The run as far as it has come, in a locked folder; nothing is written before nothing can be wrong any more."""
+    """The run, new or restored, in a locked folder; nothing is written before everything is checked."""
     first, is_run = ranks.number() == 0, (folder / "settings.toml").is_file()
     stop.is_safe = True
     if first and is_run:
@@ -186,7 +186,7 @@ def _begin(
             taken, wanted = run.svi.num_steps, plan.training.train_steps
             raise ArgumentError("train_steps", f"must be at least the {taken} taken, but it is {wanted}")
         if best is None:
-            run.state.update(best=math.inf, best_step=0, evaluated=0)  # so that there is a best one again
+            run.state.update(best=math.inf, best_step=0, evaluated=0)  # so that a new best one is saved
     stop.is_safe = False
     stop.check()
     if first:
@@ -198,16 +198,16 @@ def _begin(
 
 
 def _with_threads(run: Run, data: Data) -> Plan:
-    """The plan with a number of threads, which is set: the fastest one, where none is given and a CPU computes.
+    """Set the number of threads: the given one, or the fastest on a CPU; returns the plan with it.
 
-    It is recorded, as a run is resumed bit for bit with the same number alone.
+    It is recorded, as only the same number gives the same bits when a run is resumed.
     """
     threads = run.plan.training.threads
     most = max(256, os.cpu_count() or 1)
     if threads is not None and threads > most:
         raise ArgumentError("threads", f"must be at most {most}, but it is {threads}")
     if threads is None and run.device.type == "cpu" and ranks.count() == 1:
-        trial = copy.deepcopy(run.diffusion)  # the run itself stays as it was
+        trial = copy.deepcopy(run.diffusion)  # so that the run itself does not change
         pair, elbo = models.pair(run.plan, trial), DiffusionELBO()
 
         def work() -> None:
@@ -223,10 +223,8 @@ def _with_threads(run: Run, data: Data) -> Plan:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """A file that one process at a time can have, until it is closed or the process is killed.
-
-    Raises:
-        ArgumentError: If another has it.
+    """A lock file, held by one process at a time, until it is closed or the process ends. Raises: ArgumentError: If
+    another process holds it.
     """
     file = open(folder / ".lock", "a", opener=plainly)
     if fcntl is not None:
@@ -239,7 +237,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _record(folder: Path, plan: Plan, line: str, lock: ExitStack | None) -> None:
-    """Record the plan and the line in a folder that is locked, unless it is; where that fails, leave nothing behind."""
+    """Record the plan and the line in the folder, after locking it with ``lock`` if given; clean up on failure."""
     made, ours = [one for one in (folder, *folder.parents) if not one.exists()], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +248,7 @@ def _record(folder: Path, plan: Plan, line: str, lock: ExitStack | None) -> None
                     "--out", f"must be a new folder, but somebody else began a run in {folder} meanwhile"
                 )
             ours = [folder / name for name in ("settings.toml", "commands.txt", ".lock")]
-        Metrics.read(folder)  # they are written on, and may be a link
+        Metrics.read(folder)  # raises if they are a link, as they will be written
         with open(folder / "commands.txt", "a", encoding="utf-8", opener=plainly) as file:
             write(folder / "settings.toml", plan.toml().encode())
             file.write(line + "\n")
@@ -268,12 +266,12 @@ def _record(folder: Path, plan: Plan, line: str, lock: ExitStack | None) -> None
 
 
 class Trainer:
-    """Trains a run, and watches it.
+    """The training of a run: steps, logs, evaluations and checkpoints.
 
     Arguments:
         run: The run.
         data: The data.
-        stop: What a signal that asks to stop is known from.
+        stop: It knows whether a signal asked to stop.
     """
 
     def __init__(self, run: Run, data: Data, stop: Stop) -> None:
@@ -281,7 +279,7 @@ class Trainer:
         self.is_first = ranks.number() == 0
         for name in (".", "checkpoints", "pictures") if self.is_first else ():
             (run.folder / name).mkdir(parents=True, exist_ok=True)
-            for part in (run.folder / name).glob(".*.part"):  # a kill left it
+            for part in (run.folder / name).glob(".*.part"):  # left by a kill
                 part.unlink()
         self.metrics = Metrics(run.folder, run.svi.num_steps) if self.is_first else None
         self._loss = self._bound = ""
@@ -302,13 +300,13 @@ class Trainer:
             while True:
                 step, is_last = run.svi.num_steps, run.svi.num_steps >= training.train_steps
                 run.state["seconds"] = before + time.monotonic() - start
-                with suppress(Interrupted):  # of an evaluation, which is repeated when the run is resumed
+                with suppress(Interrupted):  # in an evaluation, which is repeated when the run is resumed
                     if self._is_due("logged", watching.log_every):
                         self._log()
                     is_first = run.state["evaluated"] < step == watching.log_every  # for people to see something early
                     if is_first or self._is_due("evaluated", watching.evaluate_every):
                         self._evaluate()
-                        if step == run.state["saved"]:  # by a signal, which put this evaluation off
+                        if step == run.state["saved"]:  # saved already, by a signal that put this evaluation off
                             self._save()
                     if self._is_due("saved", watching.checkpoint_every):
                         self._save()
@@ -324,17 +322,17 @@ class Trainer:
                 bar.update(run.svi.num_steps - bar.n)
 
     def close(self) -> None:
-        """Bring the metrics to the disk."""
+        """Close the metrics."""
         if self.metrics is not None:
             self.metrics.close()
 
     def _is_due(self, what: str, every: int) -> bool:
-        """Whether something is to be done at this step, and was not yet."""
+        """Whether something is due at this step, and not yet done."""
         step, last = self.run.svi.num_steps, self.run.plan.training.train_steps
         return step > self.run.state[what] and (step % every == 0 or step >= last)
 
     def _bar(self) -> tqdm:
-        """A bar; quiet where there is no terminal."""
+        """The progress bar; none without a terminal."""
         run = self.run
         return tqdm(
             total=run.plan.training.train_steps,
@@ -347,7 +345,7 @@ class Trainer:
         )
 
     def _is_asked_to_stop(self) -> bool:
-        """Whether a signal asked any rank; all of them hear of it at the same step."""
+        """Whether a signal asked any rank to stop; all ranks learn of it at the same step."""
         asked = self.stop.signal is not None
         if ranks.count() == 1:
             return asked
@@ -362,7 +360,7 @@ class Trainer:
         run.state.update(logged=step, loss=torch.zeros((), device=run.device), drawn=0)
         if self.metrics is not None:
             rate = run.svi.optimizer.param_groups[0]["lr"] if run.svi.optimizer is not None else 0.0
-            name = "loss" if is_bound else "simple_loss"  # which is no likelihood
+            name = "loss" if is_bound else "simple_loss"  # the simple loss is no likelihood
             self.metrics.note(step, **{name: loss}, lr=rate, seconds=round(run.state["seconds"], 3))
         self._loss = f"loss {run.form.per_unit(loss):.3f} {run.form.unit}" if is_bound else f"simple loss {loss:.3f}"
 
@@ -414,7 +412,7 @@ class Trainer:
         say(f"step {step}: held-out bound {found.summary}")
 
     def _refuse_what_is_not_finite(self) -> None:
-        """Neither to be evaluated, nor to take the place of a checkpoint from before."""
+        """Refuse to evaluate or save values that are not finite."""
         run = self.run
         averages = () if run.svi.average is None else run.svi.average.named_parameters()
         moments = (
@@ -437,7 +435,7 @@ class Trainer:
         self._refuse_what_is_not_finite()
         run.state["saved"] = step
         run.save(run.folder / "checkpoints" / f"step-{step:08d}.pt")
-        before = [path for number, path in numbered(run.folder) if number <= step]  # damaged ones may have been later
+        before = [path for number, path in numbered(run.folder) if number <= step]  # later ones were damaged
         for old in before[: -run.plan.watching.keep] if self.is_first else ():
             old.unlink()
 
@@ -446,7 +444,7 @@ class Trainer:
 
 
 def _finish(run: Run, data: Data, stop: Stop) -> None:
-    """The bound on the test data, samples and the report, with the best weights."""
+    """Evaluate the best weights: write the bound on the test data, samples and the report."""
     plan, folder, first = run.plan, run.folder, ranks.number() == 0
     run = Run.opened(folder, "best", plan.training.device)
     run.plan = dataclasses.replace(run.plan, training=plan.training, watching=plan.watching)

@@ -1,4 +1,4 @@
-"""``pyrodiff bound``, ``sample`` and ``plot``: what is done with a run that was trained."""
+"""``pyrodiff bound``, ``sample`` and ``plot``: the uses of a trained run."""
 
 import itertools
 import os
@@ -50,7 +50,7 @@ def bound(
         The exit code.
 
     Raises:
-        ArgumentError: If one cannot be what it is.
+        ArgumentError: If one is invalid.
     """
     if save is not None:
         _refuse_place(save, run)
@@ -90,7 +90,7 @@ def sample(
     particles: int,
     replacement: bool,
 ) -> int:
-    """Draw samples into an .npz file, and a picture of them; also of a datum given a part of it.
+    """Draw samples into an .npz file, and a picture of them; also the rest of a datum given a part of it.
 
     Arguments: see :command:`pyrodiff sample --help`.
 
@@ -98,7 +98,7 @@ def sample(
         The exit code.
 
     Raises:
-        ArgumentError: If one cannot be what it is.
+        ArgumentError: If one is invalid.
     """
     opened = Run.opened(run, checkpoint, device)
     shortened(opened.diffusion, sample_steps, "--sample-steps")
@@ -128,7 +128,7 @@ def sample(
 
 
 def _refuse_beside_given(sampler: str, sample_steps: int | None, trajectory: str | None) -> None:
-    """Refuse what sequential Monte Carlo, which walks the whole chain, would not heed."""
+    """Refuse options that sequential Monte Carlo, which runs the whole chain, would ignore."""
     for option, value, plain in (
         ("--sampler", sampler, "ancestral"),
         ("--sample-steps", sample_steps, None),
@@ -147,7 +147,7 @@ def plot(run: Path, checkpoint: str, device: str, seed: int, data: str | None) -
         The exit code.
 
     Raises:
-        ArgumentError: If one cannot be what it is.
+        ArgumentError: If one is invalid.
     """
     opened = Run.opened(run, checkpoint, device)
     folder, form, T = run / "pictures", opened.form, opened.plan.model.T
@@ -173,7 +173,7 @@ def plot(run: Path, checkpoint: str, device: str, seed: int, data: str | None) -
 
 
 def _data_of(run: Run, path: str | None) -> Data:
-    """The data that a run began with, wherever they are by now."""
+    """The data that a run began with, which may have moved."""
     moved = {} if path is None else {"data": str(Path(path).resolve())}
     _, data = prepare({**run.plan.values(), **moved}, run.device)
     run.refuse_other_data(data.form, "what is there now")
@@ -181,7 +181,7 @@ def _data_of(run: Run, path: str | None) -> Data:
 
 
 def _refuse_place(path: Path, folder: Path) -> None:
-    """Refuse where nothing can be saved, before there is anything to save, and what a run has written itself."""
+    """Refuse early a path that cannot be written, or that is a file of the run itself."""
     if path.suffix != ".npz" or len(os.fsencode(path.name)) > 200:
         raise ArgumentError("--save", f"must end in .npz, in 200 bytes, but it is {path}")
     if not path.parent.is_dir() or path.is_dir():
@@ -206,9 +206,8 @@ def write_samples(
     Arguments:
         run: The run.
         path: The .npz file.
-        draw: Called with a number, labels where there are, a generator and whether to show a bar.
-        number: How many samples.
-        size: How many at a time.
+        draw: Called with a number, labels if there are any, a generator and whether to show a bar. number: The number
+        of samples. size: The number of samples per call.
         seed: The seed of all of them.
         data: Data to draw beside them, as the model has them.
         label: The label of all of them; all labels in turn if not given.
@@ -259,7 +258,7 @@ def save_samples(run: Run, path: Path, x_0: Tensor, data: Tensor | None = None) 
 def _write_trajectory(
     run: Run, path: Path, sampler: Sampler, number: int, steps: int | None, seed: int, gif: bool, label: int | None
 ) -> None:
-    """The way from noise to data of the first samples, as a strip or an animation."""
+    """Write the states of the first samples from noise to data, as a strip or an animation."""
     T = run.diffusion.num_steps
     every = (0, *(range(1, T + 1) if steps is None else sampler.spaced(steps)))
     shown = torch.linspace(0, len(every) - 1, min(len(every), 61 if gif else 9)).round().int().tolist()

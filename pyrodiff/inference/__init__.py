@@ -1,1 +1,1 @@
-"""A diffusion inside a larger program: as the law of a site, and given an observation."""
+"""A diffusion inside a larger program: as the distribution of a site, and given an observation."""

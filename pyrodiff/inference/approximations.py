@@ -1,12 +1,12 @@
-r"""Samples given an observation that no weight corrects: known values put in place, kernels moved up a guess.
+r"""Unweighted, approximate samples given an observation: by replacement of known values, or by guided kernels.
 
-Two recipes from the literature. Neither has the posterior's law, however many steps the chain has, and neither says how
-far it is off: :func:`posterior`, which weighs its particles, does both.
+Two recipes from the literature. Neither samples the posterior exactly, however many steps the chain has, or tells how
+far off it is: :func:`posterior`, which weights its particles, does both.
 
-- *Replacement* puts what is known, with the noise of its time, into the state at each step. What is unknown is drawn as
-  if the known part were the chain's own, and what will be known at later steps is not looked at.
-- *Repeated multiplication* (2015) multiplies each kernel by r(x_t), the factor that the data are multiplied by. Right
-  would be :math:`r_t(x_t) = \mathbb{E}[r(x_0) | x_t]`, which is flatter: see :func:`product`.
+- *Replacement* puts the known values, with the noise of time t, into the state at each step. The unknown part is drawn
+  as if the known part came from the chain itself, without regard to the known values of later steps.
+- *Repeated multiplication* (Sohl-Dickstein et al.) multiplies each kernel by r(x_t), the factor of the data. The exact
+  factor would be :math:`r_t(x_t) = \mathbb{E}[r(x_0) | x_t]`, which is flatter: see :func:`product`.
 
 References:
     Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section 2.5,
@@ -42,22 +42,22 @@ def replacement(
     num_repeats: int = 1,
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
-    r"""Fill in what is unknown by replacement, which is fast and biased; :func:`posterior` is right.
+    r"""Inpaint by replacement, which is fast but biased; :func:`posterior` is exact in the limit.
 
     At each step the known numbers are drawn from :math:`q(x_{t-1} | x_0 = y)`, the others from the kernel. With
-    ``num_repeats`` above 1 each step is gone back, :math:`q(x_t | x_{t-1})`, and taken again so often, which brings
-    known and unknown into agreement, less biased at as many times the network calls.
+    ``num_repeats`` above 1 each step is undone by :math:`q(x_t | x_{t-1})` and repeated, which brings known and unknown
+    into agreement: less bias, at that many times the network calls.
 
-    The law of what is filled in is not p(x_0 | y), nor does it become that with more steps: of numbers that hang
-    together it errs in mean and spread. There are no weights, no evidence, and nothing that would say how wrong it is.
+    The result is not distributed as p(x_0 | y), not even with more steps: for dependent numbers, mean and spread are
+    wrong. There are no weights, no evidence, and no estimate of the error.
 
     Arguments:
         diffusion: The diffusion, of numbers with a density, of levels or of bits.
-        observation: What is known; where it has noise, y plus noise of that deviation is taken for the data.
-        *context: What is known of the datum besides, for the network: tensors of one row.
+        observation: The known values; if it has noise, y plus noise of that standard deviation is taken for the data.
+        *context: The context of the datum, for the network: tensors of one row.
         num_samples: How many samples n.
         num_repeats: How often each step is taken, U of RePaint.
-        generator: A generator or a seed; a seed from torch's source if not given.
+        generator: A generator or a seed; a seed from torch's global generator if not given.
 
     Returns:
         A tensor with shape (n, *event_shape).
@@ -97,7 +97,7 @@ def replacement(
 
 
 def _values(given: Conditioned, n: int) -> Tensor:
-    """Data of n rows with what is known, drawn anew for each where it is known with noise; something else elsewhere."""
+    """n rows of data with the known values, with fresh noise per row if there is noise; other values are arbitrary."""
     seen: Any = given.observation
     if seen.noise == 0:
         return given.filled.expand(n, *given.filled.shape)
@@ -114,12 +114,11 @@ def perturbed(
     twist: Twist | None = None,
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
-    r"""Draw from the chain whose kernels are multiplied by a twist, without weights: 2015's recipe, an approximation.
-
-    Of r(x_0) = p(y | x_0), each kernel is :math:`\propto p(x_{t-1} | x_t) \, r(x_{t-1})` if no twist is given. More
-    steps do not make that right: each takes r in once more. With the twist :class:`GaussianTwist`, it is guidance by
-    Tweedie's moments. Only the backward message is right without weights (:func:`product`), and any twist is with them
-    (:func:`posterior`).
+    r"""Draw from the chain whose kernels are multiplied by a twist, without weights: an approximation. With r(x_0) =
+    p(y | x_0) and no twist given, each kernel is :math:`\propto p(x_{t-1} | x_t) \, r(x_{t-1})`, as in the paper. More
+    steps do not make that exact: each multiplies by r once more. With the twist :class:`GaussianTwist`, it is guidance
+    by Tweedie's moments. Without weights only the backward message is exact (:func:`product`); with weights, any twist
+    is (:func:`posterior`).
 
     Arguments:
         diffusion, observation, *context, obs, generator: As of :func:`posterior`.
@@ -130,7 +129,7 @@ def perturbed(
         A tensor with shape (n, *event_shape).
 
     Raises:
-        ValueError: As :func:`posterior`; also if the twist leaves a kernel as it is, which then knows nothing of y.
+        ValueError: As :func:`posterior`; also if the twist leaves a kernel unchanged, which then ignores y.
 
     References:
         Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section 2.5,

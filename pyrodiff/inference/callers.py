@@ -1,4 +1,4 @@
-"""Who asks for a log density: the inference algorithms that take an estimate for more than it is."""
+"""Refusals by caller: inference algorithms for which an unbiased estimate of a bound is not enough."""
 
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _ONE_STEP = "estimate must not be a OneStepEstimate"
 _WAY_OUT = "give DiffusionDistribution(..., estimate=FlowEstimate())"
 _IN_A_LOGARITHM = f", inside a logarithm, where it would no longer have the right mean: {_WAY_OUT}"
 _FIXED = f", which wants a density that is the same number each time: {_WAY_OUT}"
-# How the name of a module starts, which function or any, and what is said.
+# How the module's name starts, which function (None: any), and the end of the error message.
 _NOT_SUMS: tuple[tuple[str, str | CodeType | None, str], ...] = (
     ("pyro.infer.mcmc", None, "HMC or NUTS" + _FIXED),
     ("pyro.infer.autoguide.guides", "laplace_approximation", "AutoLaplaceApproximation" + _FIXED),
@@ -38,15 +38,14 @@ _NOT_SUMS: tuple[tuple[str, str | CodeType | None, str], ...] = (
 
 
 def refuse_callers(diffusion: nn.Module, is_bound: bool, shape: torch.Size) -> None:
-    """Refuse to be scored, with a result of this shape, where that is not right.
+    """Refuse to be scored by an inference algorithm for which the estimate is not valid.
 
     Arguments:
-        diffusion: Whose parameters Pyro's SVI should find.
-        is_bound: Whether the estimate has the mean of a bound, so that it is good for a sum only.
-        shape: That of the log density.
+        diffusion: The diffusion, whose parameters Pyro's SVI should find. is_bound: Whether the estimate has a bound as
+        its mean, and so may only be summed. shape: The shape of the log density.
 
     Raises:
-        ValueError: If the inference algorithm that asks wants more than an estimate is, or would learn nothing.
+        ValueError: If the calling inference algorithm needs more than such an estimate, or would learn nothing.
     """
     in_guide = False
     for frame, homes in _callers():
@@ -67,7 +66,7 @@ def refuse_callers(diffusion: nn.Module, is_bound: bool, shape: torch.Size) -> N
 
 
 def refuse_in_guide(is_bound: bool) -> None:
-    """Refuse to be the law of a guide's site, where log p is a bound.
+    """Refuse to be the distribution of a guide's site if log p is a bound.
 
     Arguments:
         is_bound: Whether it is.
@@ -83,7 +82,7 @@ def refuse_in_guide(is_bound: bool) -> None:
 
 
 def _refuse_unheard(diffusion: nn.Module, traces: list[poutine.Trace]) -> None:
-    """Refuse a step of Pyro's SVI that would learn nothing, in silence."""
+    """Refuse a step of Pyro's SVI that would silently learn nothing."""
     heard = any(site["type"] == "param" for trace in traces for site in trace.nodes.values())
     learns = any(parameter.requires_grad for parameter in diffusion.parameters())
     if learns and not heard and is_pyros_step():
@@ -95,9 +94,8 @@ def _refuse_unheard(diffusion: nn.Module, traces: list[poutine.Trace]) -> None:
 
 
 def _callers() -> Iterator[tuple[FrameType, list[str]]]:
-    """Who asks for the density: the frames out to the inference algorithm, and not what runs that in its turn.
-
-    With each, the module that it is in, and, of a method of Pyro's algorithms, those of the classes of its object.
+    """The call stack of the density, out to the inference algorithm, but not beyond. Each frame comes with the name of
+    its module and, for a method of Pyro's algorithms, the modules of its object's classes.
     """
     frame: FrameType | None = sys._getframe(2)
     entered = False
@@ -114,18 +112,18 @@ def _callers() -> Iterator[tuple[FrameType, list[str]]]:
 
 
 def _scored_shape(site: dict, shape: torch.Size) -> torch.Size:
-    """The shape of what a site is scored by, this law in it: a mask or a scale, or laws around, may broadcast more."""
+    """The shape of a site's score: masks, scales or distributions around this one may broadcast it."""
     around = [site[handler].shape for handler in ("mask", "scale") if isinstance(site[handler], Tensor)]
     return torch.broadcast_shapes(shape, site["fn"].batch_shape, *around)
 
 
 def _enumerates(guide_trace: poutine.Trace, model_trace: poutine.Trace, shape: torch.Size) -> bool:
-    """Whether a result of this shape has a dimension of a site that is enumerated in the model, not in the guide."""
+    """Whether a result of this shape has the dimension of a site that is enumerated in the model (not in the guide)."""
     sites = [site for name, site in model_trace.nodes.items() if name not in guide_trace.nodes]
     dims = [(site["infer"] or {}).get("_enumerate_dim") for site in sites if site["type"] == "sample"]
     return any(dim is not None and -dim <= len(shape) and shape[dim] > 1 for dim in dims)
 
 
 def is_pyros_step() -> bool:
-    """Whether Pyro's SVI listens for what it is to learn."""
+    """Whether Pyro's own SVI is collecting parameters."""
     return any(isinstance(frame, TraceMessenger) and frame.param_only for frame in _PYRO_STACK)

@@ -1,4 +1,4 @@
-r"""A diffusion as the law of a site in a larger program: the prior of a latent, or the likelihood of data.
+r"""A diffusion as the distribution of a site in a larger program: the prior of a latent, or the likelihood of data.
 
 Its density has no closed form: see :mod:`pyrodiff.inference.estimates`.
 """
@@ -27,29 +27,30 @@ __all__ = ["DiffusionDistribution"]
 class DiffusionDistribution(TorchDistribution):
     r"""A diffusion as a Pyro distribution: ``pyro.sample("z", DiffusionDistribution(prior))`` in a model.
 
-    Its event is a datum. Its batch_shape is (), or that of the context; plates and particles expand it. Draws are a
-    sampler's, outside of Pyro's handlers: no site of the chain is seen, and no gradient passes through. ``log_prob`` is
-    an estimate, another number each time (:class:`OneStepEstimate`): its mean is the bound. Training finds the
-    parameters of the diffusion, by :class:`SVI` and by Pyro's.
+    Its event is a datum. Its batch_shape is (), or that of the context; plates and particles expand it. Draws are made
+    by a sampler outside of Pyro's handlers: the chain has no sites in the program, and no gradient flows through it.
+    ``log_prob`` is a random estimate (:class:`OneStepEstimate`), whose mean is the bound. Both :class:`SVI` and Pyro's
+    own train the parameters of the diffusion.
 
-    Where a mean is not what is taken, the one-step estimate is refused, and :class:`FlowEstimate` serves: inside a
-    logarithm (``RenyiELBO``, ``Importance``, ``SMCFilter``, :func:`pair_importance_bound`, a class in its context that
-    ``TraceEnum_ELBO`` enumerates in the model), in HMC and NUTS, which want a fixed density, and as the law of a
-    guide's site, where a bound on log q bounds nothing. A class that is enumerated in the guide is right.
+    Where log densities are not just summed, the one-step estimate is refused, and :class:`FlowEstimate` is needed:
+    inside a logarithm (``RenyiELBO``, ``Importance``, ``SMCFilter``, :func:`pair_importance_bound`, a class in its
+    context that ``TraceEnum_ELBO`` enumerates in the model), in HMC and NUTS, which need a deterministic density, and
+    as the distribution of a guide's site, where a bound on log q gives no bound. Enumerating a class in the guide is
+    allowed.
 
     Arguments:
         diffusion: The diffusion, without random weights.
-        *context: What is known of each datum, for the network: tensors of B rows.
-        estimate: What stands for log p, a :class:`OneStepEstimate` (if not given) or a :class:`FlowEstimate`.
+        *context: The context of each datum, for the network: tensors of B rows.
+        estimate: The estimate of log p, a :class:`OneStepEstimate` (if not given) or a :class:`FlowEstimate`.
         sampler: A sampler of this diffusion; if not given, :class:`AncestralSampler`, or, for a flow,
             :class:`FlowSampler`.
-        batch_dim: How many dimensions of a context are its batch's, the first ones; 1 if not given. Where a class is
-            enumerated in parallel within a plate it has two, and ``batch_dim=y.dim()`` of a class y is always right.
+        batch_dim: How many leading dimensions of a context are batch dimensions; 1 if not given. A class y that is
+            enumerated in parallel within a plate has two; ``batch_dim=y.dim()`` is always right.
 
     Raises:
         ValueError: If an argument is of another kind, or the diffusion has random weights; on ``log_prob``, if the
-            value is no datum while Pyro validates, a part of the diffusion has Pyro sites of its own, or the estimate
-            is not right for who asks.
+            value is not a datum (while Pyro validates), a part of the diffusion has Pyro sites of its own, or the
+            estimate is not valid for the calling inference algorithm.
 
     References:
         Score-based Generative Modeling in Latent Space (Vahdat et al., 2021), section 3,
@@ -111,7 +112,7 @@ class DiffusionDistribution(TorchDistribution):
         return constraints.independent(one, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "DiffusionDistribution":
-        """The same law with a larger batch_shape.
+        """The same distribution with a larger batch_shape.
 
         Raises:
             ValueError: If this one's does not broadcast to it.
@@ -173,10 +174,10 @@ class DiffusionDistribution(TorchDistribution):
         return [values.expand(shape + values.shape[self._batch_dim :]) for values in self.context]
 
     def _tell(self) -> None:
-        """Tell Pyro's SVI of the parameters: it takes no gradient where no trace of the programs holds one."""
+        """Register the parameters with Pyro's SVI, which takes no gradient if the traces hold no parameter."""
         if is_pyros_step():
             with self.diffusion.model.running():
-                for module in self.diffusion.model.of_pyro():  # these tell of each parameter as it is read
+                for module in self.diffusion.model.of_pyro():  # these register each parameter when it is read
                     for name in (*module._pyro_params, *module._parameters):
                         if not name.endswith("_unconstrained"):
                             getattr(module, name)

@@ -1,23 +1,22 @@
-r"""Estimates of the log density of a diffusion: the bound at one t, and the flow.
-
-That density has no closed form, and two estimates stand for it. The *one-step estimate* draws one t, or a few,
+r"""Estimates of the log density of a diffusion, which has no closed form: the bound at one t, and the flow. The
+*one-step estimate* draws one t, or a few,
 
 .. math::
     \log p(z) \ge -L_T(z) - T \, \mathbb{E}_{t, \, q(x_t | z)} \left[ L_{t-1}(z, x_t) \right],
 
-without bias for the bound on the right, at one network call. It varies much, since :math:`T L_0` is large and comes
-once in T draws. The terms :math:`L^r` of the exact chain of a Gaussian :math:`r` (the *reference*) vary with it, and
-their sum has the mean :math:`-\log r(z)`, so that
+an unbiased estimate of the bound on the right, by one network call. Its variance is large, since :math:`T L_0` is large
+and drawn once in T times. The terms :math:`L^r` of the exact chain of a Gaussian :math:`r` (the *reference*) are
+correlated with it, and their sum has the expectation :math:`-\log r(z)`, so that
 
 .. math::
     \log r(z) - \left[ L_T - L_T^r \right](z)
     - \frac{T}{n} \sum_{j=1}^n \left[ L_{t_j - 1} - L_{t_j - 1}^r \right](z, x_{t_j})
 
-has the same mean and varies little, at the same calls: the reference is a control variate.
+has the same expectation and a small variance, for the same network calls: the reference is a control variate.
 
-An estimate is good for a sum of log densities, an ELBO, and for nothing else: inside a logarithm (of a mean of weights,
-of a sum over classes) it is no longer unbiased, and of a guide's site it would bound the ELBO from the wrong side.
-There it is refused, by the name of who asks, and the density of the *probability flow* serves.
+It may be used in a sum of log densities, an ELBO, and nowhere else: inside a logarithm (of a mean of weights, of a sum
+over classes) it is biased, and at a guide's site it would bound the ELBO from the wrong side. There it is refused, with
+the name of the caller, and the density of the *probability flow* can be used.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), Eq. 5, https://arxiv.org/abs/2006.11239
@@ -55,10 +54,10 @@ __all__ = ["Estimate", "FlowEstimate", "OneStepEstimate", "broadcasts"]
 
 
 class Estimate(ABC):
-    """Something that stands for log p.
+    """An estimate of log p.
 
     Attributes:
-        is_bound: Whether it has the mean of a bound, so that it is good for a sum only.
+        is_bound: Whether its mean is a bound, so that it may only be summed.
     """
 
     is_bound: bool
@@ -69,7 +68,7 @@ class Estimate(ABC):
 
     @abstractmethod
     def sampler(self, diffusion: Diffusion) -> Sampler:
-        """A sampler of the law whose density it is."""
+        """A sampler of the distribution whose density it is."""
 
     @abstractmethod
     def log_prob(self, diffusion: Diffusion, x: Tensor, shape: torch.Size, context: list[Tensor]) -> Tensor:
@@ -77,16 +76,16 @@ class Estimate(ABC):
 
 
 class OneStepEstimate(Estimate):
-    """The bound at a few draws of t, without bias, with gradients to the data, their context and all parameters.
+    """The bound at a few draws of t: unbiased, with gradients to the data, their context and all parameters.
 
-    Times are spread evenly over the draws for each datum and over the data. The noise is shared where the data are:
-    where a class that they do not depend on is enumerated, all classes see the same draws.
+    Times are spread evenly over the draws for each datum and over the data. If a class that the data do not depend on
+    is enumerated, all classes share the draws.
 
     Arguments:
-        num_draws: The draws of t for each datum, n; a network call has so many rows for each.
-        reference: Mean and variance of a Gaussian, tensors that broadcast to a datum, the nearer to the moments of the
-            data the better; or None, for mean 0 and variance 1 where data of a :class:`GaussianForward` have a density,
-            and else for no reference; or False, for none.
+        num_draws: The number n of draws of t per datum; a network call has n rows per datum.
+        reference: Mean and variance of a Gaussian, tensors that broadcast to a datum; the closer to the data's moments,
+            the less variance. None: mean 0 and variance 1 for a :class:`GaussianForward` whose data have a density,
+            else no reference. False: no reference.
 
     Raises:
         ValueError: If ``num_draws`` is no positive int, or ``reference`` something else.
@@ -135,7 +134,7 @@ class OneStepEstimate(Estimate):
         model, n, event = diffusion.model, self.num_draws, diffusion.event_shape
         lead, x = x.shape[: x.dim() - len(event)], x.reshape(-1, *event)
 
-        def wide(values: Tensor) -> Tensor:  # rows of all draws of all data, where these broadcast to more
+        def wide(values: Tensor) -> Tensor:  # a row per draw and datum, broadcast from the data to ``shape``
             rest = values.shape[1:]
             return values.reshape(n, *lead, *rest).expand(n, *shape, *rest).flatten(0, len(shape))
 
@@ -154,7 +153,7 @@ class OneStepEstimate(Estimate):
             return once.reshape(lead) - diffusion.num_steps * (costs - at_t).reshape(n, *shape).mean(0)
 
     def _times(self, size: int, diffusion: Diffusion) -> Tensor:
-        """So many times, spread: of u_k = (u + k / size) mod 1 the draws of one datum are 1 / n apart."""
+        """Evenly spread times: u_k = (u + k / size) mod 1, so that the n draws of a datum are 1 / n apart."""
         device, drawing = diffusion.model.device, LowDiscrepancyDrawing()
         u = drawing.uniforms(torch.empty(size, dtype=torch.float64, device=home(device)))()
         return drawing(u, diffusion.num_steps)[0].to(device)
@@ -170,15 +169,14 @@ class OneStepEstimate(Estimate):
 
 
 class FlowEstimate(Estimate):
-    """The log density of the probability flow, a number and no bound: good also inside a logarithm and for NUTS.
-
-    It is another model than the chain, near it where the denoiser is exact and the steps are small. It can be
-    differentiated as :func:`ode_log_prob`, with an exact divergence: one gradient per dimension and evaluation. Modules
-    are in evaluation mode meanwhile. Draws of the site are by default those of the flow too (:class:`FlowSampler`), so
-    that it may be the law of a guide's site.
+    """The log density of the probability flow, exact and not a bound: valid also inside a logarithm and for NUTS. It is
+    another model than the chain, close to it if the denoiser is exact and the steps are small. It can be differentiated
+    as :func:`ode_log_prob`, with an exact divergence: one gradient per dimension and evaluation. Modules are in
+    evaluation mode meanwhile. By default the site is also drawn from the flow (:class:`FlowSampler`), so that it may be
+    a guide's site.
 
     Arguments:
-        num_steps: The number of steps of the chain whose flow it is, evenly spaced; all T if not given.
+        num_steps: The number of evenly spaced steps of the chain that defines the flow; all T if not given.
         tolerance, max_steps: As of :func:`ode_log_prob`.
 
     Raises:
@@ -246,7 +244,7 @@ def broadcasts(shape: torch.Size, larger: torch.Size) -> bool:
 
 
 def _is_gaussian(process: Forward) -> TypeGuard[GaussianForward]:
-    """Whether the forward process has the kernels that the chain of a reference is made for."""
+    """Whether the forward process has the unchanged kernels of :class:`GaussianForward`, as the reference assumes."""
     kernels = "transition", "marginal", "posterior"
     return isinstance(process, GaussianForward) and all(
         getattr(type(process), kernel) is getattr(GaussianForward, kernel) for kernel in kernels
@@ -266,7 +264,7 @@ def _of_steps(process: GaussianForward, mean: Tensor, variance: Tensor, x: Tenso
     """L_{t-1}^r, and L_0^r where t = 1, with the shape of t."""
     a, b = process.scales(x_t, t)
     weight_t, weight_0, noise = coefficients(process.schedule.posterior(t), x_t)
-    total = a**2 * variance + b**2  # of x_t; given it, x_0 is Gaussian, and so is what the posterior makes of that
+    total = a**2 * variance + b**2  # the variance of x_t; given x_t, x_0 is Gaussian, and so x_{t-1}
     loc = weight_t * x_t + weight_0 * (b**2 * mean + a * variance * x_t) / total
     scale = (noise**2 + weight_0**2 * variance * b**2 / total).sqrt()
     kernel = dist.Normal(loc, scale).to_event(event_dim(x_t, t))

@@ -1,16 +1,15 @@
-r"""Training on data of which numbers are missing: the bound on what is observed, the rest latent.
-
-With :math:`x_0 = (x_o, x_m)`, o what is observed of a datum and m what is missing, and a guide
-:math:`q_\phi(x_m | x_o)` that is learned with the diffusion,
+r"""Training on data with missing numbers: the bound on the observed numbers, with the missing ones as latents. With
+:math:`x_0 = (x_o, x_m)`, o the observed and m the missing numbers of a datum, and a guide :math:`q_\phi(x_m | x_o)`
+that is learned with the diffusion,
 
 .. math::
     \log p(x_o) = \log \int p(x_o, x_m) \, dx_m \;\ge\;
         \mathbb{E}_{q_\phi(x_m | x_o)} \left[ \log p(x_o, x_m) - \log q_\phi(x_m | x_o) \right],
 
-where log p(x_0) is bounded by the diffusion in its turn, at one network call (:class:`OneStepEstimate`). The first gap
-is the guide's, KL(q(x_m | x_o) || p(x_m | x_o)); where that is 0, and data are Gaussian, the maximum is EM's. It is the
-likelihood of what is observed, and right for training, where what is missing does not depend on its value (missing at
-random): a number that is missing *because* it is large is beyond it.
+where log p(x_0) is in turn bounded by the diffusion, by one network call (:class:`OneStepEstimate`). The first gap is
+the guide's, KL(q(x_m | x_o) || p(x_m | x_o)); if that is 0 and the data are Gaussian, the maximum is that of EM.
+Training by the likelihood of the observed numbers is right if these are missing at random: it does not cover a number
+that is missing *because* it is large.
 
 References:
     MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets (Mattei & Frellsen, 2019), section 2: the
@@ -41,24 +40,25 @@ __all__ = ["GaussianImputer", "MissingData", "NetworkImputer"]
 
 
 class MissingData(nn.Module):
-    """A pair for data in which NaN stands for what is missing: ``svi = SVI(pair.model, pair.guide, ...)``.
+    """A pair for data in which NaN marks missing numbers: ``svi = SVI(pair.model, pair.guide, ...)``.
 
     The model observes ``x_0``, completed by a latent site ``missing``, which the guide draws from an imputer. Its loss
-    is a bound on -log p of what is observed, in nats; so is ``pair_bound(pair.model, pair.guide, x)``, per datum.
+    is a bound on -log p of the observed numbers, in nats; so is ``pair_bound(pair.model, pair.guide, x)``, per datum.
 
     Arguments:
         diffusion: The diffusion, of data with a density: a :class:`GaussianForward`, without levels.
-        imputer: A module called as ``imputer(x, known, *context)``, with data that are 0 where they are missing and a
-            bool tensor of what is known, both with shape (B, *event_shape). It returns a law of whole data with
-            batch_shape (B,), of independent Normal numbers or a MultivariateNormal of all D numbers in a row; what it
-            says of the missing ones counts, and it is to be differentiable. :class:`GaussianImputer` if not given.
-        estimate: What stands for log p(x_0), as of :class:`DiffusionDistribution`; a reference with moments near those
-            of the data takes most of its noise.
+        imputer: A module called as ``imputer(x, known, *context)``, with data that have 0 for missing numbers and a
+            bool mask of the known ones, both with shape (B, *event_shape). It returns a distribution of whole data with
+            batch_shape (B,): independent Normal numbers, or a MultivariateNormal of all D numbers flattened; only its
+            marginal of the missing numbers is used. It must be differentiable. :class:`GaussianImputer` if not given.
+        estimate: The estimate of log p(x_0), as of :class:`DiffusionDistribution`; a reference with moments close to
+            those of the data removes most of its noise.
         plate: The name of the plate of the data.
 
     Raises:
         ValueError: If an argument is of another kind. On a call of the programs, while Pyro validates: if the data have
-            another shape, are infinite, or nothing is known of a datum; always, if the imputer returns another law.
+            another shape, are infinite, or no number of a datum is known; always, if the imputer returns another kind
+            of distribution.
 
     References:
         MIWAE (Mattei & Frellsen, 2019), Eq. 4 at K = 1, https://arxiv.org/abs/1812.02633
@@ -97,16 +97,17 @@ class MissingData(nn.Module):
         imputer = GaussianImputer(diffusion.event_shape).to(diffusion.model.dtype()) if imputer is None else imputer
         checks.instance("imputer", imputer, nn.Module)
         arguments.text("plate", plate)
-        DiffusionDistribution(diffusion, estimate=estimate)  # which says what does not fit
+        DiffusionDistribution(diffusion, estimate=estimate)  # raises if something does not fit
         self.model, self.guide = _Model(diffusion, estimate, plate), _Guide(diffusion, imputer, plate)
 
     @property
     def imputer(self) -> nn.Module:
-        """The law of what is missing, given what is known."""
+        """The distribution of the missing numbers, given the known ones."""
         return self.guide.imputer
 
     def complete(self, x: Tensor, *context: Tensor) -> Tensor:
-        """The data with a draw of the imputer where they are missing: its guess, and not the diffusion's own.
+        """The data with missing numbers drawn by the imputer, which is an approximation of the diffusion's own
+        posterior.
 
         Arguments:
             x: Data with shape (B, *event_shape), NaN where they are missing.
@@ -185,7 +186,7 @@ def _check(x: object, event_shape: torch.Size) -> None:
 
 
 class _Flat(dist.TorchDistribution):
-    """What the model says of missing numbers by themselves: nothing, as x_0, with them in place, is scored whole."""
+    """An improper flat distribution of the missing numbers in the model: log density 0, as x_0 is scored as a whole."""
 
     arg_constraints: ClassVar[dict] = {}
     has_rsample = True
@@ -212,10 +213,10 @@ class _Flat(dist.TorchDistribution):
 
 
 class _Guess(dist.TorchDistribution):
-    """A law of whole data, of which the missing numbers count: its marginal.
+    """The marginal of the missing numbers, of a distribution of whole data.
 
     Arguments:
-        law: Independent Normal numbers, or a MultivariateNormal of all numbers in a row, with batch_shape (B,).
+        law: Independent Normal numbers, or a MultivariateNormal of all numbers flattened, with batch_shape (B,).
         missing: Which are missing, with shape (B, *event_shape).
     """
 
@@ -246,17 +247,18 @@ class _Guess(dist.TorchDistribution):
         m = self.missing.flatten(1)
         off = torch.where(m, value.flatten(-event) - self.law.mean, 0.0)
         covariance = torch.where(m[..., None] & m[..., None, :], self.law.covariance_matrix, 0.0)
-        covariance = covariance + torch.diag_embed((~m).to(off.dtype))  # of what is known, N(0, 1) at 0: taken off
+        covariance = covariance + torch.diag_embed((~m).to(off.dtype))  # known: N(0, 1) at 0, subtracted below
         of_all = dist.MultivariateNormal(torch.zeros_like(off), covariance, validate_args=False).log_prob(off)
         return of_all + (~m).sum(-1).to(off.dtype) * (0.5 * math.log(2 * math.pi))
 
 
 class GaussianImputer(nn.Module):
-    r"""Missing numbers given the known, as of one learned Gaussian :math:`N(m, C)`: exact for Gaussian data.
+    r"""Missing numbers given the known ones, under one learned Gaussian :math:`N(m, C)`: exact for Gaussian data.
 
     .. math:: x_m | x_o \sim N\left(m_m + C_{mo} C_{oo}^{-1} (x_o - m_o), \; C_{mm} - C_{mo} C_{oo}^{-1} C_{om}\right)
 
-    It starts at N(0, I). A datum takes a factorisation of D x D: for some hundred numbers at most. It sees no context.
+    It starts at N(0, I). Each datum takes a D x D factorisation, so D should be a few hundred at most. It ignores the
+    context.
 
     Arguments:
         event_shape: The shape of one datum, of D numbers.
@@ -291,9 +293,9 @@ class GaussianImputer(nn.Module):
 
 
 class NetworkImputer(nn.Module):
-    """Missing numbers given the known, as independent Normal ones by a network.
+    """Missing numbers given the known ones, as independent Normal numbers, by a network.
 
-    What is missing together and hangs together is then known less well than it could be, and the bound pays for that.
+    Dependencies between missing numbers are ignored, which makes the bound looser.
 
     Arguments:
         network: Called as ``network(x, known, *context)``, as an imputer is, with ``known`` as numbers 0 and 1; it

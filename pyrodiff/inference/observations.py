@@ -1,4 +1,4 @@
-r"""What is observed of data: :math:`p(y | x_0)`, as a matrix and noise, as a part of the data, or as any law."""
+r"""Observations of data, :math:`p(y | x_0)`: a matrix and noise, a part of the data, or any distribution."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -34,8 +34,8 @@ class Linear:
         noise: The standard deviation, positive: a number, or a tensor that broadcasts to y.
 
     Raises:
-        ValueError: If the operator is neither, or the noise is not positive. Whether a function is linear is asked
-            where it matters, by the twist.
+        ValueError: If the operator is neither, or the noise is not positive. Whether a function is linear is checked
+            only by the twists that need it.
 
     Example:
         >>> pairs = pyrodiff.Linear(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([0.3]), noise=0.1)
@@ -63,7 +63,7 @@ class Linear:
         self.operator, self.obs, self.noise = operator, values, noise
 
     def __call__(self, x_0: Tensor) -> dist.TorchDistribution:
-        """The law of y given data of shape (n, *event_shape)."""
+        """The distribution of y given data of shape (n, *event_shape)."""
         if isinstance(self.operator, Tensor):
             x = x_0.flatten(1)
             if x.shape[1] != self.operator.shape[1]:
@@ -84,8 +84,8 @@ class Inpainting:
 
     Arguments:
         mask: Which are known, a bool tensor of the event_shape, with some True and some False.
-        values: What they are, a tensor of the event_shape; what it holds elsewhere does not matter.
-        noise: The standard deviation of what is known; 0 where it is known exactly, for bits and levels.
+        values: Their values, a tensor of the event_shape; other entries do not matter. noise: The standard deviation of
+        the known values; 0 if they are exact, for bits and levels.
 
     Raises:
         ValueError: If the mask is no such tensor, the values have another shape, or the noise is negative.
@@ -116,7 +116,7 @@ class Inpainting:
         self.mask, self.values, self.noise, self.obs = mask, values, noise, values[mask]
 
     def __call__(self, x_0: Tensor) -> dist.TorchDistribution:
-        """The law of what is known given data of shape (n, *event_shape)."""
+        """The distribution of the known values given data of shape (n, *event_shape)."""
         if x_0.shape[1:] != self.mask.shape:
             raise ArgumentError(
                 "mask",
@@ -142,7 +142,7 @@ class LinearGaussian(NamedTuple):
     Arguments:
         A: With shape (M, D).
         R: With shape (M, M).
-        y: With shape (M,); a constant that the mean adds is taken off.
+        y: With shape (M,), with the constant part of the mean subtracted.
     """
 
     A: Tensor
@@ -151,22 +151,22 @@ class LinearGaussian(NamedTuple):
 
 
 class Conditioned:
-    r"""A diffusion and what is observed of its data: what a :class:`Twist` is given.
+    r"""A diffusion and an observation of its data; a :class:`Twist` is called with it.
 
     Arguments:
         diffusion: The diffusion.
         observation: See :func:`posterior`.
-        obs: y, where the observation does not carry it.
+        obs: y, if the observation does not hold it.
 
     Attributes:
         diffusion: The diffusion.
-        y: What is observed; None of a program.
-        filled: Of data known exactly, a datum with what is known, and something else elsewhere.
+        y: The observed values; None for a program. filled: For exactly known values, a datum with these, and arbitrary
+        values elsewhere.
         is_gaussian: Whether the chain is Gaussian.
         dtype: That of the states.
 
     Raises:
-        ValueError: If the observation is none of the diffusion's data, or y has another shape than its law.
+        ValueError: If the observation does not fit the diffusion's data, or y has another shape than its distribution.
     """
 
     def __init__(self, diffusion: Diffusion, observation: Callable, obs: Tensor | None = None) -> None:
@@ -220,11 +220,7 @@ class Conditioned:
             self._check_known(self.known)
 
     def refuse_exact_densities(self) -> None:
-        """Refuse to weigh particles by what is known exactly, where data have a density.
-
-        Raises:
-            ValueError: If that is what is observed: every weight would be 0.
-        """
+        """Refuse exactly known values where data have a density. Raises: ValueError: If so: every weight would be 0."""
         if self.known is not None and self.diffusion.levels is None:
             raise ArgumentError(
                 "noise",
@@ -243,12 +239,12 @@ class Conditioned:
 
     @property
     def known(self) -> Inpainting | None:
-        """What is known exactly, if that is what is observed."""
+        """The observation, if it is of exactly known values."""
         ours = self.observation
         return ours if isinstance(ours, Inpainting) and ours.noise == 0 else None
 
     def log_likelihood(self, x_0: Tensor) -> Tensor:
-        """log p(y | x_0), of data with shape (n, *event_shape), with shape (n,)."""
+        """log p(y | x_0) for data with shape (n, *event_shape), with shape (n,)."""
         if not self.is_program:
             return self.observation(x_0).log_prob(self.y)
         trace, n = self._traced(x_0), len(x_0)
@@ -268,7 +264,7 @@ class Conditioned:
         return poutine.trace(self.observation).get_trace(x_0)
 
     def estimate(self, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-        r"""The denoiser's :math:`\hat x_0`; without a denoiser, the one that the Gaussian kernel's mean stands for.
+        r"""The denoiser's :math:`\hat x_0`; without a denoiser, the one that the Gaussian kernel's mean implies.
 
         Arguments:
             x_t: The states, with shape (n, *event_shape).
@@ -279,7 +275,7 @@ class Conditioned:
             A tensor with the shape of ``x_t``; of bits, the probability of a 1.
 
         Raises:
-            ValueError: If there is neither.
+            ValueError: If there is no denoiser and the chain is not Gaussian.
         """
         model = self.diffusion.model
         denoiser: Any = getattr(model.reverse, "denoiser", None)
@@ -297,7 +293,7 @@ class Conditioned:
         return (kernel.mean - weight_t * x_t) / weight_0
 
     def law(self, s: int, x_t: Tensor | None, n: int, *context: Tensor) -> dist.TorchDistribution:
-        """The chain's own law of x_s given x_{s+1}: p(x_T), the kernel, or, at s = 0, the decoder's law.
+        """The chain's own distribution of x_s given x_{s+1}: p(x_T), the kernel, or, at s = 0, the decoder's.
 
         Arguments:
             s: The time, in 0..T.
@@ -322,13 +318,13 @@ class Conditioned:
 
     @property
     def linear(self) -> LinearGaussian:
-        """The matrices of an observation that is linear and Gaussian, read off at each call.
+        """The matrices of a linear Gaussian observation, extracted at each call.
 
         Raises:
             ValueError: If it is not.
         """
         event, device = self.diffusion.event_shape, self.diffusion.model.device
-        source = torch.Generator().manual_seed(0)  # of its own: what is drawn here moves no other draw
+        source = torch.Generator().manual_seed(0)  # its own generator, so that other draws do not change
         x, z = torch.randn((2, *event), generator=source, dtype=self.dtype).to(device)
         law: Any = (
             None if self.is_program else self.observation(torch.stack([torch.zeros_like(x), x, z, 2 * x - 3 * z]))
@@ -365,18 +361,18 @@ def conditioning(
     n: int,
     generator: torch.Generator | int | None,
 ) -> Iterator[tuple[Conditioned, tuple[Tensor, ...]]]:
-    """Within: evaluation mode, no gradients, draws from a source of their own; a diffusion and what is observed.
+    """The context of conditional sampling: evaluation mode, no gradients, its own seed; yields a :class:`Conditioned`.
 
     Arguments:
         diffusion: The diffusion, without random weights.
         observation: See :func:`posterior`.
         context: Tensors of one row.
-        obs: y, where the observation does not carry it.
-        n: How many rows of context are wanted.
-        generator: A generator, a seed, or None for torch's source.
+        obs: y, if the observation does not hold it.
+        n: The number of rows to expand the context to.
+        generator: A generator, a seed, or None for torch's global generator.
 
     Yields:
-        Both together, and the context with n rows.
+        The diffusion with the observation, and the context with n rows.
 
     Raises:
         ValueError: If one of them is something else.

@@ -1,4 +1,4 @@
-"""Particles and their weights: the mean weight, and systematic resampling where it is needed."""
+"""Particles and their weights: the mean weight, and systematic resampling where needed."""
 
 import math
 
@@ -11,7 +11,7 @@ __all__ = ["log_mean", "needs_resampling", "resampled", "systematic"]
 
 
 def resampled(x: Tensor, psi: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Resample the particles of each island whose effective sample size is below a half.
+    """Resample the particles of each island whose effective sample size is below half of their number.
 
     Arguments:
         x: The states, island after island, with a first dimension of (islands * m).
@@ -19,7 +19,7 @@ def resampled(x: Tensor, psi: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Te
         log_w: Their log weights, with that shape.
 
     Returns:
-        The three, of the particles that are kept.
+        The three, for the particles after resampling.
     """
     islands, m = log_w.shape
     needs = needs_resampling(log_w)[:, None]
@@ -30,7 +30,7 @@ def resampled(x: Tensor, psi: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def needs_resampling(log_w: Tensor) -> Tensor:
-    """Which islands have an effective sample size below a half.
+    """Which islands have an effective sample size below half of their particles.
 
     Arguments:
         log_w: Log weights, with shape (islands, m).
@@ -39,7 +39,8 @@ def needs_resampling(log_w: Tensor) -> Tensor:
 
 
 def systematic(log_w: Tensor, m: int) -> Tensor:
-    """Ancestors, each as often as it weighs up to rounding: one uniform number for each row (Kitagawa, 1996).
+    """Systematic resampling, with one uniform number per row (Kitagawa, 1996): each ancestor in proportion to its
+    weight.
 
     Arguments:
         log_w: Log weights, with shape (islands, K).
@@ -48,7 +49,7 @@ def systematic(log_w: Tensor, m: int) -> Tensor:
     Returns:
         Indices in 0..K-1, with shape (islands, m).
     """
-    weights = log_w.softmax(1).nan_to_num(1.0)  # of a row without weight, any
+    weights = log_w.softmax(1).nan_to_num(1.0)  # a row without any weight: all alike
     ends = (weights.cumsum(1) / weights.sum(1, keepdim=True)).clamp(max=1.0)
     u = torch.rand(len(log_w), 1, dtype=log_w.dtype, device=log_w.device)
     points = (torch.arange(m, dtype=log_w.dtype, device=log_w.device) + u) / m

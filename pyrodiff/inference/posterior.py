@@ -1,16 +1,16 @@
 r"""Conditioning: samples of the data given an observation, :math:`p(x_0 | y)`, with weights, and the evidence p(y).
 
-Particles walk down the chain, :math:`x_T` to :math:`x_0`. At each t a twist :math:`\psi_t(x_t)` guesses
-:math:`p(y | x_t)`; it says where particles are drawn, and their weights make good whatever is wrong with the guess:
+Particles move down the chain, from :math:`x_T` to :math:`x_0`. At each t a twist :math:`\psi_t(x_t)` approximates
+:math:`p(y | x_t)`; it guides where particles are drawn, and weights correct the error of the approximation:
 
 .. math::
     w_{t-1} = w_t \,
         \frac{p_\theta(x_{t-1} | x_t) \, \psi_{t-1}(x_{t-1})}{q(x_{t-1} | x_t, y) \, \psi_t(x_t)}, \qquad
     \psi_0(x_0) = p(y | x_0)
 
-With any positive twist the mean weight is an unbiased estimate of p(y) under the chain, and weighted samples are of the
-chain's own posterior as their number grows. How many are needed is the twist's doing. Particles are resampled,
-systematically, where the effective sample size falls below a half.
+With any positive twist the mean weight is an unbiased estimate of p(y) under the chain, and weighted samples converge
+to the chain's own posterior as their number grows. How many are needed depends on the twist. Particles are resampled,
+systematically, when the effective sample size falls below half of their number.
 
 References:
     Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023), section 3,
@@ -47,12 +47,12 @@ class Posterior:
     Arguments:
         samples: The x_0, with shape (n, *event_shape), island after island.
         log_weights: Their log weights in nats, with shape (n,); the mean weight is the estimate of p(y).
-        effective_sample_size: Of x_T, ..., x_0, before particles were resampled, summed over the islands; with shape
-            (T + 1,), in 1..n.
-        num_islands: How many groups of particles walked by themselves.
-        pareto_k: Of the weights that the evidence is made of, those before each resampling and the last, the largest
-            :func:`pareto_k`, with shape (); NaN of fewer than 21 particles, and of bits. Above 0.7 their variance may
-            be infinite, and neither the evidence nor its standard error is to be trusted.
+        effective_sample_size: At x_T, ..., x_0, before resampling, summed over the islands; with shape (T + 1,), in
+            1..n.
+        num_islands: The number of independent groups of particles.
+        pareto_k: The largest :func:`pareto_k` of the weights that the evidence is made of (those before each
+        resampling, and the last), with shape (); NaN for fewer than 21 particles, and for bits. Above 0.7 their
+        variance may be infinite, and neither the evidence nor its standard error can be trusted.
     """
 
     samples: Tensor
@@ -73,7 +73,7 @@ class Posterior:
 
     @property
     def standard_error(self) -> Tensor:
-        """That of the log evidence, from how the islands differ, with shape (); NaN of one island."""
+        """The standard error of the log evidence, from the islands' differences, with shape (); NaN for one island."""
         ratios = (self.islands - self.log_evidence).exp()
         return ratios.std() / self.num_islands**0.5 if self.num_islands > 1 else ratios.new_tensor(math.nan)
 
@@ -88,11 +88,11 @@ class Posterior:
         return torch.tensordot(self.log_weights.softmax(0), (self.samples - self.mean) ** 2, 1).sqrt()
 
     def draw(self, num_samples: int, generator: torch.Generator | int | None = None) -> Tensor:
-        """Samples that all count the same: each particle as often as it weighs, up to rounding.
+        """Equally weighted samples, by systematic resampling of the particles.
 
         Arguments:
             num_samples: How many.
-            generator: A generator or a seed; a seed from torch's source if not given.
+            generator: A generator or a seed; a seed from torch's global generator if not given.
 
         Returns:
             A tensor with shape ``(num_samples, *event_shape)``, on the device of the particles.
@@ -138,29 +138,28 @@ def posterior(
     r"""Draw from :math:`p(x_0 | y)` of a chain by twisted sequential Monte Carlo, and estimate :math:`\log p(y)`.
 
     Arguments:
-        diffusion: The model; a chain of fewer steps, ``diffusion.subchain(times)``, is another.
-        observation: A function of data with shape (n, *event_shape), which returns the law of y with batch_shape (n,);
-            or :class:`Inpainting` or :class:`Linear`; or a Pyro program called with these data, whose sites are all
-            observed, in a plate of n at dim=-1.
+        diffusion: The model; a chain of fewer steps, ``diffusion.subchain(times)``, is another model.
+        observation: A function of data with shape (n, *event_shape) that returns the distribution of y, with
+            batch_shape (n,); or :class:`Inpainting` or :class:`Linear`; or a Pyro program called with these data, whose
+            sites are all observed, in a plate of n at dim=-1.
         *context: What is known of the datum besides, for the network: tensors of one row.
-        obs: y, with the law's event_shape, where the observation does not carry it.
-        num_particles: How many particles n in all, a multiple of the islands.
-        num_islands: In how many groups, which know nothing of each other: from these is the standard error.
-        twist: How particles are led. If not given, by :class:`KnownTwist` to bits and levels that are known exactly; to
-            a linear Gaussian observation of a Gaussian chain by :class:`GaussianTwist` and by :class:`IsotropicTwist`,
-            as many particles each, of which those are returned whose islands agree better.
-        generator: A generator or a seed; a seed from torch's source if not given.
+        obs: y, with the event_shape of its distribution, if the observation does not hold it. num_particles: The total
+        number n of particles, a multiple of the islands. num_islands: The number of independent groups, whose
+        differences give the standard error. twist: How particles are guided. If not given: :class:`KnownTwist` for
+        exactly known bits and levels; for a linear Gaussian observation of a Gaussian chain, :class:`GaussianTwist` and
+        :class:`IsotropicTwist`, each with n particles, of which those are returned whose islands agree better.
+        generator: A generator or a seed; a seed from torch's global generator if not given.
 
     Returns:
         Samples, weights and evidence.
 
     Raises:
         ValueError: If an argument is of another kind or out of range, ``obs`` has another shape than the observation's
-            law, the twist is not made for the observation or the chain, or there is none by default.
+            distribution, the twist does not fit the observation or the chain, or there is no default twist.
 
     Warns:
         UserWarning: If the effective sample size collapsed, Pareto's k of at least 100 particles is above 0.7, or the
-            twist's control finds more evidence: then neither samples nor evidence are to be trusted.
+            twist's control finds more evidence: then neither samples nor evidence can be trusted.
 
     References:
         Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023), Algorithm 1,
@@ -196,7 +195,7 @@ def posterior(
 
 
 def _default(given: Conditioned) -> Twist:
-    """The twist of an observation, where there is a good one."""
+    """The default twist for an observation, if there is one."""
     if given.known is not None:
         return KnownTwist()
     if given.is_gaussian and given.is_normal:
@@ -235,9 +234,8 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
 
 
 def _tail(log_w: Tensor) -> Tensor:
-    """Pareto's k of the weights of all islands, each island's relative to their mean.
-
-    Weights that are equal up to rounding count as equal.
+    """Pareto's k of the weights of all islands, each divided by its island's mean. Weights that are equal up to
+    rounding count as equal.
     """
     mean = log_mean(log_w)[:, None]
     relative = torch.where(mean.isneginf(), log_w, log_w - mean)
@@ -256,9 +254,8 @@ def _check_twist(value: object, n: int, s: int) -> None:
 
 
 def _warn_of_control(found: Posterior, control: Posterior, twist: Twist, other: Twist) -> None:
-    """Warn where another twist finds more evidence: particles can all be led astray, and agree with each other.
-
-    Both are unbiased estimates of p(y), and one that fails comes out too low, but for a few that are never seen.
+    """Warn if another twist finds more evidence: all particles may go wrong and still agree with each other. Both
+    estimates of p(y) are unbiased; one that fails is too low with high probability, and much too high very rarely.
     """
     more = float(control.log_evidence - found.log_evidence)
     error = math.hypot(float(found.standard_error.nan_to_num()), float(control.standard_error.nan_to_num()))
@@ -273,7 +270,7 @@ def _warn_of_control(found: Posterior, control: Posterior, twist: Twist, other: 
 
 
 def _warn_of_tails(found: Posterior, twist: Twist) -> None:
-    """Warn where weights that the evidence is a mean of may have no variance, whatever the particles look like."""
+    """Warn if the weights that the evidence is a mean of may have an infinite variance."""
     if len(found.samples) >= FEWEST and bool(found.pareto_k > LIMIT):
         warnings.warn(
             f"Pareto k of the weights is {float(found.pareto_k):.2f}, above {LIMIT}, with {type(twist).__name__}: they "
@@ -285,7 +282,7 @@ def _warn_of_tails(found: Posterior, twist: Twist) -> None:
 
 
 def _warn_of_collapse(found: Posterior, twist: Twist) -> bool:
-    """Warn where an island's particles were as good as one, or where the islands contradict each other."""
+    """Warn if an island's particles were worth little more than one, or if the islands contradict each other."""
     ess, m = found.effective_sample_size, len(found.samples) // found.num_islands
     worst, spread = int(ess.argmin()), float(found.islands.std()) if found.num_islands > 1 else 0.0
     each = float(ess[worst]) / found.num_islands

@@ -1,7 +1,7 @@
-r"""A diffusion times a factor, :math:`p(x_0) \, r(x_0) / Z`, as another diffusion: 2015's product, exactly.
+r"""A diffusion times a factor, :math:`p(x_0) \, r(x_0) / Z`, as another diffusion, exactly.
 
-The product of two laws is what a posterior is, r being a likelihood. In 2015 each kernel was multiplied by r(x_t). What
-makes the chain's law of x_0 the product, exactly, is the *backward message*
+A posterior is such a product, with a likelihood as r. Sohl-Dickstein et al. (2015) multiplied each kernel by r(x_t).
+The chain's distribution of x_0 is exactly the product if kernels are multiplied by the *backward message* instead,
 
 .. math::
     r_0 = r, \qquad r_t(x_t) = \int p(x_{t-1} | x_t) \, r_{t-1}(x_{t-1}) \, dx_{t-1} = \mathbb{E}[r(x_0) | x_t],
@@ -13,8 +13,7 @@ makes the chain's law of x_0 the product, exactly, is the *backward message*
 
 since in the product over t everything but :math:`r_0 / Z` cancels. For kernels that are Gaussian around an affine
 function and a linear Gaussian factor, the messages are Gaussian densities of y, linear in :math:`x_t`; for a few bits
-they are tables. For any other chain they are guessed, by a :class:`Twist`, and weights make the guess good:
-:func:`posterior`.
+they are tables. For any other chain a :class:`Twist` approximates them, and weights correct that: :func:`posterior`.
 
 References:
     Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section 2.5,
@@ -49,8 +48,8 @@ class Product:
     """A diffusion times a factor.
 
     Arguments:
-        diffusion: The product as a diffusion of its own, with the same forward process: it is sampled and bounded as
-            any. It takes no context and has nothing to learn.
+        diffusion: The product as a diffusion of its own, with the same forward process: it is sampled and bounded like
+            any other. It takes no context and has nothing to learn.
         log_evidence: log Z in nats, with shape (): the evidence log p(y), where the factor is p(y | x_0).
     """
 
@@ -61,13 +60,13 @@ class Product:
 def product(diffusion: Diffusion, observation: Callable, *context: Tensor, obs: Tensor | None = None) -> Product:
     r"""The diffusion of :math:`p(x_0) \, r(x_0) / Z`, with kernels that are multiplied by the exact backward message.
 
-    It is of the diffusion as it is now: what is trained later is not seen, as the parts are copied.
+    The parts of the diffusion are copied: later training does not change the product.
 
     Arguments:
         diffusion: The diffusion: of kernels :math:`N(F_t x_t + c_t, \sigma_t^2)`, with a variance for each number that
             depends on t alone; or of at most ten bits.
-        observation, obs: The factor r(x_0) = p(y | x_0), as of :func:`posterior`: linear and Gaussian of a Gaussian
-            chain; anything of bits, also a Pyro program with ``pyro.factor("r", log_r(x_0))`` in a plate of the data.
+        observation, obs: The factor r(x_0) = p(y | x_0), as of :func:`posterior`: linear and Gaussian for a Gaussian
+            chain; for bits anything, also a Pyro program with ``pyro.factor("r", log_r(x_0))`` in a plate of the data.
         *context: What is known of the datum besides, for the network: tensors of one row.
 
     Returns:
@@ -114,12 +113,12 @@ def product(diffusion: Diffusion, observation: Callable, *context: Tensor, obs: 
 
 
 class _Messages(nn.Module):
-    """The r_t of a chain at every t, and laws times them."""
+    """The messages r_t of a chain at every t, and distributions multiplied by them."""
 
     log_evidence: Tensor
 
     def times(self, law: Any, s: int | Tensor) -> Any:
-        """A law of x_s times r_s, normalised; s is one time, or one for each row."""
+        """A distribution of x_s times r_s, normalised; s is one time, or one per row."""
         raise NotImplementedError
 
 

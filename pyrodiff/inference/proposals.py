@@ -1,4 +1,4 @@
-"""Laws multiplied by a factor: a Gaussian by one that is linear in it, bits by a table; and two laws side by side."""
+"""Distributions multiplied by a factor: a Gaussian by a linear Gaussian one, bits by a table; and a mix by a mask."""
 
 import math
 from collections.abc import Sequence
@@ -95,11 +95,11 @@ class Updated(dist.TorchDistribution):
 
 
 class Tabulated(dist.TorchDistribution):
-    """A law of a few states times a factor, normalised by a sum over all states.
+    """A distribution over a few states times a factor, normalised by a sum over all states.
 
     Arguments:
         log_probs: The log of both multiplied, with shape (*batch_shape, S); it need not be normalised.
-        states: The S states, bits that are the digits of 0..S-1, the first the lowest, with shape (S, *event_shape).
+        states: The S states, the binary digits of 0..S-1, lowest bit first, with shape (S, *event_shape).
     """
 
     arg_constraints: ClassVar[dict] = {}
@@ -127,12 +127,11 @@ class Tabulated(dist.TorchDistribution):
 
 
 class Partly(dist.TorchDistribution):
-    """Independent numbers, of one law where a mask is and of another elsewhere.
+    """Independent numbers, with one distribution where a mask is True and another elsewhere.
 
     Arguments:
         mask: With the event_shape.
-        inside: A law of the numbers one by one, with shape (n, *event_shape).
-        outside: Another.
+        inside: The distribution where the mask is True, with batch_shape (n, *event_shape). outside: The one elsewhere.
         event_dim: How many dimensions an event has.
     """
 

@@ -1,4 +1,4 @@
-r"""Twists: guesses :math:`\psi_t(x_t)` of :math:`p(y | x_t)`, which say where particles are drawn.
+r"""Twists: approximations :math:`\psi_t(x_t)` of :math:`p(y | x_t)`, which guide where particles are drawn.
 
 References:
     Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023), section 3,
@@ -27,11 +27,9 @@ __all__ = ["DenoiserTwist", "GaussianTwist", "IsotropicTwist", "KnownTwist", "Re
 
 
 class Twist(ABC):
-    r"""A guess :math:`\psi_t(x_t)` of :math:`p(y | x_t)`, and where to draw :math:`x_{t-1}` accordingly.
-
-    A twist of one's own defines :meth:`log_prob`; with that alone particles are drawn from the chain and only weighed.
-    Any positive function is allowed, and only a bad one is slow: :func:`posterior` warns where it leaves but a few
-    particles of weight.
+    r"""An approximation :math:`\psi_t(x_t)` of :math:`p(y | x_t)`, and a proposal for :math:`x_{t-1}`. A twist of your
+    own defines :meth:`log_prob`; with that alone particles are drawn from the chain and only weighted. Any positive
+    function is valid, but a bad one needs many particles: :func:`posterior` warns if only a few have weight.
 
     Example:
         >>> class Near(pyrodiff.Twist):  # a guess that knows nothing of the model
@@ -40,10 +38,10 @@ class Twist(ABC):
     """
 
     def check(self, given: Conditioned) -> None:  # noqa: B027 - a twist need not define it
-        """Refuse what the twist is not made for; nothing, by default.
+        """Refuse what the twist does not fit; by default, nothing.
 
         Arguments:
-            given: The diffusion and what is observed.
+            given: The diffusion and the observation.
 
         Raises:
             ValueError: If so.
@@ -51,15 +49,15 @@ class Twist(ABC):
 
     @property
     def control(self) -> "Twist | None":
-        """Another twist, against which :func:`posterior` checks what this one leads to; None if there is none."""
+        """Another twist, with which :func:`posterior` checks the result of this one; None for no check."""
         return None
 
     @abstractmethod
     def log_prob(self, given: Conditioned, x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-        r"""The :math:`\log \psi_t(x_t)`, for t = 1..T; at t = 0 it is log p(y | x_0), which is not asked for.
+        r"""The :math:`\log \psi_t(x_t)`, for t = 1..T; at t = 0, log p(y | x_0) is used instead.
 
         Arguments:
-            given: The diffusion and what is observed.
+            given: The diffusion and the observation.
             x_t: The states, with shape (n, *event_shape).
             t: Their time, the same everywhere, with shape (n,).
             *context: Tensors of n rows.
@@ -71,24 +69,24 @@ class Twist(ABC):
     def proposal(
         self, given: Conditioned, law: dist.TorchDistribution, s: int, x_t: Tensor | None, *context: Tensor
     ) -> dist.TorchDistribution:
-        r"""The law that :math:`x_s` is drawn from, s = t - 1; by default the chain's own.
+        r"""The distribution that :math:`x_s` is drawn from, s = t - 1; by default the chain's own.
 
         Arguments:
-            given: The diffusion and what is observed.
-            law: The chain's: :math:`p(x_T)` at s = T, the kernel, and the decoder's law at s = 0.
+            given: The diffusion and the observation.
+            law: The chain's own: :math:`p(x_T)` at s = T, then the kernel, and the decoder's at s = 0.
             s: The time of the state to draw, T..0.
             x_t: The states before, with shape (n, *event_shape); None at s = T.
             *context: Tensors of n rows.
 
         Returns:
-            A distribution with batch_shape (n,) and the data's event_shape, whose support holds that of ``law`` where
-            the observation is possible.
+            A distribution with batch_shape (n,) and the data's event_shape, whose support includes that of ``law``
+            wherever the observation is possible.
         """
         return law
 
 
 class _LinearTwist(Twist):
-    """A Gaussian twist N(y; o, S), linear around the kernel's mean, which the proposal takes in in closed form."""
+    """A Gaussian twist N(y; o, S), linearised at the kernel's mean, so that kernel times twist has a closed form."""
 
     def check(self, given: Conditioned) -> None:
         if not given.is_gaussian:
@@ -134,13 +132,13 @@ class GaussianTwist(_LinearTwist):
     .. math:: \psi_t(x_t) = N\left(y; \; A \hat x_0, \; R + \tfrac{b_t^2}{a_t} A J A^T\right), \qquad
         J = \frac{\partial \hat x_0}{\partial x_t},
 
-    the covariance made symmetric, its negative eigenvalues 0. The proposal is the kernel times the twist linear around
-    the kernel's mean. Where data are Gaussian and kernels exact, all weights are equal. It takes two network calls and
-    2 M derivatives per step, M being how many numbers are observed.
+    with the covariance symmetrised and negative eigenvalues set to 0. The proposal is the kernel times the twist,
+    linearised at the kernel's mean. If the data are Gaussian and the kernels exact, all weights are equal. It takes two
+    network calls and 2 M derivatives per step, M being how many numbers are observed.
 
-    The Jacobian of a network that was trained little can be far off at large t, where :math:`b_t^2 / a_t` makes much of
-    it. Then all particles are led to where the model has little weight, and agree on an evidence that is too low. So
-    :func:`posterior` takes as many particles by :class:`IsotropicTwist` besides, and warns if these find more evidence.
+    The Jacobian of a poorly trained network can be far off at large t, where the factor :math:`b_t^2 / a_t` is large.
+    Then all particles are guided to where the model has little mass, and agree on an evidence that is too low. So
+    :func:`posterior` also runs as many particles with :class:`IsotropicTwist`, and warns if these find more evidence.
 
     References:
         Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2023), https://arxiv.org/abs/2310.06721
@@ -166,7 +164,7 @@ class GaussianTwist(_LinearTwist):
 
 
 class IsotropicTwist(_LinearTwist):
-    r"""As :class:`GaussianTwist`, with the covariance :math:`b_t^2 / (a_t^2 + b_t^2)` of data N(0, I), no derivatives.
+    r"""As :class:`GaussianTwist`, with the covariance :math:`b_t^2 / (a_t^2 + b_t^2)` of data N(0, I): no derivatives.
 
     .. math:: \psi_t(x_t) = N\left(y; \; A \hat x_0, \; R + \tfrac{b_t^2}{a_t^2 + b_t^2} A A^T\right)
 
@@ -188,8 +186,8 @@ class IsotropicTwist(_LinearTwist):
 class DenoiserTwist(Twist):
     r"""The naive twist :math:`\psi_t(x_t) = p(y | x_0 = \hat x_0(x_t))`, for any observation.
 
-    It takes the estimate for the datum, and is far too sure of it at large t: where the noise of the observation is
-    small it collapses, and :func:`posterior` warns. Of a Gaussian chain the kernel's mean is moved by
+    It treats the estimate as the datum, which is far too certain at large t: if the observation has little noise it
+    collapses, and :func:`posterior` warns. For a Gaussian chain the kernel's mean is shifted by
     :math:`\sigma_t^2 \nabla \log \psi_{t-1}`; bits are drawn from the kernel.
 
     References:
@@ -215,9 +213,9 @@ class DenoiserTwist(Twist):
 
 
 class RepeatedTwist(_LinearTwist):
-    r"""The factor itself at every t, :math:`\psi_t(x_t) = r(x_t) = p(y | x_0 = x_t)`: the recipe of 2015.
+    r"""The factor itself at every t, :math:`\psi_t(x_t) = r(x_t) = p(y | x_0 = x_t)`, as in the 2015 paper.
 
-    It takes the state for the datum: at large t that is another thing, and weights have much to make good. For linear
+    It treats the state as the datum: a poor approximation at large t, which the weights have to correct. For linear
     Gaussian observations of a Gaussian chain; the kernels are multiplied by it in closed form.
 
     References:
@@ -234,13 +232,13 @@ class RepeatedTwist(_LinearTwist):
 
 
 class KnownTwist(Twist):
-    r"""For numbers that are known exactly, of bits or of levels: what the denoiser believes them to be.
+    r"""For exactly known bits or levels: their probability under the denoiser.
 
     .. math:: \psi_t(x_t) = \prod_{i \text{ known}} \hat p_i(y_i | x_t)
 
-    The known are drawn from :math:`q(x_{t-1} | x_t, x_0 = y)`, which is where the forward process has them; the others
-    from the kernel. Of levels, without :class:`LevelPrediction`, it is a Gaussian around :math:`\hat x_0`, as wide as
-    that of :class:`IsotropicTwist` and half a bin more.
+    Known numbers are drawn from the forward posterior :math:`q(x_{t-1} | x_t, x_0 = y)`, the others from the kernel.
+    For levels without :class:`LevelPrediction`, the probability is a Gaussian around :math:`\hat x_0`, with the
+    standard deviation of :class:`IsotropicTwist` plus half a bin.
     """
 
     def check(self, given: Conditioned) -> None:
@@ -289,7 +287,7 @@ class KnownTwist(Twist):
 
 
 def _gradient(twist: Twist, value: Tensor, x: Tensor) -> Tensor:
-    """The derivative of a number in x, where there is one."""
+    """The derivative of a number in x; an error if there is none."""
     found = torch.autograd.grad(value, x, retain_graph=True, allow_unused=True)[0] if value.requires_grad else None
     if found is None:
         raise ValueError(

@@ -105,7 +105,7 @@ def variance_account(
         num_pairs: The number of pairs of batches, whose differences give the variances; at least 2.
         batch_size: The number of data in a batch, drawn with replacement.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
-        generator: A generator or a seed, for the same numbers each time; torch's global source if not given.
+        generator: A generator or a seed, for the same numbers each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
             loader) and their context. Required if there are random weights, else not allowed.
@@ -149,7 +149,7 @@ def variance_account(
         pairs = {name: diffusion.one_step(_Fixed(drawing)) for name, drawing in drawings.items()}
         halves: dict[str, list[tuple[float, float]]] = {name: [] for name in drawings}
         for _ in range(num_pairs):
-            i = torch.randint(len(data), (2, batch_size), device=x_0.device)  # the same batches for all drawings, to compare them
+            i = torch.randint(len(data), (2, batch_size), device=x_0.device)  # the same for all, for a fair ratio
             for name, pair in pairs.items():
                 halves[name].append(_half_squares(*(_estimate(pair, data.rows(half)) for half in i)))
                 bar.update(2 * batch_size)
@@ -197,8 +197,7 @@ def _estimate(pair: OneStep, data: Batch) -> list[Tensor]:
 
 
 def _half_squares(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
-    """Half the squared difference of two independent estimates, in expectation their variance: of value and
-    gradient."""
+    """Half the squared difference of two independent estimates, whose mean is their variance: value and gradient."""
     squares = [
         float(((one - other.to(one.device)).double() ** 2).sum()) / 2 for one, other in zip(first, second, strict=True)
     ]

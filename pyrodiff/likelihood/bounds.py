@@ -131,9 +131,8 @@ class Bound(Likelihood):
 
     @property
     def total(self) -> float:
-        """The cost of all data together, in nats: the sum over the data, and the KL of random weights once.
-
-        In mean over draws of the weights it is a bound on -log p(x_1, ..., x_B), of which they are integrated out.
+        """The cost of all data together, in nats: the sum over the data, plus the KL of random weights once. In
+        expectation over draws of the weights it is a bound on -log p(x_1, ..., x_B), with the weights integrated out.
         """
         return _total(self.nats, self.global_kl)
 
@@ -189,14 +188,14 @@ class Bound(Likelihood):
             parts: The bounds, at least one.
 
         Raises:
-            ValueError: If they cannot be of one model: of other numbers of steps or levels, or other shapes.
+            ValueError: If they differ in the number of steps or levels, or in shapes, and so cannot be of one model.
         """
         if len({None if part.times is None else (part.steps, len(part.times)) for part in parts}) > 1:
             parts = [part.changed(denoising=part.denoising, times=None, steps=None) for part in parts]
         return super().joined(parts)
 
 
-Bound.denoising = _Denoising()  # type: ignore[assignment]  # set after the dataclass is made, so as not to be the field's default
+Bound.denoising = _Denoising()  # type: ignore[assignment]  # set later, so as not to be a default
 
 
 def _total(nats: Tensor, global_kl: Tensor | None) -> float:
@@ -236,7 +235,7 @@ def bound(
         num_times: How many of the T - 1 denoising terms are computed for each datum and particle, one at random from
             each of as many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given. The draws
             depend on this number.
-        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         sharded: Whether the processes of ``torch.distributed`` share the work. All call it with the same model and
             data, and get the same bound as one process alone with the same seed. guide: The guide of random weights,
@@ -352,8 +351,7 @@ class _Terms:
         self.times = torch.zeros_like(self.later, dtype=torch.int32) if self.by_draw else None
 
     def add(self, i: Tensor, t: Tensor, draw: Tensor, costs: Tensor, first: bool) -> None:
-        """Add the costs of data i at times t (all 1 if ``first``, else all above 1); ``draw`` numbers the draws of a
-        datum."""
+        """Add the costs of data i at times t, all 1 if ``first``, else above; ``draw`` numbers the draws of a datum."""
         costs = costs.to(self.last.dtype)
         if first:
             self.last.index_add_(0, i, costs)
@@ -523,9 +521,8 @@ class ImportanceBound(Likelihood):
 
     @property
     def total(self) -> float:
-        """The cost of all data together, in nats: the sum over the data, and the KL of random weights once.
-
-        In mean over draws of the weights it is a bound on -log p(x_1, ..., x_B), of which they are integrated out.
+        """The cost of all data together, in nats: the sum over the data, plus the KL of random weights once. In
+        expectation over draws of the weights it is a bound on -log p(x_1, ..., x_B), with the weights integrated out.
         """
         return _total(self.nats, self.global_kl)
 
@@ -603,7 +600,7 @@ def importance_bound(
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number K of trajectories per datum: T network evaluations each. memory_budget: The memory for
         the states and activations of one batch of network calls, in bytes.
-        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
             loader) and their context. Required if there are random weights, else not allowed.

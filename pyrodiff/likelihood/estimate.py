@@ -128,8 +128,7 @@ class Likelihood(ABC):
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """The cost in bits per dimension, with shape (B,): each number of a datum is one, so a colour pixel has
-        three."""
+        """The cost in bits per dimension, with shape (B,). Each number of a datum is one: a colour pixel has three."""
         return self.bits / self.event_shape.numel()
 
     @property

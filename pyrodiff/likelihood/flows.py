@@ -1,6 +1,6 @@
 r"""The likelihood of the probability flow, an ordinary differential equation with the marginals of the diffusion.
 
-What the flow is, is said in :mod:`pyrodiff.pair.flow`.
+The flow is defined in :mod:`pyrodiff.pair.flow`.
 
 References:
     Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), section 4.3 and
@@ -34,16 +34,16 @@ _EXACT_UP_TO = 20  # dimensions
 
 @dataclass(frozen=True, repr=False, eq=False)
 class FlowLikelihood(Likelihood):
-    """-log p(x_0) of the probability flow, or, where it is followed by a decoder, a bound on it, in nats.
+    """-log p(x_0) of the probability flow, or, if a decoder follows it, a bound on that, in nats.
 
     Arguments:
-        estimates: Estimates of the cost, each unbiased, with shape (S, B): one a draw of x_1, or one a probe.
+        estimates: Unbiased estimates of the cost, with shape (S, B): one per draw of x_1, or one per probe.
         is_bound: Whether their mean is a bound on the cost, or the cost itself.
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
         num_steps: The number of steps T.
-        num_probes: The number of probes of the divergence; 0 if it was computed.
-        num_evaluations: The evaluations of the drift that the solver needed, with shape (B,), the mean over draws.
+        num_probes: The number of probes of the divergence; 0 if it was computed exactly.
+        num_evaluations: The number of evaluations of the drift by the solver, with shape (B,), the mean over draws.
     """
 
     estimates: Tensor
@@ -63,10 +63,9 @@ class FlowLikelihood(Likelihood):
 
     @property
     def noise(self) -> Tensor:
-        """The standard error of each datum's cost, with shape (B,): from the draws of x_1, or else from the probes.
-
-        NaN where there is but one of them: of a bound, ask for several ``num_particles``. Where the divergence is exact
-        and no decoder follows, nothing is drawn and it is 0.
+        """The standard error of each datum's cost, with shape (B,): over the draws of x_1, or else over the probes. NaN
+        if there is only one: for a bound, ask for several ``num_particles``. Where the divergence is exact and no
+        decoder follows, nothing is drawn and it is 0.
         """
         if len(self.estimates) == 1:
             return torch.full_like(self.estimates[0], math.nan if self.is_bound or self.num_probes else 0.0)
@@ -103,31 +102,30 @@ def ode_log_prob(
     .. math:: -\log p(x_0) \le -\mathbb{E}_{q(x_1 | x_0)} \left[
         \log p_\mathrm{flow}(x_1) + \log p_\theta(x_0 | x_1) - \log q(x_1 | x_0) \right].
 
-    The error is controlled for each datum by itself, so its number does not depend on the data beside it, but for what
-    is drawn (probes and :math:`x_1`) and the rounding of the network. The flow is another model than the chain: the two
-    agree where the denoiser is exact and the steps are small, and else the bound may lie on either side.
+    The error is controlled per datum, so a datum's result depends on the other data only through the draws (probes and
+    :math:`x_1`) and the rounding of the network. The flow is another model than the chain: the two agree if the
+    denoiser is exact and the steps are small; else the bound may be on either side.
 
     Arguments:
-        diffusion: A Gaussian diffusion. Its :math:`\hat x_0` is the denoiser's, or, of a reverse process of another
-            kind, what the mean of its kernel says.
+        diffusion: A Gaussian diffusion. Its :math:`\hat x_0` is the denoiser's, or, for another kind of reverse
+            process, the one that the mean of its kernel implies.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
-        num_probes: The number of random signs whose mean estimates the divergence; 0 to compute it, D gradients an
-            evaluation. If not given, 0 up to 20 dimensions and 10 above.
-        num_particles: The number of draws of :math:`x_1`, where a decoder follows; 1 if not given.
-        tolerance: The error allowed in a step, absolute and relative, of each number and of log p.
+        num_probes: The number of random sign vectors whose mean estimates the divergence; 0 to compute it exactly, by D
+            gradients per evaluation. If not given, 0 up to 20 dimensions and 10 above.
+        num_particles: The number of draws of :math:`x_1`, if a decoder follows; 1 if not given.
+        tolerance: The error allowed per step, absolute and relative, of each number and of log p.
         max_steps: The number of steps after which a datum is given up.
-        memory_budget: What the states and activations of one batch of network calls may take, in bytes.
-        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
-        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
-            the place of a loader, and their context. To be given where there are random weights, and only there.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
+            loader) and their context. Required if there are random weights, else not allowed.
         differentiable: Whether the costs can be differentiated, with respect to the data, their context and all
-            parameters: then log p may be a term of a program, or of a loss. They are the gradients of the numbers that
-            the solver computed, at the steps that it chose. It keeps the graph of every evaluation in memory.
+            parameters: then log p may be a term of a program, or of a loss. The gradients are those of the solver's
+            steps, with their sizes held fixed. The graph of every evaluation is kept in memory.
 
-    Returns:
-        The costs, a datum each.
+    Returns: The costs, one per datum.
 
     Raises:
         ValueError: As :func:`bound`; if the diffusion is not Gaussian, or its schedule ends without signal; if

@@ -1,20 +1,20 @@
 r"""The bound on the likelihood of any two Pyro programs with a plate of data, site by site and datum by datum.
 
-For a pair written by hand, what :func:`bound` and :func:`importance_bound` are for a :class:`Diffusion`. With z the
-latent sites in the plate of the data, w those outside of it, which all data share, and :math:`x_i` what the model
+These are for a pair written by hand what :func:`bound` and :func:`importance_bound` are for a :class:`Diffusion`. With
+z the latent sites in the plate of the data, w those outside of it, which all data share, and :math:`x_i` what the model
 observes of datum i,
 
 .. math::
     -\log p(x_1, \dots, x_B) \;\le\; \mathbb{E}_q KL(q(w) \| p(w)) + \sum_{i=1}^{B} \mathbb{E}_q
         \log \frac{q(z_i | w, x_i)}{p(x_i, z_i | w)}
 
-The sum over i falls into one cost per datum, and that into one per site, the terms of :class:`DiffusionELBO`. The rest
-is no datum's, and is reported by itself.
+The sum over i splits into a cost per datum, and this into one per site, the terms of :class:`DiffusionELBO`. The first
+term belongs to no datum, and is reported separately.
 
-The programs are run as they are, on a fixed number of neighbouring data at a time, and each run draws from a seed made
-of the seed of the whole, of the particle, and of which run it is. So the draws depend on the seed, on the position of
-the data and on how many a run has, and not on the batches that a loader cuts them into. That is as far as it goes for
-programs that are not known: data of one run share its stream of draws.
+The programs are run as they are, on ``batch_size`` neighbouring data at a time, and the seed of each run is derived
+from the given seed, the particle and the number of the run. So the draws depend on the seed, the position of the data
+and ``batch_size``, but not on how a loader batches them. More is not possible with unknown programs: the data of one
+run share its stream of draws.
 
 References:
     Importance Weighted Autoencoders (Burda et al., 2016), https://arxiv.org/abs/1509.00519
@@ -53,7 +53,7 @@ from .psis import warn_of_tails
 __all__ = ["PairBound", "pair_bound", "pair_importance_bound"]
 
 _CPU = torch.device("cpu")
-_ROWS, _END = 12, 4  # sites that a table shows one by one, at most, and at either end where there are more
+_ROWS, _END = 12, 4  # the most sites that a table shows one by one; with more, so many at either end
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -62,14 +62,14 @@ class PairBound(Likelihood):
 
     Arguments:
         names: The S sites in the plate of the data, in the model's order.
-        kinds: What each is: "latent", whose cost is the KL or log q - log p at the draw; "observed", -log p; or
-            "auxiliary", log q, of a site of the guide alone.
+        kinds: The kind of each: "latent", whose cost is the KL or log q - log p at the draw; "observed", -log p; or
+            "auxiliary", log q, for a site that only the guide has.
         costs: Their costs, each the mean over particles, with shape (S, B).
         event_shape: The shape of one datum of ``x_0``.
-        levels: How many values each dimension may take, where p is a probability, the most of any observed site,
-            infinity counted; None where it is a density.
+        levels: How many values each dimension may take, if p is a probability: the largest number of any observed site,
+            or infinity; None if p is a density.
         global_names: The sites outside of that plate, in the model's order.
-        global_costs: Their costs, which all data share: no part of ``nats``.
+        global_costs: Their costs; all data share them, so they are not part of ``nats``.
     """
 
     names: tuple[str, ...]
@@ -81,7 +81,7 @@ class PairBound(Likelihood):
     global_costs: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("names", "kinds", "global_names", "global_costs"):  # a file knows lists only
+        for name in ("names", "kinds", "global_names", "global_costs"):  # a loaded file has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
@@ -102,9 +102,8 @@ class PairBound(Likelihood):
 
     @property
     def total(self) -> float:
-        """The cost of all data together, in nats: the sum over the data, and once what they share.
-
-        In mean over draws it is a bound on -log p(x_1, ..., x_B), of which all latent sites are integrated out.
+        """The cost of all data together, in nats: the sum over the data, plus the shared costs once. In expectation
+        over draws it is a bound on -log p(x_1, ..., x_B), with all latent sites integrated out.
         """
         return float(self.nats.double().sum()) + sum(self.global_costs)
 
@@ -127,13 +126,13 @@ class PairBound(Likelihood):
 
     @classmethod
     def joined(cls, parts: list["PairBound"]) -> "PairBound":
-        """The bound of the data of all of the bounds, by one pair; of what all data share, the mean of what they say.
+        """The bound of all the data of several bounds of one pair; shared costs are averaged.
 
         Arguments:
             parts: The bounds, at least one.
 
         Raises:
-            ValueError: If they cannot be of one pair: of other sites, levels or shapes.
+            ValueError: If they differ in sites, levels or shapes, and so cannot be of one pair.
         """
         sizes = [len(part.nats) / sum(len(part.nats) for part in parts) for part in parts]
         found = {part.global_names: part.global_costs for part in parts}
@@ -156,39 +155,38 @@ def pair_bound(
     generator: torch.Generator | int | None = None,
     progress: bool = False,
 ) -> PairBound:
-    """The bound on -log p(x) of two Pyro programs, a cost for each site and each datum, estimated with fresh draws.
+    """The bound on -log p(x) of two Pyro programs: a cost per site and datum, estimated with fresh draws.
 
-    Both programs are called as ``program(x_0, *context)`` with some of the data, and have a plate for as many. What
-    they cost is what :meth:`DiffusionELBO.terms` says, with scales and masks as the programs have them: a constant
-    scale multiplies every number, and the 1 / p(t) of a one-step pair is its estimator. A cost in further plates is
-    summed over these. Modules that the programs call are in evaluation mode meanwhile; Pyro's param store and torch's
-    random numbers are afterwards as they were.
+    Both programs are called as ``program(x_0, *context)`` with some of the data, and have a plate of that size. Their
+    costs are those of :meth:`DiffusionELBO.terms`, with the scales and masks of the programs: a constant scale
+    multiplies every number, and the 1 / p(t) of a one-step pair makes it unbiased. A cost in further plates is summed
+    over these. Modules that the programs call are in evaluation mode meanwhile; Pyro's param store and torch's random
+    state are restored afterwards.
 
-    Sites outside of the plate are drawn anew in each run, so the costs of the data given them are means over them too.
-    Their guide must not look at the data, or else ``batch_size`` must hold them all.
+    Sites outside of the plate are drawn anew in each run, so costs given them are averaged over them too. Their guide
+    must not depend on the data, unless ``batch_size`` holds all data.
 
     Arguments:
         model: A program that observes the data.
         guide: A program that draws the latent sites of the model, in any order.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context,
-            on the device that the programs take them.
-        *context: What else the programs are called with: tensors of B rows, or of one for all. The indices of the data
-            are one, for a guide that keeps parameters per datum.
+            on the device of the programs.
+        *context: Further arguments of the programs: tensors of B rows, or of one for all; for a guide with parameters
+            per datum, the indices of the data, say.
         plate: The name of the plate of the data.
-        num_particles: The number of runs that a cost is the mean of.
-        batch_size: How many data a run has. All sites of a run are held in memory; other draws belong to another
-            number.
-        generator: A generator or a seed, for the same number each time; torch's global source if not given.
+        num_particles: The number of runs over which a cost is averaged.
+        batch_size: How many data a run has. All sites of a run are held in memory. The draws depend on this number.
+        generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
 
     Returns:
-        The costs in nats, per datum, and what all data share.
+        The costs in nats, per datum, and the shared ones.
 
     Raises:
         ValueError: If ``x_0`` is no data or an empty loader, or a number is not a positive int; if the programs have no
-            such plate, or it does not hold the data one by one; if the model observes nothing in it, or its laws there
-            do not say whether p is a probability or a density, or say both; if the pair has no bound
-            (:class:`DiffusionELBO`).
+            such plate, or it does not have one row per datum; if the model observes nothing in it, or its distributions
+            there have no support to tell whether p is a probability or a density, or are of both kinds; if the pair has
+            no bound (:class:`DiffusionELBO`).
 
     Example:
         >>> import pyro.distributions as dist
@@ -220,7 +218,7 @@ def pair_bound(
                             costs[-1][name] = costs[-1].get(name, 0) + cost / num_particles
                 _tell(bar, x_0, num_particles, len(data[0]))
                 runs += 1
-    names = [name for name in pair.kinds if any(name in block for block in costs)]  # a program may have sites at times
+    names = [name for name in pair.kinds if any(name in block for block in costs)]  # a run may lack some sites
     sizes = [next(iter(block.values())) for block in costs]
     rows = [
         torch.cat([block.get(name, torch.zeros_like(size)) for block, size in zip(costs, sizes, strict=True)])
@@ -254,9 +252,9 @@ def pair_importance_bound(
     .. math:: -\log p(x_i) \le -\mathbb{E}_q \log \frac1K \sum_{k=1}^K w_{ik}, \qquad
         w_{ik} = \frac{p(x_i, z_i^{(k)})}{q(z_i^{(k)} | x_i)}
 
-    A weight is the product over all sites of a datum, an auxiliary one of the guide among the denominators. So each
-    site has to be a datum's: a latent outside of the plate, shared by the data, would make them one. And inside of the
-    logarithm a scale makes no sense; masks stay.
+    A weight is the product over all sites of a datum; auxiliary sites of the guide are in the denominator. So each site
+    has to belong to a datum: a latent outside of the plate is shared by all data, which then have one weight together.
+    A scale makes no sense inside of the logarithm; masks are kept.
 
     Arguments:
         model, guide, x_0, *context, plate, batch_size, generator, progress: As :func:`pair_bound`.
@@ -266,7 +264,7 @@ def pair_importance_bound(
         The log weights and the bound made of them.
 
     Raises:
-        ValueError: As :func:`pair_bound`; if a site with a cost stands outside of the plate, or has a scale.
+        ValueError: As :func:`pair_bound`; if a site with a cost is outside of the plate, or has a scale.
         UserWarning: If K is at least 100 and Pareto's k (:func:`pareto_k`) of the weights of some data above 0.7.
 
     References:
@@ -304,7 +302,7 @@ def pair_importance_bound(
 
 
 class _Heard:
-    """A program that runs as it is, and the trace of its last run.
+    """A program that keeps the trace of its last run.
 
     Arguments:
         program: The program.
@@ -320,7 +318,7 @@ class _Heard:
         return returned
 
     def sites(self) -> dict[str, Any]:
-        """The sites by name, without those that are functions of others."""
+        """The sites by name, without deterministic ones."""
         nodes: dict[str, Any] = prune_subsample_sites(self.trace).nodes
         return {
             name: site
@@ -330,14 +328,14 @@ class _Heard:
 
 
 class _Pair:
-    """Two programs, and what is known of them from their runs.
+    """Two programs, and what their runs have shown of their sites.
 
     Arguments:
         model, guide: The programs.
         plate: The name of the plate of the data.
 
     Attributes:
-        kinds: What each site with a cost is, by name, in the model's order.
+        kinds: The kind of each site with a cost, by name, in the model's order.
     """
 
     def __init__(self, model: Callable, guide: Callable, plate: str) -> None:
@@ -352,7 +350,7 @@ class _Pair:
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Within, all modules that are called are in evaluation mode; Pyro's param store is afterwards as it was."""
+        """A context with all modules that are called in evaluation mode; it restores Pyro's param store."""
         store = pyro.get_param_store()
         seen: set[nn.Module] = set()
         training: list[nn.Module] = []
@@ -374,7 +372,7 @@ class _Pair:
             stack.callback(back)
             stack.callback(register_module_forward_pre_hook(still).remove)
             for program in (self.model.program, self.guide.program):
-                owner = getattr(program, "__self__", program)  # of a method
+                owner = getattr(program, "__self__", program)  # the object of a method
                 if isinstance(owner, nn.Module):
                     still(owner)
             stack.enter_context(as_written())
@@ -382,7 +380,7 @@ class _Pair:
             yield
 
     def terms(self, data: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """What each site costs in a run: with shape (B,) in the plate of the data, and () outside of it."""
+        """The cost of each site in one run: with shape (B,) in the plate of the data, and () outside of it."""
         terms = self.elbo.terms(self.model, self.guide, *data)
         sites = {**self.guide.sites(), **self.model.sites()}
         self._check_plate(sites, len(data[0]))
@@ -394,7 +392,7 @@ class _Pair:
         return {name: self._of_data(cost, sites[name]) for name, cost in terms.items()}
 
     def check_weights(self, data: tuple[Tensor, ...]) -> None:
-        """Refuse a pair that gives no datum a weight of its own, after a run."""
+        """Run a pair, and refuse it if data have no weights of their own."""
         for name, cost in self.terms(data).items():
             if cost.dim() == 0:
                 raise ValueError(
@@ -424,15 +422,15 @@ class _Pair:
 
     @property
     def levels(self) -> int | float | None:
-        """How many values each dimension may take, the most of all observed sites; None of a density."""
+        """How many values each dimension may take, the maximum over observed sites; None for a density."""
         return max(((levels for found in self._levels.values() for levels in found)), key=lambda n: n or 0)
 
     def _frame(self, site: dict) -> Any:
-        """The plate of the data as it stands around a site, if it does."""
+        """The plate of the data around a site, if there is one."""
         return next((frame for frame in site["cond_indep_stack"] if frame.name == self.plate), None)
 
     def _of_data(self, cost: Tensor, site: dict) -> Tensor:
-        """The sum over all plates but that of the data."""
+        """The cost summed over all plates except that of the data."""
         frame, cost = self._frame(site), cost.expand(torch.broadcast_shapes(cost.shape, site["fn"].batch_shape))
         return cost.sum() if frame is None else cost.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1)
 
@@ -460,9 +458,9 @@ class _Pair:
             )
 
     def _count_levels(self, laws: dict[str, Distribution]) -> None:
-        """Note how many values observed sites may take, and refuse where p is neither a probability nor a density."""
+        """Record how many values observed sites may take; refuse a mix of probabilities and densities."""
         for name, law in laws.items():
-            if not isinstance(innermost(law), Unit):  # a factor is no law of data
+            if not isinstance(innermost(law), Unit):  # a pyro.factor is no distribution of data
                 self._levels.setdefault(name, set()).update(_levels_of(name, law))
         if not self._levels:
             raise ArgumentError(
@@ -480,13 +478,13 @@ class _Pair:
 
 
 def _levels_of(name: str, law: Distribution) -> set[int | float | None]:
-    """How many values the numbers of an observed site may take; None where the law has a density."""
+    """How many values the numbers of an observed site may take; None for a density."""
     try:
         supports: list[Any] = [law.support]
         found: set[int | float | None] = set()
         while supports:
             support = supports.pop()
-            if hasattr(support, "cseq"):  # of several laws side by side
+            if hasattr(support, "cseq"):  # several constraints, concatenated
                 supports += support.cseq
             elif hasattr(support, "base_constraint"):
                 supports.append(support.base_constraint)
@@ -501,7 +499,7 @@ def _levels_of(name: str, law: Distribution) -> set[int | float | None]:
 
 
 def _batches(x_0: Tensor | Iterable, context: tuple, size: int) -> Iterator[tuple[Tensor, ...]]:
-    """The data and their context, so many rows at a time, whatever batches they come in."""
+    """The data and their context, ``size`` rows at a time, however they are batched."""
     waiting: tuple[Tensor, ...] | None = None
     for data in _given(x_0, context):
         if waiting is not None and [v.shape[1:] for v in waiting] != [v.shape[1:] for v in data]:
@@ -520,7 +518,7 @@ def _batches(x_0: Tensor | Iterable, context: tuple, size: int) -> Iterator[tupl
 
 
 def _given(x_0: Tensor | Iterable, context: tuple) -> Iterator[tuple[Tensor, ...]]:
-    """The data as they come, checked: a tensor is one batch, anything else is a loader."""
+    """The batches of the data, checked: a tensor is one batch, anything else is a loader."""
     if isinstance(x_0, Tensor) or not isinstance(x_0, Iterable) or hasattr(x_0, "__array__") or isinstance(x_0, str):
         yield _checked(x_0, context)
         return
@@ -536,7 +534,7 @@ def _given(x_0: Tensor | Iterable, context: tuple) -> Iterator[tuple[Tensor, ...
 
 
 def _refuse_options(context: tuple) -> None:
-    """Refuse what is no tensor in the place of a context, whatever else is wrong."""
+    """Refuse a context that is not a tensor, before other checks."""
     checks.context([value for value in context if not isinstance(value, Tensor)], 1, _CPU, "num_particles")
 
 
@@ -554,7 +552,7 @@ def _checked(x_0: object, context: tuple) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _run(seed: int, device: torch.device, validated: bool) -> Iterator[None]:
-    """Within, a run draws from its own seed, on the CPU and on a device, and Pyro validates or not."""
+    """The context of a run: its own seed, on the CPU and on a device, and validation by Pyro on or off."""
     on_cpu = device.type in ("cpu", "meta")
     with (
         torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
@@ -565,7 +563,7 @@ def _run(seed: int, device: torch.device, validated: bool) -> Iterator[None]:
 
 
 def _tell(bar: Any, x_0: Tensor | Iterable, num_particles: int, rows: int) -> None:
-    """Tell a bar of a run."""
-    if isinstance(x_0, Tensor):  # how many data a loader has, it does not say
+    """Update a progress bar after a run."""
+    if isinstance(x_0, Tensor):  # the number of data in a loader is unknown
         expect(bar, x_0, num_particles * len(x_0))
     bar.update(rows)

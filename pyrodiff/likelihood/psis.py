@@ -1,12 +1,12 @@
-r"""How heavy the tail of importance weights is: Pareto's k, and with it whether their mean can be trusted.
+r"""How heavy the tail of importance weights is, by Pareto's k: it tells whether their mean can be trusted.
 
 The largest of K weights follow a generalised Pareto law of shape k above some u,
 
 .. math:: P(w > u + y \mid w > u) \to \left(1 + k y / \sigma\right)^{-1/k},
 
 and moments of the weights exist up to 1 / k: from k = 1/2 on their variance is infinite, from k = 1 on their mean.
-Below k = 0.7 the mean of a practical number of weights is to be trusted, says the paper; above, it is not, however even
-those that were drawn look, which is all that an effective sample size can tell.
+By the paper, the mean of a practical number of weights can be trusted for k below 0.7; above, it cannot, however even
+the weights that were drawn look, which is all that an effective sample size measures.
 
 References:
     Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao & Gabry, 2024), https://arxiv.org/abs/1507.02646
@@ -26,7 +26,7 @@ from ..base.precision import float64
 
 __all__ = ["effective_size", "pareto_k", "pareto_words", "warn_of_tails"]
 
-LIMIT, FEWEST = 0.7, 100  # of k, and of weights: of fewer, k is too uncertain to speak of
+LIMIT, FEWEST = 0.7, 100  # of k; of weights: with fewer, k is too uncertain
 
 
 def effective_size(log_weights: Tensor, dim: int) -> Tensor:
@@ -44,16 +44,17 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     r"""The estimate :math:`\hat k` of the shape of the tail of importance weights, for each of B data.
 
     The tail is the largest :math:`\lceil\min(K / 5, 3 \sqrt K)\rceil` weights, less the largest of the rest. Their k is
-    that of Zhang and Stephens, moved towards 1/2 as by ten weights more (Vehtari et al. 2024, appendix C). Its standard
-    deviation is about :math:`(1 + k) / \sqrt M` of M weights in the tail: 0.35 of K = 100, 0.17 of K = 1,000.
+    estimated as by Zhang and Stephens, and shrunk towards 1/2 by a prior that counts as ten weights (Vehtari et al.
+    2024, appendix C). Its standard deviation is about :math:`(1 + k) / \sqrt M` with M weights in the tail: 0.35 for K
+    = 100, 0.17 for K = 1,000.
 
     Arguments:
         log_weights: Logarithms of the weights, up to a constant, with shape (K, B); minus infinity for a weight of 0.
 
     Returns:
-        k, with shape (B,), in float64: 0 where the weights of the tail are equal but for rounding. NaN where there is
-        no tail to fit: K is below 21, so that it has fewer than five weights; more than half of these are ties, as
-        where states are discrete; or a weight is NaN or infinite.
+        k, with shape (B,), in float64: 0 where the weights of the tail are equal up to rounding. NaN where there is no
+        tail to fit: K is below 21, so that it has fewer than five weights; more than half of these are ties, as where
+        states are discrete; or a weight is NaN or infinite.
 
     Raises:
         ValueError: If ``log_weights`` are something else.
@@ -73,7 +74,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     if size < 5:
         return float64(log_weights.new_full((log_weights.shape[1],), math.nan))
     logs = float64(log_weights).topk(size + 1, 0).values
-    # weights of discrete paths are the same few numbers again and again; those of 0 are none of them
+    # discrete states give few distinct weights; weights of 0 do not count as ties
     is_tied = (logs[1:] == logs[:-1]) & logs[1:].isfinite()
     tail = (logs - logs[0]).exp()
     excess = (tail[:-1] - tail[-1]).flip(0)  # ascending
@@ -97,7 +98,7 @@ def _zhang_stephens(x: Tensor) -> Tensor:
 
 
 def pareto_words(k: Tensor, num_particles: int) -> str:
-    """What a title says of the tails, if there are weights enough.
+    """The tails in words, for a title, if there are enough weights.
 
     Arguments:
         k: What :func:`pareto_k` returned.
@@ -110,7 +111,7 @@ def pareto_words(k: Tensor, num_particles: int) -> str:
 
 
 def warn_of_tails(k: Tensor, num_particles: int) -> None:
-    """Warn where tails are too heavy for the mean of the weights, if there are weights enough to say.
+    """Warn of tails too heavy for the mean of the weights, if there are enough weights.
 
     Arguments:
         k: What :func:`pareto_k` returned.
@@ -124,5 +125,5 @@ def warn_of_tails(k: Tensor, num_particles: int) -> None:
             f"effective sample size is to be trusted. It is a bound still, but more particles help little: bring the "
             f"model's kernels nearer to the posteriors, and see result.pareto_k",
             UserWarning,
-            stacklevel=4,  # of the call of what gave the weights, around which torch.no_grad stands
+            stacklevel=4,  # the caller of the function that made the weights, past the frame of torch.no_grad
         )

@@ -1,12 +1,12 @@
-r"""Chains of fewer steps at their best: the variance of each step, and the times, from one pass over data.
+r"""The best chains of fewer steps: the best variance of each step, and the best times, from one pass over data.
 
 Nothing is trained. A chain of the times :math:`\tau_1 < \dots < \tau_K` (:meth:`Diffusion.subchain`) has the bound
 
 .. math:: L_0(\tau_1, \tau_2) + \sum_{k=2}^K L(\tau_{k-1}, \tau_k) + L_T(\tau_K),
 
-in which a step from t to s costs the same in every chain, so that both the best variance of each step
-(:func:`analytic_variance`) and the best times (:func:`best_subchain`) come from what single steps cost. What is chosen
-by a bound is chosen for the data that it is of: give the data of the training here, and others to :func:`bound`.
+in which a step from t to s costs the same in every chain. So both the best variance of each step
+(:func:`analytic_variance`) and the best times (:func:`best_subchain`) follow from the costs of single steps. The choice
+is fitted to the data: give the training data here, and others to :func:`bound`.
 
 References:
     Analytic-DPM (Bao et al., 2022), Theorem 1 and section 4, https://arxiv.org/abs/2201.06503
@@ -50,35 +50,36 @@ def analytic_variance(
     progress: bool = False,
     guide: Callable | None = None,
 ) -> AnalyticVariance:
-    r"""The variance of least bound for a trained denoiser, of every step of every chain, by T network calls per datum.
+    r"""The variance that makes the bound least for a trained denoiser, for every step of every chain; T network calls
+    per datum.
 
     .. math:: \sigma_{s|t}^2 = \tilde\beta_{s|t}
         + w_0(s, t)^2 \, \frac1D \mathbb{E} \lVert x_0 - \hat x_0(x_t, t) \rVert^2
 
-    It goes into a reverse process of the same parts, ``GaussianReverse(forward, reverse.denoiser, variance)``, which is
-    to be cut after that, if at all: it gives longer steps their own variance. The fewer the steps, the more it gains.
+    Use it in a new reverse process of the same parts, ``GaussianReverse(forward, reverse.denoiser, variance)``, and
+    take a subchain only after that: longer steps then get their own variance. The fewer the steps, the larger the gain.
 
-    The step to the data, s = 0, has the denoiser's mean squared error itself, which is the best of a density
+    For the step to the data, s = 0, the variance is the denoiser's mean squared error, which is best for a density
     (:class:`GaussianDecoder`). For a :class:`DiscretizedDecoder`, which scores the bin around a level, there is no
-    closed form; it is then the larger of that and of :math:`(\Delta / 8)^2`, with the width :math:`\Delta` of a bin:
-    where the estimate is right this costs 6e-5 nats a number, and where it is one level off 10 nats, which with the
-    error of an estimate that is next to never wrong would have no limit. :class:`SoftmaxDecoder` and
-    :class:`TransitionDecoder` do not read it.
+    closed form; the variance is then at least :math:`(\Delta / 8)^2`, with the width :math:`\Delta` of a bin. With
+    that, a right estimate costs 6e-5 nats per number, and one that is a level off 10 nats; with the mean squared error
+    of an estimate that is almost never wrong, this would have no limit. :class:`SoftmaxDecoder` and
+    :class:`TransitionDecoder` do not use it.
 
     Arguments:
-        diffusion: The model: a Gaussian one, whose reverse process has a ``denoiser``. Its own variance plays no part.
+        diffusion: The model: a Gaussian one, whose reverse process has a ``denoiser``. Its own variance is not used.
         x_0: The data, with shape (B, *event_shape), at least 2 of them; or a loader of such batches, or of tuples of
-            one and its context. Those of the training, not those that the bound is to be of.
-        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
-        num_particles: The number of draws of each :math:`x_t` per datum.
-        memory_budget: What the states and activations of one batch of network calls may take, in bytes.
-        generator: A generator or a seed, for the same numbers each time; torch's global source if not given.
+            one and its context. Give the training data, not those that the bound is evaluated on. *context: The context
+            of each datum, for the network: tensors of B rows, or of one for all. num_particles: The number of draws of
+            each :math:`x_t` per datum.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        generator: A generator or a seed, for the same numbers each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, as of :func:`bound`.
 
     Returns:
-        The variance. A relative error :math:`\delta` of it costs a step :math:`\delta^2 / 4` nats per dimension; where
-        the standard error of the mean over so few data makes it a tenth, a warning says so.
+        The variance. A relative error :math:`\delta` of it costs :math:`\delta^2 / 4` nats per dimension and step; if
+        the standard error of the mean over the data is a tenth or more, there is a warning.
 
     Raises:
         ValueError: As :func:`bound`; if the forward process is not Gaussian, the reverse process has no denoiser, or
@@ -152,9 +153,8 @@ def _refuse_one(number: int) -> None:
 
 
 def _warn_of_few_data(diffusion: Diffusion, mean: Tensor, error: Tensor, number: int) -> None:
-    r"""Warn where a mean that is a real part of a variance is uncertain.
-
-    A step that takes half of the signal-to-noise ratio has the variance :math:`e_t + b_t^2 / a_t^2`, but for a factor.
+    r"""Warn where an uncertain mean squared error is a sizeable part of a variance. A step that halves the
+    signal-to-noise ratio has, up to a factor, the variance :math:`e_t + b_t^2 / a_t^2`.
     """
     if mean.is_meta:
         return
@@ -183,29 +183,29 @@ def best_subchain(
     progress: bool = False,
     guide: Callable | None = None,
 ) -> Diffusion:
-    r"""The chain of K steps with the least bound, of the same networks: :meth:`Diffusion.subchain` of its times.
+    r"""The chain of K steps with the least bound, with the same networks: :meth:`Diffusion.subchain` at the best times.
 
-    The costs of all steps between two of n candidates, each the mean over data and draws, make a graph, in which the
-    chain is the shortest path of K nodes: one from the cost :math:`L_0` of the step to the data, which may depend on
-    the second time too (:class:`PosteriorVariance`), to that of the prior, :math:`L_T`. It ends at T where the prior
-    was given, and elsewhere where that is best. With many candidates it costs :math:`n` network calls and
-    :math:`n^2 / 2` evaluations of the kernels and of the decoder per datum, besides n^2 numbers of memory: where a
-    reverse process is of one's own, which may use its network in any way, that is :math:`n^2` network calls.
+    The costs of all steps between two of n candidate times, averaged over data and draws, are the edges of a graph, and
+    the best chain is the shortest path of K nodes in it. It begins with the cost :math:`L_0` of the step to the data,
+    which may depend on the second time too (:class:`PosteriorVariance`), and ends with that of the prior, :math:`L_T`:
+    at T if the prior was given, else wherever that is best. It takes :math:`n` network calls and :math:`n^2 / 2`
+    evaluations of the kernels and of the decoder per datum, and memory for n^2 numbers. A reverse process of your own,
+    which may use its network in any way, takes :math:`n^2` network calls.
 
-    The costs are means, and what is noise in them is chosen too. With few data the chain may be no better than an even
-    one: give so many, or so many particles, that the standard error of a bound is small against what is to be gained.
+    The choice also fits the noise in the estimated costs. With few data the chain may be no better than an even one:
+    give so many data, or particles, that the standard error of a bound is small against the expected gain.
 
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
-            Those of the training, not those that the bound is to be of.
-        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
-        num_steps: The number K of steps, at most as many as there are candidates.
-        candidates: The times among which to choose, increasing ints in 1..T; or so many, evenly spaced from 1 to T,
-            and all if T is not above it.
+            Give the training data, not those that the bound is evaluated on. *context: The context of each datum, for
+            the network: tensors of B rows, or of one for all. num_steps: The number K of steps, at most as many as
+            there are candidates.
+        candidates: The times to choose from, increasing ints in 1..T; or their number, for evenly spaced ones (all, if
+            T is not larger).
         num_particles: The number of draws of each :math:`x_t` per datum.
-        memory_budget: What the states and activations of one batch of network calls may take, in bytes.
-        generator: A generator or a seed, for the same times each time; torch's global source if not given.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        generator: A generator or a seed, for the same times each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, as of :func:`bound`.
 
@@ -231,7 +231,7 @@ def best_subchain(
         (4, 4)
     """
     checks.instance("diffusion", diffusion, Diffusion)
-    if num_steps is None and not all(isinstance(value, Tensor) for value in context):  # a number in its place
+    if num_steps is None and not all(isinstance(value, Tensor) for value in context):  # num_steps given by position
         checks.context(context, 1, diffusion.model.device, "num_steps")
     times, num_particles = _candidates(diffusion, candidates), arguments.positive_int("num_particles", num_particles)
     num_steps = arguments.positive_int("num_steps", num_steps)
@@ -253,7 +253,7 @@ def best_subchain(
 
 
 def _candidates(diffusion: Diffusion, candidates: int | Sequence[int]) -> tuple[int, ...]:
-    """The times, refused where no chain of them can be."""
+    """The candidate times, checked."""
     T = diffusion.num_steps
     if arguments.is_int(candidates):
         times = evenly_spaced(min(arguments.positive_int("candidates", candidates), T), T)
@@ -263,7 +263,7 @@ def _candidates(diffusion: Diffusion, candidates: int | Sequence[int]) -> tuple[
         raise ArgumentError(
             "candidates", f"must end at T = {T}, the time of the given prior, but they are {candidates!r}"
         )
-    diffusion.subchain(times)  # which refuses what cannot be cut
+    diffusion.subchain(times)  # raises if it cannot be cut
     return times
 
 
@@ -288,10 +288,9 @@ class _State(NamedTuple):
 def _states(
     diffusion: Diffusion, batch: Batch, start: int, times: Iterable[int], seed: int, num_particles: int, rows: int
 ) -> Iterator[_State]:
-    """Draws of a batch at each time, in pieces of at most so many rows, whatever pieces and batches there are.
-
-    They are drawn in blocks of neighbouring data, each from a seed of its own; for data of a block that the batch does
-    not have, which begins at ``start`` among all data, draws are made too and left out.
+    """Draws of a batch at each time, in pieces of at most ``rows`` rows; they do not depend on pieces and batches. They
+    are drawn in blocks of neighbouring data, each with its own seed. The batch begins at ``start`` among all data; rows
+    of a block for data outside of it are drawn too, and dropped.
     """
     x_0, B = batch.x_0, len(batch)
     size = max(1, min(_ROWS, _NUMBERS // max(1, diffusion.event_shape.numel())))
@@ -309,7 +308,7 @@ def _states(
 
 
 class _Asked(nn.Module):
-    """A network that is asked once for one state, time and context: what it said is kept until it is to be forgotten.
+    """A network whose outputs are cached by state, time and context, until ``kept`` is cleared.
 
     Arguments:
         network: The network, or a denoiser, in evaluation mode.
@@ -321,7 +320,7 @@ class _Asked(nn.Module):
         self.kept: list[tuple[tuple[Tensor, ...], Tensor | tuple[Tensor, Tensor]]] = []
 
     def forward(self, *given: Tensor, **options: bool) -> Tensor | tuple[Tensor, Tensor]:
-        for known, said in self.kept:  # with the same options, which a reverse process does not change
+        for known, said in self.kept:  # options are not compared: a reverse process always gives the same
             if len(known) == len(given) and all(map(torch.equal, known, given)):
                 return said
         said = self.network(*given, **options)
@@ -330,7 +329,7 @@ class _Asked(nn.Module):
 
 
 def _asked_once(reverse: nn.Module) -> tuple[nn.Module, _Asked]:
-    """The reverse process with a network that is asked once; itself, where it is not known what it asks."""
+    """The reverse process with a cached network, and the cache; a process of unknown kind is returned as it is."""
     if runs(reverse, GaussianReverse):
         asked = _Asked(reverse.denoiser)
         return with_parts(reverse, denoiser=asked), asked
@@ -341,12 +340,12 @@ def _asked_once(reverse: nn.Module) -> tuple[nn.Module, _Asked]:
 
 
 class _Costs:
-    """What the steps between two of n times cost, in nats, summed over the states that it is given.
+    """The costs of the steps between any two of n times, in nats, summed over the given states.
 
     Arguments:
         diffusion: The diffusion.
         times: The times.
-        alone: Whether the chain is to be of one step, and else of more.
+        alone: Whether the chain is to have one step only.
     """
 
     def __init__(self, diffusion: Diffusion, times: Sequence[int], alone: bool) -> None:
@@ -362,7 +361,7 @@ class _Costs:
         self.only = new.new_zeros(n)  # L_0 of a chain of one step
 
     def add(self, state: _State) -> None:
-        """Add what these states cost: all steps from their time, and all steps to the data."""
+        """Add the costs of these states: of all steps from their time, including the step to the data."""
         i, t = self.times.index(state.t), state.t
         self.asked.kept.clear()
         if self.last[i].isfinite():
@@ -388,8 +387,9 @@ class _Costs:
         return float64(costs).sum().to(self.steps.device)
 
     def shortest(self, num_steps: int) -> list[int]:
-        """The indices of so many times, whose chain costs least."""
-        cost, before = self.only, []  # of the best chain that ends at each time; the time before, in each step of it
+        """The indices of the ``num_steps`` times whose chain costs least, by dynamic programming."""
+        # cost[i]: of the best chain so far that ends at time i; before[k][i]: the index of the time before i in it
+        cost, before = self.only, []
         for k in range(1, num_steps):
             cost, earlier = ((self.first if k == 1 else cost[:, None]) + self.steps).min(0)
             before.append(earlier)

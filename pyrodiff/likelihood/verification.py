@@ -1,4 +1,4 @@
-r"""Whether a diffusion of one's own keeps what its bound rests on: each claim measured, with standard errors.
+r"""Verification of a diffusion of your own: each claim that its bound rests on is measured, with standard errors.
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), Eqs. 46 and 58: Bayes' rule between the kernels,
@@ -30,12 +30,11 @@ _ERRORS = 5.0  # standard errors
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and what was found.
+    """A claim and its result.
 
     Arguments:
-        name: What is claimed.
-        passed: Whether it holds; None where it could not be tried.
-        found: The largest discrepancy and where, or why it could not be tried.
+        name: The claim. passed: Whether it holds; None if it could not be tested.
+        found: The largest discrepancy and where, or why it could not be tested.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verification:
-    """The claims that :func:`verify` tried. Printed, it is a list.
+    """The claims that :func:`verify` tested. Printed, it is a list.
 
     Arguments:
         claims: The claims.
@@ -74,31 +73,31 @@ def verify(
     generator: torch.Generator | int | None = None,
     guide: Callable | None = None,
 ) -> Verification:
-    r"""Try, on data, the claims that the bound of a diffusion rests on: for a kernel or a process of one's own.
+    r"""Test, on data, the claims that the bound of a diffusion rests on: for a kernel or a process of your own.
 
     - The trajectory pair and the one-step pair are programs with the same sites, order, scales and masks.
     - Bayes: :math:`q(x_s | x_t, x_0) \, q(x_t | x_0) = q(x_t | x_s) \, q(x_s | x_0)`, at s = t - 1 and t = 2..T.
-    - The sites of the trajectory pair cost, in the mean, what the terms of :func:`bound` say, at each t.
+    - The costs of the trajectory pair's sites equal, in expectation, the terms of :func:`bound`, at each t.
     - The one-step pair is unbiased for the bound, in its value and in its gradient.
     - The log weights of :func:`importance_bound` have the bound as their mean, and bounds do not rise with K.
 
-    Random quantities may differ by 5 standard errors; Bayes' rule, in float64, by rounding. Modules are in evaluation
-    mode. It costs about ``(4 * num_repeats + 10 * num_particles) * T`` network calls of the batch, a part of them with
-    their gradient: a few data and a chain cut short (:meth:`Diffusion.subchain`) tell as much. Where several claims
+    Random quantities may differ by 5 standard errors; the two sides of Bayes' rule, in float64, by rounding. Modules
+    are in evaluation mode. It takes about ``(4 * num_repeats + 10 * num_particles) * T`` network calls on the batch,
+    some of them with gradients: a few data and a short chain (:meth:`Diffusion.subchain`) are enough. If several claims
     fail, the first is mostly the cause of the others.
 
     Arguments:
         diffusion: The model.
         x_0: A few data, with shape (B, *event_shape).
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
-        num_repeats: The number of fresh evaluations of each side, at least 10.
+        num_repeats: The number of independent evaluations of each side, at least 10.
         num_particles: The number K of trajectories of the importance-weighted bound, at least 2.
-        generator: A generator or a seed, for the same draws each time; torch's global source if not given.
-        guide: The guide of random weights, which are drawn from it once: a program, called with the data, or None in
-            the place of a loader, and their context. To be given where there are random weights, and only there.
+        generator: A generator or a seed, for the same draws each time; torch's global generator if not given.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
+            loader) and their context. Required if there are random weights, else not allowed.
 
     Returns:
-        The claims, which print as a list. A program that raises is a claim that fails, with what it said.
+        The claims, which print as a list. A program that raises fails its claim, with the error as the result.
 
     Raises:
         ValueError: If ``x_0`` cannot be data of the model, ``diffusion`` is not one, or a number is out of range.
@@ -134,13 +133,13 @@ def verify(
 
 @contextmanager
 def _differentiable() -> Iterator[None]:
-    """Within, gradients are taken, whatever holds around."""
+    """A context in which gradients are taken, even inside of ``no_grad`` or inference mode."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def _tried(name: str, check: Callable[..., tuple[bool | None, str]], *args: object) -> Claim:
-    """The claim; a program that raises has failed it."""
+    """Test a claim; a program that raises has failed it."""
     try:
         passed, found = check(*args)
     except Exception as error:
@@ -150,7 +149,7 @@ def _tried(name: str, check: Callable[..., tuple[bool | None, str]], *args: obje
 
 def _pair(pair: Diffusion | OneStep, data: Batch) -> tuple[bool, str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of another order
+        warnings.simplefilter("error", UserWarning)  # the warning of another order
         terms = DiffusionELBO().terms(pair.model, pair.guide, data.x_0, *data.context)
     broken = [name for name, cost in terms.items() if not bool(cost.isfinite().all())]
     if broken:
@@ -161,7 +160,7 @@ def _pair(pair: Diffusion | OneStep, data: Batch) -> tuple[bool, str]:
 @torch.no_grad()
 def _bayes(diffusion: Diffusion, x_0: Tensor, any_s: bool) -> tuple[bool | None, str]:
     """Both sides of Bayes' rule as log densities, at t = 2..T, from s = t - 1, or from a random s before that."""
-    x_0 = float64(x_0) if x_0.is_floating_point() else x_0  # so that rounding hides no slip
+    x_0 = float64(x_0) if x_0.is_floating_point() else x_0  # so that rounding does not hide an error
     q, worst, wrong = diffusion.forward_process, (-1.0, 0, 0), []
     for t in range(3 if any_s else 2, diffusion.num_steps + 1):
         s = int(torch.randint(1, t - 1, (), device="cpu")) if any_s else t - 1
@@ -186,10 +185,10 @@ def _of_means(
     """The claims about means over fresh draws, each a comparison of two sets of them."""
     T, given = diffusion.num_steps, (data.x_0, *data.context)
     rows = torch.arange(len(data), device=data.x_0.device).repeat(math.ceil(T / len(data)))
-    every = data.rows(rows)  # spread over these, every t is drawn each time
+    every = data.rows(rows)  # at least T rows, so that low-discrepancy draws include every t
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a step that holds much, or heavy tails: no claims here
+            warnings.simplefilter("ignore", UserWarning)  # of one large step, or of heavy tails: not what is tested
             bounds = torch.stack([_of_bound(bound(diffusion, *given, guide=guide)) for _ in range(num_repeats)])
             weights, groups = (
                 importance_bound(diffusion, *given, num_particles=number, guide=guide).log_weights.double()
@@ -221,9 +220,8 @@ def _of_bound(bound: Bound) -> Tensor:
 def _estimates(
     pair: Diffusion | OneStep, data: Batch, number: int, learned: dict[str, Tensor], signs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Fresh estimates of a pair, the mean over the data: the cost of each site, the last first, and the gradient.
-
-    The gradient is there as one number a parameter, its product with random signs.
+    """Independent estimates of a pair, averaged over the data: the cost of each site, the last site first, and the
+    gradient. Each parameter's gradient is reduced to one number, its product with random signs.
     """
     parameters = list(learned.values())
     costs, gradients = [], []
@@ -257,7 +255,7 @@ def _alike(name: str, ours: Tensor, theirs: Tensor, names: list[str]) -> Claim:
 
 
 def _falls(loose: Tensor, tight: Tensor, num_particles: int) -> Claim:
-    """Whether the second of two sets of draws, each with shape (R,), does not have the greater mean."""
+    """Whether the mean of the second set of draws is not above that of the first."""
     loose, tight = loose.cpu(), tight.cpu().flatten()
     error = math.sqrt(float(loose.var() / len(loose) + tight.var() / len(tight)))
     rise = float(tight.mean() - loose.mean())

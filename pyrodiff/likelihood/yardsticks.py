@@ -1,15 +1,16 @@
-r"""Yardsticks: what simple laws, fitted to training data, cost on test data. A model that costs more learned little.
+r"""Yardsticks: the costs on test data of simple distributions fitted to training data. A model should cost less.
 
-Of numbers, whose likelihood is a density, a Gaussian with a variance per dimension, and one with all covariances,
+For numbers with a density: a Gaussian with a variance per dimension, and one with a full covariance matrix,
 
 .. math:: -\log N(x; \hat\mu, \operatorname{diag} \hat\sigma^2), \qquad -\log N(x; \hat\mu, \hat\Sigma);
 
-of levels, whose likelihood is a probability, the uniform law, :math:`D \log L`, a normal law in bins and a histogram
-for each dimension. Of two levels, bits, the histogram is a Bernoulli rate, and is all there is besides the uniform law.
+For levels, with probabilities: the uniform distribution, :math:`D \log L`, and for each dimension a discretised normal
+and a histogram. For two levels, bits, the histogram is a Bernoulli rate, and there is only that and the uniform
+distribution.
 
-Fits are in closed form, from sums over the data, so each set is read once, in whatever blocks it comes. The covariance
-is shrunk towards its diagonal by as much as the number of data asks for; histograms and normal laws in bins are fitted
-to the data and a little more, spread evenly over the levels, so that nothing has probability 0.
+Fits are in closed form, from sums over the data, so each set is read once, in blocks of any size. The covariance is
+shrunk towards its diagonal, by an amount that depends on the number of data; histograms and discretised normals are
+smoothed by pseudo-data spread evenly over the levels, so that nothing has probability 0.
 """
 
 import math
@@ -29,15 +30,13 @@ from .estimate import Likelihood
 
 __all__ = ["Yardstick", "Yardsticks", "yardsticks"]
 
-_COVARIANCES, _COUNTS = 2**20, 2**26  # numbers that a covariance matrix and histograms may have, at most
+_COVARIANCES, _COUNTS = 2**20, 2**26  # the most entries of a covariance matrix, and of histograms
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Yardstick(Likelihood):
-    """What one simple law costs on test data. Printed, it is a table.
-
-    Arguments:
-        name: The law.
+    """The cost of one simple distribution on test data. Printed, it is a table. Arguments: name: The name of the
+    distribution.
         costs: -log p of each datum in nats, with shape (B,).
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.
@@ -64,7 +63,7 @@ class Yardstick(Likelihood):
 
 
 class Yardsticks(dict[str, Yardstick]):
-    """What simple laws cost, by their names. Printed, a line for each: name, mean cost, standard error, unit."""
+    """The costs of simple distributions, by name. Printed, a line each: name, mean cost, standard error, unit."""
 
     def __repr__(self) -> str:
         return "\n".join(f"{name:24}{law.summary}" for name, law in self.items())
@@ -74,28 +73,27 @@ class Yardsticks(dict[str, Yardstick]):
 def yardsticks(
     train: Tensor | Iterable, test: Tensor | Iterable, levels: int | None = None, smoothing: float = 1.0
 ) -> Yardsticks:
-    r"""What simple laws, fitted to training data, cost on test data, with standard errors.
+    r"""The costs on test data of simple distributions fitted to training data, with standard errors.
 
-    Of a density, "diagonal Gaussian" and "full Gaussian", the latter of at most 1,024 dimensions. With n data and the
-    correlations R, its covariance is that of the correlations :math:`(1 - \rho) R + \rho I`, with :math:`\rho` the
-    oracle approximating shrinkage of Chen et al. (2010), Eq. 23: 0 for many data, and right for fewer than there are
-    dimensions. Of levels, "uniform", "discretized Gaussian" and "histogram", a law for each dimension; of two,
-    "uniform" and "Bernoulli".
+    For a density: "diagonal Gaussian" and "full Gaussian", the latter up to 1,024 dimensions. Its correlations are
+    :math:`(1 - \rho) R + \rho I`, with R those of the n data and :math:`\rho` the oracle approximating shrinkage of
+    Chen et al. (2010), Eq. 23: near 0 for many data, and usable with fewer data than dimensions. For levels: "uniform",
+    and per dimension "discretized Gaussian" and "histogram"; for two levels "uniform" and "Bernoulli".
 
     Arguments:
         train: Data to fit to, with shape (n, *event_shape); or a loader of such batches, or of tuples that begin with
             one, such as :class:`pyrodiff.streaming.Blocks`, that is read once. Floats, or whole numbers in
             0..levels-1 of any dtype.
-        test: Data to cost, in the same units.
+        test: Data to evaluate on, in the same units.
         levels: The number of levels L, for their probabilities; None for a density.
-        smoothing: How many data, spread evenly over the levels, stand beside those of ``train``; above 0.
+        smoothing: The number of pseudo-data, spread evenly over the levels, that are added to ``train``; above 0.
 
     Returns:
-        The cost of each law on each datum, by name.
+        The cost of each datum under each distribution, by name.
 
     Raises:
         ValueError: If there are no data, or they are not finite floats or whole numbers in 0..levels-1, or of several
-            shapes; of a density, if a dimension does not vary in ``train``, so that its density would have no limit.
+            shapes; for a density, if a dimension is constant in ``train``, so that its density would be unbounded.
 
     References:
         Shrinkage Algorithms for MMSE Covariance Estimation (Chen, Wiesel, Eldar & Hero, 2010), Eq. 23,
@@ -170,17 +168,17 @@ def _laws(size: int, levels: int | None, smoothing: float) -> list["_Law"]:
 
 
 class _Law(ABC):
-    """A law that is fitted to sums over data, blocks of float64 with shape (b, D)."""
+    """A distribution fitted to sums over data, which come in float64 blocks of shape (b, D)."""
 
     name: str
 
     @abstractmethod
     def add(self, x: Tensor) -> None:
-        """Take a block into account."""
+        """Add a block to the sums."""
 
     @abstractmethod
     def fit(self) -> None:
-        """Make the law of what was added."""
+        """Fit the distribution to the sums."""
 
     @abstractmethod
     def cost(self, x: Tensor) -> Tensor:
@@ -196,17 +194,17 @@ class _Uniform(_Law):
         self.levels = levels
 
     def add(self, x: Tensor) -> None:
-        """It does not depend on the data."""
+        """Nothing to add."""
 
     def fit(self) -> None:
-        """There is nothing to fit."""
+        """Nothing to fit."""
 
     def cost(self, x: Tensor) -> Tensor:
         return x.new_full((len(x),), x.shape[1] * math.log(self.levels))
 
 
 class _Gaussian(_Law):
-    """A normal law for each dimension, of the data's mean and variance."""
+    """A normal distribution per dimension, with the data's mean and variance."""
 
     name = "diagonal Gaussian"
 
@@ -215,7 +213,7 @@ class _Gaussian(_Law):
 
     def add(self, x: Tensor) -> None:
         if not self.count:
-            self.origin = x.mean(0)  # sums of squares about 0 would lose what is small beside the mean
+            self.origin = x.mean(0)  # sums of squares about 0 would lose precision where the mean is large
             self.sum, self.squares = torch.zeros_like(self.origin), self._squares(x[:0])
         x = x - self.origin
         self.count += len(x)
@@ -236,7 +234,7 @@ class _Gaussian(_Law):
 
 
 class _FullGaussian(_Gaussian):
-    """A normal law of the data's mean and covariance, its correlations shrunk."""
+    """A normal distribution with the data's mean and covariance, its correlations shrunk."""
 
     name = "full Gaussian"
 
@@ -258,16 +256,16 @@ class _FullGaussian(_Gaussian):
 
 
 def _shrunk(R: Tensor, n: int) -> Tensor:
-    """Correlations of n data, shrunk towards none: Chen et al. (2010), Eq. 23, with tr R = D."""
+    """Correlations of n data, shrunk towards 0: Chen et al. (2010), Eq. 23, with tr R = D."""
     D, square = len(R), float((R**2).sum())
-    off = square - D  # of what is not on the diagonal; its size tells correlations from chance
+    off = square - D  # the squared correlations off the diagonal
     excess = (n + 1 - 2 / D) * off
     rho = min(1.0, ((1 - 2 / D) * square + D**2) / excess) if excess > 0 else 1.0
     return (1 - rho) * R + rho * torch.eye(D, dtype=R.dtype, device=R.device)
 
 
 class _NormalInBins(_Gaussian):
-    """A normal law in bins for each dimension, of the moments of the data and of a few spread evenly."""
+    """A discretised normal per dimension, with the moments of the data and the pseudo-data together."""
 
     name = "discretized Gaussian"
 
@@ -292,7 +290,7 @@ class _NormalInBins(_Gaussian):
 
 
 class _Histogram(_Law):
-    """A probability for each level of each dimension; of two levels, a rate."""
+    """A probability for each level of each dimension; for two levels, a Bernoulli rate."""
 
     def __init__(self, levels: int, smoothing: float) -> None:
         self.name = "Bernoulli" if levels == 2 else "histogram"
@@ -312,7 +310,7 @@ class _Histogram(_Law):
 
 
 def _varies(variance: Tensor, mean: Tensor) -> None:
-    """Refuse dimensions that are constant, but for rounding."""
+    """Refuse dimensions that are constant up to rounding."""
     constant = variance <= 1e-24 * mean**2
     if not checks.holds(~constant):
         raise ArgumentError(

@@ -652,8 +652,7 @@ class Step(nn.Module):
     @staticmethod
     @contextmanager
     def scored(scale: Tensor, where: Tensor) -> Iterator[None]:
-        """A context that scales the cost of sites and masks it to ``where``; a scale of 0 is masked, as Pyro refuses
-        it."""
+        """A context that scales the costs of sites and masks them to ``where``; scales of 0 are masked too."""
         counts = scale > 0
         mask = poutine.mask(mask=where & counts)  # type: ignore[call-overload] # its type asks for a BoolTensor
         with poutine.scale(scale=torch.where(counts, scale, 1.0)), mask:

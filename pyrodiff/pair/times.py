@@ -69,8 +69,7 @@ class Drawing(Float64Module, ABC):
 
     @abstractmethod
     def uniforms(self, like: Tensor) -> dist.TorchDistribution:
-        """The distribution of the auxiliary u, each uniform on [0, 1) by itself, with the batch_shape (B,) of
-        ``like``."""
+        """The distribution of the auxiliary u, each uniform on [0, 1), with the batch_shape (B,) of ``like``."""
 
     @abstractmethod
     def forward(self, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:

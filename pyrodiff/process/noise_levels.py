@@ -36,7 +36,7 @@ def initial_noise(x: Tensor, num_samples: int | None = None, generator: torch.Ge
         x: The data, finite floats with shape (N, \*event_shape), at least 2.
         num_samples: The size of a random subset, drawn without replacement, whose largest distance is returned (at most
             that of all data); all data if not given.
-        generator: A generator or a seed, for the same subset each time; torch's global source if not given.
+        generator: A generator or a seed, for the same subset each time; torch's global generator if not given.
 
     Returns:
         The distance, Euclidean: :math:`\sigma_1` of the paper, the ``sigma_max`` of a :class:`GeometricSchedule`.

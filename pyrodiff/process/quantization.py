@@ -62,7 +62,7 @@ def from_levels(
             data, less :math:`\log \Delta` a dimension, is one on the probability of the levels
             (:meth:`Likelihood.bits_per_dim_in_bins`).
         dtype: The dtype of the result, floating; torch's default if not given.
-        generator: A generator or a seed of the noise; torch's global source if not given.
+        generator: A generator or a seed of the noise; torch's global generator if not given.
 
     Returns:
         A tensor with the shape of ``k``.

@@ -287,8 +287,7 @@ def _below(roots: list[nn.Module]) -> list[nn.Module]:
 
 
 def _closed_over(programs: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the tensors in global and closed-over variables that functions, and functions called by
-    these, read."""
+    """Names and values of tensors in variables that functions, and functions in these, read or close over."""
     seen, waiting = set(), list(programs)
     while waiting:
         one = waiting.pop()

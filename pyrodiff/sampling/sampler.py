@@ -257,8 +257,7 @@ class Sampler(ABC):
     def _run(
         self, num_samples: int, context: tuple[Tensor, ...], bar: tqdm, wanted: set[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yields t and x_t of the chain, from T to 0, at least at the wanted times; the first network call is
-        validated."""
+        """Yields t and x_t of the chain from T to 0, at least at wanted times; the first network call is validated."""
         model, T = self.chain.model, self.chain.num_steps
         with validated(model.device):
             x = drawn(model.top(model.dtype(), model.device), num_samples)

@@ -340,8 +340,7 @@ def _sigma(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def _nearest(schedule: Schedule, sigma: Tensor) -> Tensor:
-    """The times in 1..T whose b / a is nearest to sigma, by bisection: a learned schedule of very many steps has no
-    table."""
+    """The times in 1..T whose b / a is nearest to sigma, by bisection: a long learned schedule has no table."""
     T = schedule.num_steps
     low, high = (torch.full(sigma.shape, end, device=sigma.device) for end in (1, T))
     for _ in range(T.bit_length()):

@@ -30,7 +30,7 @@ __all__ = ["Gradient", "Programs"]
 
 
 class Programs:
-    """What a pair of programs is made of: modules, also those that functions call, and parameters of Pyro's own.
+    """The modules of a pair of programs, including those that functions call, and its parameters in Pyro's store.
 
     Arguments:
         model, guide: The programs.
@@ -39,7 +39,7 @@ class Programs:
     def __init__(self, model: Callable, guide: Callable) -> None:
         self.model, self.guide = model, guide
         self._roots = dict.fromkeys(program for program in (model, guide) if isinstance(program, nn.Module))
-        self._stored: dict[str, Tensor] = {}  # parameters of none of the modules, by their names in Pyro's store
+        self._stored: dict[str, Tensor] = {}  # parameters outside of all modules, by their names in Pyro's store
         self._is_unchanged: Callable[[], bool] = lambda: False
 
     def modules(self) -> list[nn.Module]:
@@ -56,11 +56,11 @@ class Programs:
         return dict.fromkeys(tensor for tensor in every if tensor is not None)
 
     def drawings(self) -> list[Drawing]:
-        """How times are drawn."""
+        """The modules that draw times."""
         return [module for module in self.modules() if isinstance(module, Drawing)]
 
     def roots(self) -> dict[str, nn.Module]:
-        """The modules that have all others within: the programs, and what programs that are functions call."""
+        """The outermost modules: the programs, and the modules that programs call which are functions."""
         programs = {"model": self.model, "guide": self.guide}
         roots = {name: program for name, program in programs.items() if isinstance(program, nn.Module)}
         inside = {part for root in self._roots for part in root.modules() if part is not root} | {*roots.values()}
@@ -68,7 +68,7 @@ class Programs:
         return roots | {f"called {i}": module for i, module in enumerate(called)}
 
     def stored(self) -> dict[str, Tensor]:
-        """The parameters of none of the modules, unconstrained, by name, where they are still there."""
+        """The parameters outside of all modules, unconstrained, by name, if still in Pyro's store."""
         there = dict(pyro.get_param_store().named_parameters()) if self._stored else {}
         return {name: value for name, value in self._stored.items() if "$$$" in name or there.get(name) is value}
 
@@ -80,10 +80,10 @@ class Programs:
         return found
 
     def collect(self, found: dict[str, Tensor]) -> list[Tensor]:
-        """Collect the parameters that can be learned; :meth:`are_unchanged` compares with the programs as they are now.
+        """Collect the parameters that can be learned, and take the snapshot that :meth:`are_unchanged` compares with.
 
         Arguments:
-            found: The parameters of Pyro's messages, by name.
+            found: The parameters in Pyro's messages, by name.
         """
         own = self.tensors("_parameters")
         self._stored |= found
@@ -104,12 +104,12 @@ class Programs:
         return [parameter for parameter in tensors if _can_be_learned(parameter)]
 
     def are_unchanged(self) -> bool:
-        """Whether they have the modules and parameters that they had, and the same of these is learned."""
+        """Whether modules, parameters and what of them is learned are the same as when they were collected."""
         return self._is_unchanged() and len(self.stored()) == len(self._stored)
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Within, the programs change copies of their buffers and counts; modules that functions call are collected."""
+        """A context in which the programs change copies of their buffers; modules that functions call are collected."""
         seen: set[nn.Module] = set()
         before: list[tuple[dict, str, Any]] = []
         copies: dict[Tensor, Tensor] = {}
@@ -117,7 +117,7 @@ class Programs:
         def set_aside(root: nn.Module, args: tuple = ()) -> None:
             if root in seen:
                 if args and isinstance(root, LazyModuleMixin) and root.has_uninitialized_params():
-                    root.initialize_parameters(*args)  # before it runs, so that its buffers have values to keep
+                    root.initialize_parameters(*args)  # before it runs, so that its buffers exist and can be restored
                     before.extend(_swapped(root, copies))
                 return
             self._roots[root] = None
@@ -127,7 +127,7 @@ class Programs:
                     before.append((vars(module), "share", module.share))
                     module.share, vars(module)["tell"] = copy.deepcopy(module.share), lambda *args: None
             seen.update(root.modules())
-            set_aside(root, args)  # it may be lazy itself
+            set_aside(root, args)  # now seen: initialises the root if it is lazy
 
         for root in list(self._roots):
             set_aside(root)
@@ -136,26 +136,26 @@ class Programs:
             yield
         finally:
             handle.remove()
-            for parts, name, part in reversed(before):  # two modules may share one dict
+            for parts, name, part in reversed(before):  # in reverse, as two modules may share one dict
                 parts[name] = part
             for drawing in self.drawings():
-                vars(drawing).pop("tell", None)  # the class has it
+                vars(drawing).pop("tell", None)  # the instance's; the class has the real one
 
     def take_from_store(self, names: set[str]) -> None:
         """Take the modules' parameters out of Pyro's store.
 
         Arguments:
-            names: Those that were there before, and stay.
+            names: The names that were there before, which are kept.
         """
         store = pyro.get_param_store()
-        state = store.get_state()  # without the references that Pyro leaves at tensors, which cannot be pickled
+        state = store.get_state()  # without Pyro's weak references on tensors, which cannot be pickled
         new = state["params"].keys() - names
         if new:
             own = self.tensors("_parameters")
             for name in new:
                 if "$$$" in name or state["params"][name] in own:
                     del state["params"][name], state["constraints"][name]
-            store.clear()  # since to delete one by one fails where a tensor has two names
+            store.clear()  # deleting one by one fails where a tensor has two names
             store.set_state(state)
 
 
@@ -163,18 +163,18 @@ class Gradient:
     """The loss of a pair of programs, and its gradient, which is added to that of the parameters.
 
     Before the first step with new programs, or with arguments of a new kind, there is a dry run: the programs run once,
-    validated, and leave nothing behind but parameters in Pyro's store. Then the step is taken as every other one, so
-    that a resumed run, which makes the dry run again, draws what it would have drawn.
+    validated, and leave nothing behind but parameters in Pyro's store. The step itself is then like every other, so
+    that a resumed run, which repeats the dry run, makes the same draws.
 
     Arguments:
         programs: The programs.
-        learn: Called with parameters that were not there before, before a gradient is taken.
+        learn: Called with new parameters, before their first gradient.
         loss, autocast, compile, validate: As of :class:`SVI`.
 
     Attributes:
-        parameters: All parameters that were found, in their order.
-        compiled: The gradient as a compiled function, once it is.
-        scaler: What scales the loss where the dtype is ``torch.float16``; None before the first parameter is found.
+        parameters: All parameters that were found, in the order in which they were.
+        compiled: The gradient as a compiled function; None before it is compiled.
+        scaler: The loss scaler if the dtype is ``torch.float16``; None before the first parameter is found.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Gradient:
         validate: bool | None,
     ) -> None:
         self.programs, self.learn = programs, learn
-        self.loss: Any = loss  # which has a differentiable_loss, though Pyro's class of all ELBOs does not say so
+        self.loss: Any = loss  # Any, as Pyro's base class does not declare differentiable_loss
         self.autocast, self.compile, self.validate = autocast, compile, validate
         self.parameters: dict[Tensor, None] = {}
         self.compiled: Compiled | None = None
@@ -197,21 +197,21 @@ class Gradient:
         self._synchronise(self.programs.tensors("_parameters"))
 
     def add(self, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
-        """Take the gradient, of this rank's batch: :meth:`join` sums it over ranks.
+        """Add the gradient of this rank's batch; :meth:`join` sums it over ranks.
 
         Arguments:
-            args, kwargs: What the programs are called with.
-            accept: Told the loss, whether its gradient is to count.
+            args, kwargs: The arguments of the programs. accept: Called with the loss; returns whether its gradient
+            counts.
 
         Returns:
-            The loss, detached, with shape (); of several ranks, the sum.
+            The loss, detached, with shape (); over several ranks, the sum.
 
         Raises:
             ValueError: If there is nothing to learn.
         """
         kind, settled = _kind(args, kwargs), self._is_settled()
         if settled and kind in self._validated:
-            # every step but the first with arguments of a kind
+            # the usual case: any step but the first with arguments of a kind
             compiled = self._compilation(args, kwargs) if self.compile else None
             return self._run(args, kwargs, accept) if compiled is None else self._replay(compiled, args, kwargs, accept)
         is_first = not self.parameters
@@ -271,9 +271,8 @@ class Gradient:
         self.learn(new)
 
     def join(self) -> None:
-        """Sum the gradients over ranks, and let the buffers be those of the first.
-
-        A parameter that had no part in the loss of one rank may have had in another's: its gradient is 0 here.
+        """Sum the gradients over ranks, and set the buffers to those of rank 0. A parameter without a gradient on this
+        rank may have one on another: it counts as 0 here.
         """
         if ranks.count() == 1:
             return
@@ -285,23 +284,23 @@ class Gradient:
                 parameter.grad = total
             for parameter in learned:
                 if parameter.grad is not None and ranks.is_sharded(parameter.grad):
-                    parameter.grad.to_local().mul_(ranks.count())  # fully_shard has taken the mean
+                    parameter.grad.to_local().mul_(ranks.count())  # fully_shard has averaged it
         ranks.agree(self.programs.tensors("_buffers"))
 
     def graph_for(self, args: tuple) -> Callable | None:
-        """The compiled graph that the gradient is, if it is one and the programs are what they were.
+        """The compiled graph of the gradient, if there is one and the programs are unchanged.
 
         Arguments:
             args: What the programs are called with.
         """
         if self.compiled is None or not self._is_settled() or is_listened_to():
             return None
-        return self.compiled.graph_for(None, None, *args)  # without a scale, nor keywords
+        return self.compiled.graph_for(None, None, *args)  # scale and kwargs are None
 
     # The loss and its gradient
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss with networks in the precision asked for; it can be differentiated."""
+        """The loss, differentiable, with networks under autocast if asked for."""
         model, guide, store = self.programs.model, self.programs.guide, pyro.get_param_store()
         names = set(store.keys())
         try:
@@ -337,7 +336,7 @@ class Gradient:
         return joined
 
     def _replay(self, compiled: Compiled, args: tuple, kwargs: dict, accept: Callable[[Tensor], bool]) -> Tensor:
-        """Add the gradient that the graph returns."""
+        """Add the gradient by running the compiled graph."""
         scale = None if self.scaler is None else self.scaler.scale(torch.ones((), device=self._device()))
         loss, *gradients = compiled(scale, kwargs or None, *args)
         joined = ranks.together([loss])[0]
@@ -350,7 +349,7 @@ class Gradient:
         return joined
 
     def _as_a_function(self, scale: Tensor | None, kwargs: dict | None, *args: Any) -> tuple[Tensor | None, ...]:
-        """The loss and the gradients of all parameters, as they are compiled."""
+        """The loss and the gradients of all parameters as a function of tensors, to be compiled."""
         with pyro.validation_enabled(False):
             loss = self._loss(*args, **(kwargs or {}))
             learned = [parameter for parameter in self.parameters if parameter.requires_grad]
@@ -359,12 +358,12 @@ class Gradient:
         return loss.detach(), *(next(found) if p.requires_grad else None for p in self.parameters)
 
     def _compilation(self, args: tuple, kwargs: dict) -> Compiled | None:
-        """The gradient as a compiled function; None where somebody waits for what a graph does not do."""
+        """The gradient as a compiled function; None under handlers, hooks or gradients of inputs."""
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             return None
         if is_listened_to() or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
             return None
-        if any(map(ranks.is_sharded, self.parameters)):  # which hides them from a graph
+        if any(map(ranks.is_sharded, self.parameters)):  # sharding hides parameters from a graph
             message = "the pair of programs runs without being compiled: a parameter is sharded"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
             self.compile = False
@@ -378,12 +377,11 @@ class Gradient:
         tensors = (tensor for tensor in (*args, *self.parameters) if isinstance(tensor, Tensor))
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
-    # What is new
+    # Dry runs and new parameters
 
     def _is_settled(self) -> bool:
-        """Whether the programs are as when their parameters were collected.
-
-        Modules that are sharded count as settled: they hold their parts and their whole tensors by turns.
+        """Whether the programs are unchanged since their parameters were collected. Sharded modules count as settled:
+        they switch between shards and whole tensors.
         """
         return self.programs.are_unchanged() or self._is_sharded()
 
@@ -391,9 +389,9 @@ class Gradient:
         return any(map(ranks.is_sharded, self.parameters))
 
     def _needs_dry_run(self, settled: bool) -> bool:
-        """Whether arguments of a new kind need a dry run: not for ever, where each step has another number.
-
-        Nor where ranks talk to each other as they run: of a batch of a new shape, one would wait for the others.
+        """Whether arguments of a new kind need a dry run. At most ``_MOST`` kinds have one, as each step may have
+        another kind. None where running the programs communicates between ranks: if only one had a batch of a new
+        shape, it would wait forever.
         """
         if not settled:
             return True
@@ -401,7 +399,7 @@ class Gradient:
         return self.validate is None and len(self._validated) < _MOST and not talks
 
     def _parameters_of(self, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-        """The parameters in Pyro's messages, by name: the programs run, validated and isolated."""
+        """Run the programs, validated and isolated; returns the parameters in Pyro's messages, by name."""
         gradients = torch.is_grad_enabled() and not any(map(ranks.is_sharded, self.programs.tensors("_parameters")))
         validated, isolated = pyro.validation_enabled(self.validate is not False), self.programs.isolated()
         with kept_sources(), isolated, validated, torch.set_grad_enabled(gradients), Recorder() as run:
@@ -414,7 +412,7 @@ class Gradient:
         return any(value not in self.parameters and _can_be_learned(value) for value in found.values())
 
     def _synchronise(self, parameters: Iterable[Tensor]) -> None:
-        """Give every rank the parameters and buffers of the first, and spread the times over the batches of all."""
+        """Broadcast parameters and buffers from rank 0, and spread the times over the batches of all ranks."""
         if ranks.count() == 1:
             return
         ranks.agree([*parameters, *self.programs.tensors("_buffers")])
@@ -424,7 +422,7 @@ class Gradient:
                 drawing.spread(ranks.number(), ranks.count(), self._key, device)
 
     def _warn_of_scale(self, args: tuple) -> None:
-        """Warn of data of a Gaussian diffusion far from mean 0 and variance 1, which its prior is made for."""
+        """Warn of data far from mean 0 and variance 1, which the prior of a Gaussian diffusion assumes."""
         x_0, model = args[0].detach() if args and isinstance(args[0], Tensor) else None, self.programs.model
         if not isinstance(model, Generative) or not isinstance(model.forward_process, GaussianForward):
             return
@@ -432,7 +430,7 @@ class Gradient:
             return
         mean, scale = float(x_0.mean()), float(x_0.std())
         signal, noise = model.forward_process.schedule.scales(model.num_steps).tolist()
-        if signal == 1 and max(abs(mean), scale) < noise / 5:  # variance exploding, far beyond the data
+        if signal == 1 and max(abs(mean), scale) < noise / 5:  # VE, with noise far larger than the data
             return
         if math.isfinite(mean) and (abs(mean) > 2 or not 0.2 <= scale <= 5):
             warnings.warn(
@@ -449,7 +447,7 @@ _KIND, _VALUES = operator.attrgetter("requires_grad", "dtype", "device"), operat
 
 
 def _kind(args: tuple, kwargs: dict) -> Hashable:
-    """What arguments have in common that need one dry run; another each time where they cannot be hashed."""
+    """The key of arguments that share one dry run; a new object each time if it cannot be hashed."""
     kind = kind_of((args, kwargs) if kwargs else args)
     try:
         hash(kind)
@@ -459,7 +457,7 @@ def _kind(args: tuple, kwargs: dict) -> Hashable:
 
 
 def _swapped(module: nn.Module, copies: dict[Tensor, Tensor]) -> list[tuple[dict, str, Any]]:
-    """The buffers of a module, and where they are put back, after copies have taken their places."""
+    """Replace a module's buffers by copies; returns the originals and where to put them back."""
     before = [(module._buffers, name, buffer) for name, buffer in module._buffers.items()]
     for buffers, name, buffer in before:
         if buffer is not None and not is_lazy(buffer):
@@ -472,7 +470,7 @@ def _can_be_learned(parameter: Tensor) -> bool:
 
 
 def _unaliased(gradients: tuple[Tensor | None, ...]) -> Iterator[Tensor | None]:
-    """The gradients, each in memory of its own, so that they can be changed in place."""
+    """The gradients, each in its own memory, so that they can be changed in place."""
     taken = set()
     for gradient in gradients:
         if gradient is not None:

@@ -1,4 +1,4 @@
-"""Stochastic variational inference: what a step of training needs, over one torch optimizer for all parameters."""
+"""Stochastic variational inference: a step of training, with one torch optimizer for all parameters."""
 
 import copy
 import math
@@ -26,39 +26,39 @@ __all__ = ["SVI", "exponential_average"]
 
 
 class SVI:
-    """Pyro's SVI interface over one torch optimizer, which sees all parameters together.
+    """Pyro's SVI interface, with one torch optimizer for all parameters together.
 
-    ``pyro.optim`` keeps an optimizer a tensor and clips every tensor's gradient by itself; here one optimizer has them
-    all, and the gradient is clipped by its global norm. The parameters are those of the model and of the guide, where
-    they are modules, and of every ``pyro.param`` and ``pyro.module`` that they come upon, whenever they first do.
+    ``pyro.optim`` has an optimizer per tensor and clips each tensor's gradient separately; here one optimizer has all
+    of them, and the gradient is clipped by its global norm. The parameters are those of the model and of the guide, if
+    they are modules, and of every ``pyro.param`` and ``pyro.module`` that they call, from the first call on.
 
     Before the first step with data of some shape there is a dry run: the programs run once more, validated by Pyro and
-    by the checks of the pair and of the data, whatever ``pyro.enable_validation`` says, and leave the global sources of
-    random numbers and all buffers as they were; what else a program changes (a counter in Python, a generator of its
-    own, a parameter in place, a buffer that it registers as it runs) it changes once more. No other step is validated,
-    nor waits for the device. Pyro's store is left as it was found, but for parameters that no module holds. Under
-    ``torch.distributed`` every rank takes its own step on its own batch, and what is learned, and returned, is that of
-    all batches joined (see :doc:`training`).
+    by the checks of the pair and of the data, whatever ``pyro.enable_validation`` says. The global random number
+    generators and all buffers are restored afterwards; anything else that a program changes (a counter in Python, a
+    generator of its own, a parameter in place, a buffer that it registers as it runs) it changes once more. No other
+    step is validated, or synchronises with the device. Pyro's store is left unchanged, except for parameters that no
+    module holds. Under ``torch.distributed`` every rank calls ``step`` with its own batch, and the update, and the
+    returned loss, are those of all batches together (see :doc:`training`).
 
     Arguments:
         model, guide: The programs.
         optim: Called once with the parameters, it returns a ``torch.optim.Optimizer``.
         loss: The ELBO.
-        clip_norm: The norm that the gradient of the loss (of the whole batch, summed) is clipped to; not if None.
+        clip_norm: The norm that the gradient (of the loss summed over the batch) is clipped to; None for no clipping.
         scheduler: Called once with the optimizer, it returns a torch scheduler of the learning rate, which is stepped
             after each step of the optimizer (``ReduceLROnPlateau`` with the loss of the last batch).
-        accumulate: The number of calls of :meth:`step` whose gradients are summed for one step of the optimizer.
-        autocast: The dtype that networks compute in where that does no harm, ``torch.bfloat16`` or ``torch.float16``
-            (whose gradients are then scaled); parameters, and all that is summed to a bound, stay as they are.
+        accumulate: The number of calls of :meth:`step` whose gradients are summed for one optimizer step.
+        autocast: The dtype of ``torch.autocast`` for networks, ``torch.bfloat16`` or ``torch.float16`` (with gradient
+            scaling); parameters and the terms of the bound keep their precision.
         average: Called once with the model, it returns a ``torch.optim.swa_utils.AveragedModel`` of it, which is
             updated after each step of the optimizer; see :meth:`averaged` and :meth:`adopt_average`.
-        nonfinite: What to do where the loss, or the gradient, is infinite or NaN: "stop" raises, "skip" warns and takes
-            no step with it (of accumulated batches, that one does not count). Either waits for the device at every
-            step. If None, it is not looked at. A gradient that overflows float16 is the scaler's to skip.
+        nonfinite: What to do if the loss or the gradient is infinite or NaN: "stop" raises, "skip" warns and leaves the
+            step out (with accumulation, that batch). Both synchronise with the device at every step. None does not
+            check. A gradient that overflows float16 is skipped by the scaler in any case.
         compile: Whether the loss and its gradient run as one graph, compiled at the second step with data of a shape;
             for :class:`DiffusionELBO` only.
-        validate: Whether to validate at every step (True, which cannot be compiled) or at none (False), and not before
-            the first of each shape.
+        validate: True to validate every step (which cannot be compiled), False for none, None for a dry run before the
+            first step of each shape.
 
     Attributes:
         optimizer, scheduler, average: What ``optim``, ``scheduler`` and ``average`` returned; None before the first
@@ -67,8 +67,8 @@ class SVI:
 
     Raises:
         ValueError: If an argument is of another kind or out of range. On a step, if there is nothing to learn.
-        FloatingPointError: On a step, where ``nonfinite`` is "stop" and the loss or the gradient is not finite: no step
-            is taken.
+        FloatingPointError: On a step, if ``nonfinite`` is "stop" and the loss or the gradient is not finite; the
+            parameters are unchanged.
 
     References:
         Averaging weights: Denoising Diffusion Probabilistic Models (Ho et al., 2020), Appendix B, with 0.9999.
@@ -136,14 +136,14 @@ class SVI:
         self._replays: dict[Callable, tuple[int, Replayed | None, list[dict]]] = {}
         self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
         self._is_averaged = False
-        self._state: dict[str, Any] | None = None  # one that waits for the programs to run and show their parameters
+        self._state: dict[str, Any] | None = None  # a loaded state that waits for all parameters to be known
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step; ``args`` and ``kwargs`` go to the model and the guide.
 
         Returns:
-            The loss before the step, in nats summed over the batch, as a detached tensor with shape (), still on its
-            device. Of several ranks, the sum over their batches.
+            The loss before the step, in nats summed over the batch, as a detached tensor with shape () on its device.
+            With several ranks, the sum over their batches.
         """
         self._refuse_averages()
         if not torch.is_grad_enabled():
@@ -162,7 +162,7 @@ class SVI:
         try:
             loss = self._gradient.add(args, kwargs, self._accepts)
         except BaseException:
-            self._batches = 0  # a gradient that may be half there is dropped
+            self._batches = 0  # a gradient that may be incomplete is dropped
             raise
         self._batches += 1
         if self._batches >= self.accumulate:
@@ -183,12 +183,12 @@ class SVI:
 
     @property
     def compile(self) -> bool:
-        """Whether the loss and its gradient are to run as a graph; no longer where parameters prove to be sharded."""
+        """Whether the loss and its gradient run as a compiled graph; False once parameters prove to be sharded."""
         return self._gradient.compile
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the loss where ``autocast`` is ``torch.float16``; None otherwise, and before the first step."""
+        """The loss scaler if ``autocast`` is ``torch.float16``; None otherwise, and before the first step."""
         return self._gradient.scaler
 
     @property
@@ -201,12 +201,12 @@ class SVI:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the model has the averaged weights (and buffers, where ``AveragedModel`` was told to use them).
-
-        The guide keeps its own, but for what it shares with the model. No step may be taken meanwhile.
+        """A context in which the model has the averaged weights (and buffers, if ``AveragedModel`` has
+        ``use_buffers``). The guide keeps its own, except for what it shares with the model. No step may be taken
+        meanwhile.
 
         Raises:
-            ValueError: If there is no average, no step was taken yet, or the model has its averages already.
+            ValueError: If there is no average, no step was taken yet, or the context is already entered.
         """
         ours, means = self._averages_of_weights()
         kept = {name: tensor.detach().clone() for name, tensor in ours.items()}
@@ -219,7 +219,7 @@ class SVI:
             _put(ours, kept)
 
     def adopt_average(self) -> None:
-        """Let the model have the averaged weights for good; errors as of :meth:`averaged`."""
+        """Copy the averaged weights into the model for good; errors as of :meth:`averaged`."""
         _put(*self._averages_of_weights())
 
     def _averages_of_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -246,7 +246,7 @@ class SVI:
     # A step of the optimizer
 
     def _learn(self, parameters: list[Tensor]) -> None:
-        """Hand parameters that were not there before to the optimizer."""
+        """Hand new parameters to the optimizer."""
         if self.optimizer is not None:
             self.optimizer.param_groups[-1]["params"].extend(parameters)
             return
@@ -288,7 +288,7 @@ class SVI:
         self._after_step(loss)
 
     def _clip(self) -> Tensor:
-        """The norm of the gradient, which is clipped to what it may be."""
+        """The norm of the gradient before clipping; the gradient is clipped."""
         parameters = [parameter for parameter in self._gradient.parameters if parameter.grad is not None]
         norm = ranks.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.clip_norm is not None:
@@ -303,7 +303,7 @@ class SVI:
             self.average.update_parameters(self.model)
 
     def _is_finite(self, value: Tensor, name: str) -> bool:
-        """Whether a number is finite; if not, that is raised, or said once the step is over."""
+        """Whether a number is finite; if not, raise, or prepare the warning that :meth:`step` gives at its end."""
         number = float(value)
         if math.isfinite(number):
             return True
@@ -316,7 +316,7 @@ class SVI:
     # The step as one CUDA graph
 
     def _replayed(self, args: tuple, kwargs: dict) -> Replayed | None:
-        """On a GPU the whole step, from the fourth compiled one on; None where there is none yet, or cannot be."""
+        """The whole step as a CUDA graph, from the fourth compiled step on; None if there is none yet, or cannot be."""
         graph = self._gradient.graph_for(args) if self._is_capturable(args, kwargs) else None
         if graph is None:
             return None
@@ -338,7 +338,7 @@ class SVI:
         return replayed
 
     def _whole_step(self, *args: Tensor) -> Tensor:
-        """A step in which nothing is decided, as it is captured."""
+        """A step without decisions in Python, to be captured."""
         self._drop_gradients()
         loss = self._gradient.add(args, {}, self._accepts)
         if self.clip_norm is not None:
@@ -347,7 +347,7 @@ class SVI:
         return loss
 
     def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a step is the same for the device each time, and nobody waits for what comes of it."""
+        """Whether every step does the same on the device, without reading a value from it."""
         return (
             self.optimizer is not None
             and self.accumulate == 1
@@ -362,16 +362,15 @@ class SVI:
     # The state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run is: weights and buffers, the average, the optimizer, the scheduler, the scaler, the counts.
-
-        Not the sources of random numbers; :mod:`pyrodiff.checkpoints` saves those too.
+        """The whole state of a run: weights and buffers, average, optimizer, scheduler, scaler, counts. The state of
+        the random number generators is not included; :mod:`pyrodiff.checkpoints` saves that too.
 
         Returns:
-            Tensors, numbers and strings, in dicts and lists. The tensors are those in use, not copies.
+            Tensors, numbers and strings, in dicts and lists. Tensors are not copied.
 
         Raises:
-            ValueError: If no step was taken yet, gradients are accumulated that no step was taken with, or parameters
-                are sharded, for which torch has ``torch.distributed.checkpoint``.
+            ValueError: If no step was taken yet, accumulated gradients wait for an optimizer step, or parameters are
+                sharded (torch has ``torch.distributed.checkpoint`` for these).
         """
         self._refuse_averages()
         if self._state is not None:
@@ -388,18 +387,17 @@ class SVI:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume a run from its state, as it would have continued: on a CPU bit for bit, unless compiled.
-
-        The programs, and what ``optim``, ``scheduler`` and ``average`` make, have to be of the same kinds as there.
-        Where a program shows parameters only when it runs, the state waits for the next step, or loss. What a program
-        keeps in attributes that are no tensors is not in it: let it be a buffer.
+        """Resume a run from its state, exactly as it would have continued: on a CPU bit for bit, unless compiled. The
+        programs, and what ``optim``, ``scheduler`` and ``average`` make, must be of the same kinds. If a program shows
+        parameters only when it runs, the state is loaded at the next step or loss. Attributes of a program that are not
+        tensors are not in the state: make them buffers.
 
         Arguments:
             state: What :meth:`state_dict` returned; it is copied.
 
         Raises:
-            ValueError: If the state is one of other programs, another schedule, or another optimizer, or parameters are
-                sharded; nothing is loaded. On a step, if the programs prove to be others only then.
+            ValueError: If the state is of other programs, another schedule or another optimizer, or parameters are
+                sharded; nothing is loaded. On a step, if it turns out only then that the programs are others.
         """
         self._refuse_averages()
         missing = _PARTS - state.keys() if isinstance(state, dict) else _PARTS
@@ -430,13 +428,13 @@ class SVI:
             "stored": {name: tensor.detach() for name, tensor in programs.stored().items()},
             "names": [found.get(parameter, "") for parameter in self._gradient.parameters],
             "groups": [[found.get(p, "") for p in group["params"]] for group in self._optimizer.param_groups],
-            "shares": drawn,  # of several ranks, what times are drawn from: a key, and how often it was
+            "shares": drawn,  # with several ranks, the shared draws of times: a key and a counter
             "counts": {"num_steps": self.num_steps, "calls": self._calls},
             **{name: [type(kept).__name__, kept.state_dict()] for name, kept in keepers.items() if kept is not None},
         }
 
     def _resume(self, state: dict[str, Any]) -> None:
-        """Take over a state, now that all parameters are known."""
+        """Load a state, now that all parameters are known."""
         _refuse_other(self._as_it_is(), state)
         self._state, programs = None, self._programs
         for name, module in programs.roots().items():
@@ -447,7 +445,7 @@ class SVI:
             if name in state:
                 getattr(self, name).load_state_dict(state[name][1])
         for group, before in zip(self._optimizer.param_groups, settings, strict=True):
-            for key, value in before.items():  # a learning rate may be a tensor on the device
+            for key, value in before.items():  # a learning rate may have been a tensor on the device
                 if isinstance(value, Tensor) and isinstance(group[key], Tensor):
                     group[key] = group[key].to(value.device)
         for drawing, share in zip(programs.drawings(), state["shares"], strict=True):
@@ -503,12 +501,12 @@ def _made(name: str, make: Callable, given: object, kind: type) -> Any:
     return made
 
 
-_KEEPERS = ("optimizer", "scheduler", "average", "scaler")  # what has a state of its own
+_KEEPERS = ("optimizer", "scheduler", "average", "scaler")  # attributes with a state_dict of their own
 _PARTS = {"modules", "stored", "names", "groups", "schedules", "shares", "counts", "optimizer"}
 
 
 def _is_lazy(module: nn.Module) -> bool:
-    """Whether it is put together when it first runs: one of Pyro's automatic guides, or of torch's lazy layers."""
+    """Whether a module is built only when it first runs: one of Pyro's automatic guides, or a lazy layer of torch."""
     return any(
         getattr(part, "prototype_trace", part) is None
         or (isinstance(part, LazyModuleMixin) and part.has_uninitialized_params())
@@ -517,7 +515,7 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _of_modules(roots: dict[str, nn.Module]) -> dict[str, Any]:
-    """Their part of a state; of schedules that are not learned signal and noise, each with shape (2, T + 1)."""
+    """The part of a state for these modules, and signal and noise of fixed schedules, each with shape (2, T + 1)."""
     found = {f"{root}.{path}": part for root, module in roots.items() for path, part in module.named_modules()}
     schedules = {
         name: part.scales(torch.arange(part.num_steps + 1, device=part.device))
@@ -528,7 +526,7 @@ def _of_modules(roots: dict[str, nn.Module]) -> dict[str, Any]:
 
 
 def _refuse_other(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Refuse a state that is not one of these programs, before any of it is loaded."""
+    """Refuse the state of other programs, before any of it is loaded."""
     _refuse_other_names("parameters", ours["names"], theirs["names"])
     _refuse_other_modules(ours, theirs)
     _refuse_other_tensors("pyro.param", ours["stored"], theirs["stored"])
@@ -592,14 +590,14 @@ _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedModel]:
-    r"""An exponential moving average of the weights, that soon forgets the first ones: an ``average`` for :class:`SVI`.
+    r"""An exponential moving average of the weights, with a warm-up of the decay: an ``average`` for :class:`SVI`.
 
     .. math:: \bar\theta \leftarrow d_n \bar\theta + (1 - d_n) \theta, \qquad
         d_n = \min\left(d, \frac{1 + n}{10 + n}\right) \text{ after step } n + 1, \qquad
         \bar\theta = \theta \text{ after the first}
 
     Arguments:
-        decay: :math:`d`, in [0, 1): the mean is over the last 1 / (1 - d) steps or so.
+        decay: :math:`d`, in [0, 1): the average is over about the last 1 / (1 - d) steps.
 
     Returns:
         A function that makes such an average of a module.
@@ -617,7 +615,7 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
     def update(means: _Tensors, weights: _Tensors, number: Tensor | int) -> None:
         if not isinstance(number, Tensor) or number.device.type == "cpu":
             torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
-        else:  # nobody is to wait for it
+        else:  # the number is on the device: not read, which would synchronise
             changes = torch._foreach_sub(weights, means)
             torch._foreach_mul_(changes, 1 - ((1 + number) / (10 + number)).clamp(max=decay))
             torch._foreach_add_(means, changes)

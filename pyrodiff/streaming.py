@@ -239,8 +239,9 @@ class PictureFolder(Dataset):
         shape: The shape of a picture, (height, width) or (3, height, width).
 
     Raises:
-        ValueError: If there is no such folder, or no picture; if one is asked for that cannot be read, has another
-            size, or is coloured where all are grey, which is named; for labels, as ``image_folder(folder, "labels")``.
+        ValueError: If there is no such folder, or no picture in it; on reading a picture, which is named, if it cannot
+            be read, has another size, or is coloured where the others are grey; for labels, as
+            ``image_folder(folder, "labels")``.
         ImportError: If Pillow is not installed.
 
     Example:

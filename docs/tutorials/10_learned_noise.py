@@ -15,8 +15,8 @@ Sohl-Dickstein et al. (2015), who learn :math:`\beta_1, \dots, \beta_T` themselv
 # -------------------
 #
 # The data are eight Gaussians on a circle, so the best guess of a network, :math:`E[x_0 \mid x_t]`, has a closed form.
-# With it instead of a network, nothing is left to learn but the noise, and all numbers of the first half are those
-# of a model that is trained to the end.
+# With it instead of a network, only the noise is left to be learned, and all numbers of the first half are those of a
+# fully trained model.
 
 import math
 from itertools import pairwise
@@ -65,7 +65,7 @@ def known(schedule, variance=None):
 # ---------------------------
 #
 # Eq. 100 trains on one t per datum, drawn uniformly from 2..T, instead of the sum over all of them. Here that is
-# ``diffusion.one_step()``. It scales its term by :math:`1 / p(t)`, so that its mean is the sum itself:
+# ``diffusion.one_step()``. It scales its term by :math:`1 / p(t)`, so that its expectation is the sum itself:
 #
 # .. math:: \sum_{t=2}^T L_{t-1} = (T - 1) \, \mathbb{E}_{t \sim U\{2..T\}} \left[ L_{t-1} \right], \qquad
 #     L_{t-1} = \mathbb{E} \, D_\mathrm{KL}(q(x_{t-1} \mid x_t, x_0) \,\Vert\, p_\theta(x_{t-1} \mid x_t))
@@ -100,9 +100,8 @@ print("one t for each datum:", mean(at_random_times(plain, x_0, 20)))
 # ------------------------------------------------
 #
 # Where both steps have the variance :math:`\sigma_q^2(t)` of Eq. 85, their divergence is a squared error of
-# :math:`\hat x_0` with a weight, Eq. 99. Eqs. 101 to 108 do nothing but simplify that weight. Here it is before, half
-# way and after, at each t, and in the end as what Eq. 110 makes of it, half the fall of the signal-to-noise ratio
-# (Eq. 109):
+# :math:`\hat x_0` with a weight, Eq. 99. Eqs. 101 to 108 simplify that weight. Here it is before, half way and after,
+# at each t, and in the form of Eq. 110, half the fall of the signal-to-noise ratio (Eq. 109):
 #
 # .. math::
 #     \frac{1}{2 \sigma_q^2(t)} \frac{\bar\alpha_{t-1} (1 - \alpha_t)^2}{(1 - \bar\alpha_t)^2}
@@ -132,7 +131,7 @@ print("KL of the kernels ", numbers(divergence, 4))
 print("weight times error", numbers(weight[3] * error.detach(), 4))
 
 # %%
-# So the bound knows a schedule by its signal-to-noise ratios alone, and that is what one learns.
+# So the bound depends on a schedule through its signal-to-noise ratios alone, and these are learned.
 #
 # A network that can only rise: Eq. 111
 # -------------------------------------
@@ -140,8 +139,8 @@ print("weight times error", numbers(weight[3] * error.detach(), 4))
 # The ratio must fall with t. Luo writes it :math:`\mathrm{SNR}(t) = \exp(-\omega_\eta(t))` with a network
 # :math:`\omega_\eta` that rises whatever its parameters are. ``LearnedLogSNRSchedule`` is that, by
 # :math:`\lambda_t = -\omega_\eta(t)`, the logarithm of the ratio: positive weights on sigmoids that rise, as in the
-# appendix of *Variational Diffusion Models* (Kingma et al., 2021), between two ends that may be learned too. With its
-# parameters thrown about at random:
+# appendix of *Variational Diffusion Models* (Kingma et al., 2021), between two ends that may be learned too. With
+# random parameters:
 
 
 def thrown_about(seed, num_steps=T, first=5.0, last=-6.0):
@@ -165,8 +164,8 @@ for schedule in shapes:
 #
 # :math:`\bar\alpha_t = \mathrm{sigmoid}(-\omega_\eta(t))` and :math:`1 - \bar\alpha_t =
 # \mathrm{sigmoid}(\omega_\eta(t))`. Luo's other way, a network for :math:`\alpha_t`, needs it at all times up to t for
-# the product :math:`\bar\alpha_t`. Here a kernel from any s to any t reads the network at two times, and the product
-# comes out all the same:
+# the product :math:`\bar\alpha_t`. Here a kernel from any s to any t evaluates the network at two times only, and
+# agrees with the product:
 
 omega = -shapes[0].log_snr(all_t)
 product = (1 - shapes[0].beta(all_t)).cumprod(0)
@@ -183,9 +182,9 @@ for name, found in {
 # Learned by the bound
 # --------------------
 #
-# "The objective in Equation 100 must now optimize over η as well." Not that alone: it leaves out :math:`L_T` and
-# :math:`L_0`, and with nobody to pay for the ends the best schedule is one that does not fall at all. Two schedules
-# learn from the same start, one by the sum of the :math:`L_{t-1}` only, the other by the whole bound:
+# "The objective in Equation 100 must now optimize over η as well." But Eq. 100 alone is not enough: it leaves out
+# :math:`L_T` and :math:`L_0`, and without these the best schedule is one that does not fall at all. Two schedules learn
+# from the same start, one by the sum of the :math:`L_{t-1}` only, the other by the whole bound:
 
 
 def learn(diffusion, terms=("x_T", "x_s", "x_0"), num_steps=300, lr=0.03):
@@ -230,9 +229,9 @@ after = row("by the bound", learned)
 print("entropy of the data: 2.830")
 
 # %%
-# By Eq. 100 alone the ends run into each other: hardly anything is denoised, and all is left to the two terms that do
-# not count. By the whole bound they move as well, but for a price: the first step to the data may have more noise, and
-# the last one leave a little signal, of which :math:`L_T` says what it costs. With few steps it pays.
+# By Eq. 100 alone the ends run into each other: hardly anything is denoised, and everything is left to the two terms
+# that are not counted. By the whole bound the ends move too, but at a cost: there may be more noise at t = 1, and a
+# little signal left at T, which costs :math:`L_T`. With few steps that is worth it.
 #
 # In between, the times gather where the eight places are distinguished, and from t = 4 on the :math:`L_{t-1}`
 # level out at a third of a nat. The first two cost more, and may: there it is known in which of the eight a datum lies,
@@ -259,8 +258,8 @@ left.legend(frameon=False)
 # The ends pay for themselves
 # ---------------------------
 #
-# Where they have settled, what a little more signal in the end would save in the steps is what it would cost in
-# :math:`L_T`, and likewise at the other end with :math:`L_0`: the derivatives add up to nothing.
+# At the optimum, what a little more signal at T would save in the steps equals what it would cost in :math:`L_T`, and
+# likewise at the other end with :math:`L_0`: the derivatives add up to 0.
 
 pair, schedule = learned.one_step(), learned.forward_process.schedule
 found = elbo.terms(pair.model, pair.guide, x_0.repeat(20, 1))
@@ -278,8 +277,8 @@ for name, term in {"L_T": "x_T", "ΣL_t-1": "x_s", "L_0": "x_0"}.items():
 # The best schedule of a Gaussian
 # -------------------------------
 #
-# For data N(m, v) the error of the best guess is :math:`v / (1 + v \, \mathrm{SNR})`, and with the ends kept the least
-# of Eq. 110's sum can be written down: :math:`1 + v \, \mathrm{SNR}(t)` falls by the same factor r in each step, and
+# For data N(m, v) the error of the best guess is :math:`v / (1 + v \, \mathrm{SNR})`, and with fixed ends the minimum
+# of Eq. 110's sum has a closed form: :math:`1 + v \, \mathrm{SNR}(t)` falls by the same factor r in each step, and
 # every :math:`L_{t-1}` is :math:`(r - 1) / 2` a dimension, the same. The monotone network finds it.
 
 v = 0.3
@@ -316,7 +315,7 @@ print("L_t-1:              ", numbers(costs()))
 # %%
 # That is so with Luo's variance. With the best variance of a step, of which more below, all steps of a Gaussian are
 # exact, and one long step costs what two short ones do: half the logarithm of the ratio of its :math:`1 + v \,
-# \mathrm{SNR}`. The line and the learned schedule are then one as good as the other:
+# \mathrm{SNR}`. The linear and the learned schedule are then equally good:
 
 for name, schedule in (
     ("line", pyrodiff.LogSNRSchedule(T, 4.0, -3.0)),
@@ -333,7 +332,7 @@ print(f"(T - 1) log(r) / 2 = {float((T - 1) * r.log() / 2):.4f}")
 # -------------------------------
 #
 # With T to infinity the sum of Eq. 110 becomes :math:`\frac12 \int \mathrm{mmse} \, d\mathrm{SNR}`: an integral over
-# the ratio, whatever t reaches it at. Three networks thrown about at random, and one with another end:
+# the ratio, independent of the path of t. Three random networks, and one with another end:
 
 MILLION = 10**6
 print("                          T = 10             T = 1000000, and its spread")
@@ -353,8 +352,8 @@ for name, (seed, last) in {
     print(f"{name:18} {row_of[0]}  {row_of[1]}   {float(estimates.std()):.2f}")
 
 # %%
-# In T = 10 steps the shape decides; in a million the three agree within their errors. What is left to a shape is the
-# spread of the estimates. ``steadied`` lets it learn just that, by the gradient of the squares (Kingma et al., 2021,
+# In T = 10 steps the shape decides; in a million the three agree within their errors. The shape then only affects the
+# variance of the estimates. ``steadied`` trains it for just that, by the gradient of the squares (Kingma et al., 2021,
 # appendix I.2):
 
 
@@ -386,8 +385,8 @@ for when in ("before", "after"):
 # Sohl-Dickstein et al. learn :math:`\beta_2, \dots, \beta_T` of a Gaussian diffusion by gradient ascent on their bound
 # K, and keep :math:`\beta_1` a small constant, against overfitting. The noise :math:`\epsilon` of :math:`x_t = a_t x_0
 # + b_t \epsilon` is an auxiliary variable, held constant while the derivative by the betas is taken: they *freeze* it.
-# A seed set before each step does that, in the trajectory pair, which has all t at once. The bound of a batch is then
-# a plain function of the betas, and falls as one:
+# A seed set before each step does that, in the trajectory pair, which has all t at once. The bound of a batch is then a
+# deterministic function of the betas, and falls monotonically:
 
 losses, of_betas = {}, {}
 for name in ("fresh noise", "frozen noise"):
@@ -421,13 +420,13 @@ print("β after: ", numbers(betas, 4))
 #
 # .. math:: \sigma^2 = \tilde\beta_{s|t} + w_0^2 \, \mathrm{Var}(x_0 \mid x_t),
 #
-# the variance of the posterior that knows :math:`x_0`, and what is not known of :math:`x_0`, by its weight
-# :math:`w_0` in the mean. In small steps the second part hardly counts. In large ones it is most of it.
-# ``PosteriorVariance`` (Luo's) leaves it out; ``ForwardVariance``, :math:`\beta_t`, is what it would be for data of
-# variance 1; :func:`pyrodiff.analytic_variance` measures one number for each t. 2015's :math:`f_\Sigma(x_t, t)` is a
-# network of the state: ``RangeVariance`` (Nichol and Dhariwal, 2021) has :math:`\sigma^2` between
-# :math:`\tilde\beta_t` and :math:`\beta_t` in the logarithm, ``DiagonalVariance`` has any. The network returns a
-# second number, v, for each of a state. Here the first is the best guess, so that v alone is learned:
+# the variance of the posterior given :math:`x_0`, plus the uncertainty about :math:`x_0`, with its weight :math:`w_0`
+# in the mean. In small steps the second part is negligible; in large ones it is most of it. ``PosteriorVariance``
+# (Luo's) leaves it out; ``ForwardVariance``, :math:`\beta_t`, is what it would be for data of variance 1;
+# :func:`pyrodiff.analytic_variance` measures one number for each t. 2015's :math:`f_\Sigma(x_t, t)` is a network of the
+# state: ``RangeVariance`` (Nichol and Dhariwal, 2021) has :math:`\sigma^2` between :math:`\tilde\beta_t` and
+# :math:`\beta_t` in the logarithm, ``DiagonalVariance`` has any. The network returns a second number, v, for each of a
+# state. Here the first is the exact denoiser, so that only v is learned:
 
 
 class GuessAndV(torch.nn.Module):
@@ -491,14 +490,14 @@ print(f"{'':28}   T = 10          5 of them       3 of them")
 bounds = {name: chains(name, diffusion) for name, diffusion in models.items()}
 
 # %%
-# Luo's variance is the worst by far, and the worse the longer the steps; :math:`\beta_t` is a fair guess; one number
-# for each t, which costs no training, is most of the way at five and three steps. What depends on the state is better
-# still. In three steps ``RangeVariance`` falls behind the measured number: :math:`\tilde\beta_t` and :math:`\beta_t`
-# of a shorter chain are others, and its v, learned in all ten, says another variance there. ``DiagonalVariance`` says
-# what is not known of the data, which is so in any chain.
+# Luo's variance is the worst by far, and the worse the longer the steps; :math:`\beta_t` is a fair choice; one measured
+# number per t, without training, gives most of the gain at five and three steps. A variance that depends on the state
+# is better still. In three steps ``RangeVariance`` falls behind the measured number: a shorter chain has other
+# :math:`\tilde\beta_t` and :math:`\beta_t`, so that its v, learned in all ten steps, means another variance there.
+# ``DiagonalVariance`` learns the uncertainty about the data, which is the same in any chain.
 #
-# This is what it has learned, beside the truth, in the step from t = 5: wide where several of the eight are likely, if
-# not quite as wide as it should be in the middle, where states are few.
+# This is what it has learned, beside the truth, in the step from t = 5: wide where several of the eight are likely,
+# though not quite wide enough in the middle, where there are few states.
 
 
 def left_open(x_t, t):
@@ -553,8 +552,7 @@ right.legend(frameon=False, fontsize=8)
 # With no closed form a network returns both: ``networks.MLP(..., outputs=2)``. A plain bound trains both. Nichol and
 # Dhariwal train the mean by the simple loss, the error of the noise at all t alike, and the variance alone by the
 # bound, whose gradient does not reach the mean: ``HybridWeighting``. It is for pictures of a thousand steps, whose
-# bound is noisy and spends most of its weight on the least visible detail. Its bound is mostly the worse for it, and
-# so here:
+# bound is noisy and spends most of its weight on the least visible detail. Its bound is mostly worse, as it is here:
 
 
 def network_of(schedule):
@@ -574,8 +572,8 @@ _ = chains("network, by the hybrid loss", train(network_of(fixed), 800, hybrid))
 # Both
 # ----
 #
-# The schedule and the variance each take a part of the same gap, and together more than either: the schedule learned
-# above continues to learn with a variance of its own. Shorter chains of it are not what it was learned for.
+# Schedule and variance each close a part of the same gap, and together more than either: here the schedule learned
+# above is trained further, with a learned variance. It is not made for shorter chains.
 
 both = train(with_v(pyrodiff.DiagonalVariance(), learned.forward_process.schedule))
 _ = chains("schedule and variance", both)
@@ -585,5 +583,5 @@ print("entropy of the data: 2.830")
 print("L_t-1:", numbers(terms))
 
 # %%
-# :doc:`/learned` has what these buy on a Swiss roll and on digits, with networks throughout, and what choosing the
-# times of a long chain buys without any training.
+# :doc:`/learned` has what these gain on a Swiss roll and on digits, with networks throughout, and what choosing the
+# times of a long chain gains without any training.

@@ -13,8 +13,8 @@ training is Pyro's stochastic variational inference (SVI).
 # The data
 # --------
 #
-# Points in the plane, along a spiral, with mean 0 and variance 1 in each dimension. A Gaussian diffusion likes its data
-# so: the noise that it ends in has that mean and that variance too.
+# Points in the plane, along a spiral, with mean 0 and variance 1 in each dimension. A Gaussian diffusion expects that:
+# the noise that it ends in has this mean and this variance too.
 
 import pyro
 import torch
@@ -33,9 +33,9 @@ print("mean", x_0.mean(0), "variance", x_0.var(0))
 # Data into noise
 # ---------------
 #
-# A *schedule* says how much signal and how much noise there is at each time t = 1..T. A *forward process* makes laws of
-# it. Here ``forward.marginal(x_0, t)`` is :math:`q(x_t \mid x_0)`, a Gaussian around the data, shrunk: an ordinary
-# distribution of Pyro, from which one draws. At t = 40 the roll is gone.
+# A *schedule* says how much signal and how much noise there is at each time t = 1..T. A *forward process* turns it into
+# distributions. Here ``forward.marginal(x_0, t)`` is :math:`q(x_t \mid x_0)`, a Gaussian around the scaled data: an
+# ordinary Pyro distribution. At t = 40 the roll is gone.
 
 forward = pyrodiff.GaussianForward(
     pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0)
@@ -59,8 +59,9 @@ for axes, t in zip(figure.subplots(1, 5), (1, 10, 20, 30, 40), strict=True):
 # ---------------
 #
 # The way back needs a network, any module that is called as ``network(x_t, t)`` and returns the shape of ``x_t``.
-# What its output *means* is said by a *denoiser*: here it is the velocity, a mixture of data and noise. The denoiser
-# reads it as a guess of the data, and the *reverse process* makes of that guess a law of the state one step earlier.
+# A *denoiser* says what its output *means*: here the velocity, a combination of data and noise. The denoiser turns it
+# into an estimate of the data, and the *reverse process* turns the estimate into a distribution of the state one step
+# earlier.
 
 network = networks.MLP(event_shape=(2,), hidden=64)
 denoiser = pyrodiff.VelocityPrediction(network, forward)
@@ -74,7 +75,8 @@ print(reverse(torch.randn(5, 2), t=10))
 # --------
 #
 # ``diffusion.model`` and ``diffusion.guide`` are the two programs. Both draw :math:`x_{40}` first and :math:`x_1` last,
-# the guide because it knows the data: :math:`q(x_{t-1} \mid x_t, x_0)` is in closed form. The model ends with the data.
+# which the guide can do as it is given the data: :math:`q(x_{t-1} \mid x_t, x_0)` has a closed form. The model ends
+# with the data.
 
 model_trace = poutine.trace(diffusion.model).get_trace(test_set)
 guide_trace = poutine.trace(diffusion.guide).get_trace(test_set)
@@ -123,8 +125,8 @@ axes.legend(frameon=False)
 # ---------
 #
 # How good is it? :math:`-\log p_\theta(x_0)` of new data, in nats, is at most the sum of three terms. The next tutorial
-# reads this table line by line. The entropy of the standard normal in the plane, which knows nothing of spirals, is
-# :math:`\log(2 \pi e) = 2.84` nats, and a cost below that is what the model has learned.
+# reads this table line by line. A standard normal in the plane, which has not learned the spiral, costs
+# :math:`\log(2 \pi e) = 2.84` nats; the model has learned the difference to that.
 
 bound = pyrodiff.bound(diffusion, test_set, generator=0)
 print(bound)
@@ -133,7 +135,7 @@ print(bound)
 # Samples
 # -------
 #
-# To draw data is to run the model without any. In the first row, from left to right, data become noise. In the second,
+# To draw samples, run the model without data. In the first row, from left to right, data become noise. In the second,
 # from right to left, noise becomes data: these are the model's own draws. The arrows are the drift that was learned.
 
 samples = diffusion.model(num_samples=1000)
@@ -147,6 +149,6 @@ figure = plots.diffusion_process(diffusion, test_set, times=(0, 8, 16, 24, 40))
 # ---------------------
 #
 # - The same in thirty lines, trained longer: ``python examples/swiss_roll.py`` reaches a bound of 1.25 nats.
-# - :doc:`2_reading_a_bound`: what the numbers in the table are, and how tight they are.
+# - :doc:`2_reading_a_bound`: what the numbers in the table mean, and how tight the bound is.
 # - :doc:`3_discrete_data`: bits and grey levels, where a bound is a code length.
 # - :doc:`4_a_variant`: another kernel, another prior, another program.

@@ -2,9 +2,9 @@ r"""
 Reading a bound
 ===============
 
-What each line of the table says, in which unit, how sure it is, and how far from the truth it can be.
+What each line of the table means, in which unit, with which standard error, and how far from the truth it can be.
 
-The data are eight Gaussians on a circle. Their density is known, so every number on this page can be held against the
+The data are eight Gaussians on a circle. Their density is known, so every number on this page can be compared with the
 truth: the mean of :math:`-\log p(x_0)` under the true law is its entropy, 2.830 nats, and no model can be below that in
 the mean, but for the luck of the draw.
 """
@@ -63,12 +63,12 @@ print(bound)
 # Each is a cost, one number per datum, and their sum is the bound on :math:`-\log p_\theta(x_0)`.
 #
 # - :math:`L_T`, the *prior's* term: how far :math:`q(x_T \mid x_0)` is from the noise that the model starts from. With
-#   as good as no signal left at T it is close to 0, and no training changes it.
+#   almost no signal left at T it is close to 0; training does not change it.
 # - :math:`\sum L_{t-1}`, the *denoising* terms: for t = 2..T, how far the model's step
 #   :math:`p_\theta(x_{t-1} \mid x_t)` is from the posterior that knows the data.
 # - :math:`L_0`, the *reconstruction*: minus the log density of the data given :math:`x_1`. It is negative here, since
-#   :math:`x_1` all but says where the datum is, and a density may be as large as it likes. The denoising terms pay for
-#   it. Neither means anything alone.
+#   :math:`x_1` nearly determines the datum, and a density can be arbitrarily large. The denoising terms are larger in
+#   return. Neither means anything alone.
 
 terms = bound.prior, bound.denoising, bound.reconstruction
 print("a datum each:", *(tuple(term.shape) for term in terms))
@@ -79,8 +79,8 @@ print("their sum is the bound:", torch.equal(total, bound.nats))
 # Where it is spent
 # -----------------
 #
-# The denoising terms by themselves, over t. A step that costs much is one that the network can still gain at, or one
-# that is too large: then more steps there, by another schedule, would help.
+# The denoising terms by themselves, over t. Where a step costs much, either the network can still improve, or the step
+# is too large: then more steps there, by another schedule, would help.
 
 axes = plots.terms(bound)
 
@@ -89,7 +89,7 @@ axes = plots.terms(bound)
 # -----
 #
 # Nats are logarithms to base e, bits to base 2. "Per dimension" is divided by the number of numbers in a datum, here 2,
-# in a picture of 32 × 32 pixels and three colours 3072. Nothing else is done to a number on the way.
+# in a picture of 32 × 32 pixels and three colours 3072. Nothing else is done to the numbers.
 
 nats = float(bound.nats.mean())
 per_dim = nats / math.log(2) / 2
@@ -102,8 +102,8 @@ print(f"the same:     {bits:.4f} bits = {bits_per_dim:.4f} bits per dimension")
 # --------------
 #
 # The standard error is that of the mean over the data: the scatter of ``bound.nats`` over the root of the number of
-# data. The draws of :math:`x_t` are part of that scatter. Other draws on the same data give other numbers, and
-# ``num_particles`` averages over more of them; only more data take away the rest. Here are ten seeds, on 100 data.
+# data. The draws of :math:`x_t` are part of that scatter. Other draws on the same data give other numbers;
+# ``num_particles`` averages over more draws, and only more data reduce the rest. Here are ten seeds, on 100 data.
 
 error = float(bound.nats.std() / math.sqrt(len(bound.nats)))
 print(f"{error:.4f} is {float(bound.standard_error(bound.nats)):.4f}")
@@ -120,9 +120,9 @@ for draws in (1, 8):
 # Density or probability
 # ----------------------
 #
-# The last line of the table says that p is a *density*, per unit of the data as given. Give the same data in other
-# units, and the number is another one: measured in hundredths, each of two dimensions adds log 100 nats, with nothing
-# learned or lost. A density compares with a density of the same data in the same unit only.
+# The last line of the table says that p is a *density*, per unit of the data as given. In other units the number is
+# another one: measured in hundredths, each of the two dimensions adds log 100 nats, though the model is the same. A
+# density can be compared only with a density of the same data in the same unit.
 
 metres, centimetres = Normal(0.0, 1.0), Normal(0.0, 100.0)
 cost = -metres.log_prob(x_0).sum(-1).mean()
@@ -137,11 +137,11 @@ print(f"in hundredths: {float(rescaled):.3f}")
 # The truth, and the gap
 # ----------------------
 #
-# How much of the bound is the model's fault, and how much is slack of the bound? In the mean over data,
+# How much of the bound is due to the model, and how much is slack of the bound? In expectation over data,
 #
 # .. math:: \text{bound} = \text{entropy of the data} + \mathrm{KL}(\text{data} \,\Vert\, p_\theta) + \text{slack} .
 #
-# Of these data the first is known. Beside it, on the same 1000 points, what the true density says of them:
+# For these data the first is known. Beside it is the cost of the same 1000 points under the true density:
 
 angle = math.pi / 4 * torch.arange(8)
 centres = 4 * torch.stack([angle.cos(), angle.sin()], -1) / math.sqrt(2)
@@ -167,15 +167,15 @@ line("bound", bound.nats)
 #
 # :func:`pyrodiff.importance_bound` runs K trajectories of the guide for each datum and averages their weights inside
 # the logarithm. K = 1 is the bound again, up to its noise, and with K it falls towards :math:`-\log p_\theta(x_0)`.
-# What it gains was slack. What would stay for any K is the model's own, and more training could take it.
+# The gain was slack. What remains for any K is the model's own KL, which more training could reduce.
 
 few = x_0[:200]
 weighted = pyrodiff.importance_bound(diffusion, few, num_particles=64, generator=0)
 print(weighted)
 
 # %%
-# The *effective sample size* in the title says how even the weights are. Near 1 of K, one trajectory carries the sum,
-# and more of them would still lower the bound.
+# The *effective sample size* in the title tells how even the weights are. If it is near 1, one trajectory dominates the
+# sum, and more of them would still lower the bound.
 
 # sphinx_gallery_thumbnail_number = 2
 sizes = [1, 2, 4, 8, 16, 32, 64]
@@ -208,7 +208,7 @@ axes.legend(frameon=False)
 # The same network defines a deterministic flow from noise to data, and a flow has an exact density, up to the solver's
 # tolerance. :func:`pyrodiff.ode_log_prob` integrates it. It is the density of
 # *another model* with the same network, not of the chain: it is no bound on the chain's likelihood, and may lie on
-# either side of it. Datum by datum it has no noise of drawing.
+# either side of it. It has no Monte Carlo noise.
 
 flow = pyrodiff.ode_log_prob(diffusion, few, tolerance=1e-4, generator=0)
 print(flow)
@@ -222,14 +222,14 @@ for axes, name, nats in ((left, "bound", bound.nats[:200]), (right, "flow", flow
 left.set_ylabel("nats")
 
 # %%
-# A single datum's bound is mostly noise; it is the mean that counts. The flow is right for each datum.
+# A single datum's bound is mostly noise; only the mean is meaningful. The flow's density is exact for each datum.
 #
 # Fewer steps
 # -----------
 #
 # ``diffusion.subchain(times)`` is the diffusion of some of the times, with the same network: a model of its own. Fewer
 # steps are cheaper to draw from, and their bound is looser, since a larger step back is less like a Gaussian. A bound
-# belongs to a number of steps: two of them compare only with T beside them.
+# belongs to a number of steps: state T with it.
 
 for steps in (50, 20, 10, 5):
     short = diffusion.subchain(torch.linspace(1, 100, steps).round().int().tolist())
@@ -239,6 +239,6 @@ for steps in (50, 20, 10, 5):
 # What to write down
 # ------------------
 #
-# A bound that somebody else can use says: the data and the split, nats or bits and per what, density or probability
-# (and of how many levels), T, the decoder, the weights (raw or averaged), the number of data, and a standard error.
+# To be useful to others, a bound needs: the data and the split, nats or bits and per what, density or probability (and
+# of how many levels), T, the decoder, the weights (raw or averaged), the number of data, and a standard error.
 # ``bound.save(path)`` keeps the terms. :doc:`/numbers` relates all this to what other codes print.

@@ -10,8 +10,7 @@ Bits by binomial diffusion, grey levels by a decoder: where p is a probability, 
 # -------------------
 #
 # Sequences of 20 bits with a one in every fifth place, from a random start (Sohl-Dickstein et al., 2015). There are
-# five of them, equally likely: a perfect model needs :math:`\log_2 5 = 2.322` bits for each, and none can do with
-# less.
+# five of them, equally likely: a perfect model needs :math:`\log_2 5 = 2.322` bits for each, and no model needs fewer.
 
 import math
 
@@ -29,7 +28,7 @@ heartbeats = datasets.heartbeat(5000, seed=1)
 # %%
 # Noise for bits is not Gaussian. At each step of a *binomial* diffusion every bit is forgotten with probability
 # :math:`\beta_t`, and then drawn anew: a one with the stationary rate, here 0.2, as many as the data have. The schedule
-# forgets the same part of the data at each step.
+# forgets the same amount of the data at each step.
 
 T = 200
 forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=T), rate=0.2)
@@ -40,10 +39,10 @@ for axes, t in zip(figure.subplots(1, 5), (0, 50, 100, 150, 200), strict=True):
     plots.bits(x_t, axes).set_title(f"t = {t}")
 
 # %%
-# The network's output is read as the log odds of a one in the data, and the reverse process mixes the two posteriors,
-# that of a 0 and that of a 1, by what the network believes. Nothing else differs from a Gaussian diffusion: the same
-# pair, the same SVI. (Pyro's own ``TraceMeanField_ELBO`` refuses a guide that draws bits. ``DiffusionELBO`` takes one
-# that learns nothing, where its reason to refuse is not one.)
+# The network's output is the log odds of a one in the data, and the reverse process averages the two posteriors, given
+# a 0 and given a 1, with these probabilities. All else is as in a Gaussian diffusion: the same pair, the same SVI.
+# (Pyro's own ``TraceMeanField_ELBO`` refuses a guide that draws bits. ``DiffusionELBO`` accepts one without parameters
+# to learn, for which no gradient through the bits is needed.)
 
 
 def train(diffusion, data, num_steps, lr=3e-3, drawing=None):
@@ -73,8 +72,8 @@ bound = pyrodiff.bound(diffusion, datasets.heartbeat(200, seed=2), generator=0)
 print(bound)
 
 # %%
-# p is a probability of bits. The whole sequence costs little more than the truth's 2.322 bits; what is over comes from
-# the network and from the number of steps, for within a step the bits are drawn independently of each other
+# p is a probability of bits. The whole sequence costs little more than the optimal 2.322 bits; the excess comes from
+# the network and from the number of steps, as within a step the bits are drawn independently of each other
 # (``examples/heartbeat.py``, with T = 2000 and longer training, comes to 2.340).
 
 samples = diffusion.model(num_samples=500)
@@ -97,8 +96,8 @@ for axes, x, title in zip(
 # ----------------------
 #
 # The pixels of these handwritten digits are whole numbers 0..16. ``from_levels`` puts them on [-1, 1], where a Gaussian
-# diffusion runs. The chain's last step then has to say a probability for each of the 17 levels, and not a density: that
-# is the *decoder's* part. ``DiscretizedDecoder`` gives each level what the Gaussian kernel gives to the bin around it.
+# diffusion runs. The chain's last step then has to give each of the 17 levels a probability instead of a density: that
+# is the *decoder's* part. ``DiscretizedDecoder`` gives each level the probability of its bin under the Gaussian kernel.
 
 LEVELS = 17
 k = datasets.digits("train")
@@ -108,10 +107,10 @@ x_0, test_set = (
 print("levels", int(k.max()) + 1, "on", float(x_0.min()), "to", float(x_0.max()))
 
 # %%
-# ``LevelPrediction`` reads the network as a log probability of each level of each pixel, a last dimension of 17, and
-# adds by itself what the pixel's own noisy value says. The network here starts from how often each pixel has each
-# level, so that it only has to learn how the pixels hang together. Any module will do for a network, and so will one
-# around it.
+# With ``LevelPrediction`` the network returns a log probability for each level of each pixel, a last dimension of 17;
+# the likelihood of the pixel's own noisy value is added to it. The network here starts from the frequency of each level
+# at each pixel, so that it only has to learn how the pixels depend on each other. Any module will do for a network,
+# also a wrapper around one.
 
 counts = one_hot(k.long(), LEVELS).float().sum(0)
 histogram = (counts + 8 * counts.mean((0, 1)) / len(k)) / (len(k) + 8)
@@ -136,15 +135,15 @@ digits = pyrodiff.Diffusion(
 train(digits, x_0, num_steps=200, drawing=pyrodiff.LossSecondMoment(1000))
 
 # %%
-# With T = 1000 and a hundred pictures the bound has 100 000 terms. ``num_times=30`` draws 30 of the 999 denoising terms
-# of each picture, at random: unbiased, and the standard error says what it costs in precision.
+# With T = 1000 and a hundred pictures the bound has 100 000 terms. ``num_times=30`` computes 30 random ones of the 999
+# denoising terms of each picture: unbiased, and the standard error shows the loss of precision.
 
 few = test_set[:100]
 bound = pyrodiff.bound(digits, few, num_times=30, generator=0)
 print(bound)
 
 # %%
-# A probability of levels can be compared with any other, such as an even guess, and the histogram per pixel that the
+# A probability of levels can be compared with any other, such as the uniform one, or the histogram per pixel that the
 # network started from. This is a short training; ``examples/digits.py`` trains ten times as long, with more pictures
 # made of these, and comes to 1.716 bits per dimension.
 
@@ -178,7 +177,7 @@ for axes, x, title in zip(
 # Other decoders
 # --------------
 #
-# ``SoftmaxDecoder(forward, levels)`` asks :math:`x_1` alone for the level, and learns nothing: enough, where there is
-# little noise at t = 1. A decoder of your own is a module called as ``decoder(kernel, x_1)`` that returns a law of the
-# data. Which schedule and variance quantised data want is on :doc:`/guide`, and what they do to the number on
-# :doc:`/numbers`.
+# ``SoftmaxDecoder(forward, levels)`` is the posterior of the level given :math:`x_1` alone, with nothing learned:
+# enough if there is little noise at t = 1. A decoder of your own is a module called as ``decoder(kernel, x_1)`` that
+# returns a distribution of the data. Schedules and variances for quantised data are on :doc:`/guide`, and their effect
+# on the bound on :doc:`/numbers`.

@@ -12,8 +12,8 @@ classes. So a variant is another part, or another program, and nothing has to be
 # A chain that is too short
 # -------------------------
 #
-# Five Gaussian steps are few for eight Gaussians on a circle. Seen from far back, the state one step earlier can be in
-# one of several places, and a single Gaussian cannot say so. This is the plain model:
+# Five Gaussian steps are few for eight Gaussians on a circle. Given a noisy state, the state one step earlier can be in
+# one of several places, which a single Gaussian cannot represent. This is the plain model:
 
 import math
 
@@ -109,9 +109,10 @@ print("between β̃ (0) and β (1):", *(f"{part:.2f}" for part in parts))
 # A kernel
 # --------
 #
-# A reverse process is any module that is called as ``reverse(x_t, t)`` and returns a law of :math:`x_{t-1}`, with a
-# batch of one for each datum. A ``GaussianReverse`` makes one guess of the data, and returns the posterior's mean at
-# that guess. This one makes 16 (which begin at 16 of the data), says how likely each is, and returns the mixture.
+# A reverse process is any module that is called as ``reverse(x_t, t)`` and returns a distribution of :math:`x_{t-1}`,
+# with a batch_shape of one entry per datum. A ``GaussianReverse`` estimates the data, and its mean is the posterior's
+# at that estimate. This one makes 16 estimates (which begin at 16 of the data), gives each a probability, and returns
+# the mixture.
 
 
 class MixtureReverse(torch.nn.Module):
@@ -148,15 +149,15 @@ mixture = pyrodiff.Diffusion(
 # Check it
 # --------
 #
-# Shapes that fit are no proof. ``verify`` tries, on a few data, the claims that a bound rests on: the two programs
-# agree, the forward kernels obey Bayes' rule, the terms, the one-step pair and its gradient agree in the mean, and
+# Matching shapes prove nothing. ``verify`` tests, on a few data, the claims that a bound rests on: the two programs
+# agree, the forward kernels obey Bayes' rule, the terms, the one-step pair and its gradient agree in expectation, and
 # bounds fall with K.
 
 print(pyrodiff.verify(mixture, x_0[:8], num_repeats=10, generator=0))
 
 # %%
 # No KL of a Gaussian and a mixture is known in closed form. At such a site ``DiffusionELBO`` takes the log ratio at the
-# draw: the same in the mean, with more noise.
+# draw: the same in expectation, with more variance.
 
 bounds["mixture of 16"] = train(mixture, num_steps=500)
 for row in bounds.items():
@@ -181,9 +182,9 @@ for axes, (title, model) in zip(figure.subplots(1, 4), models.items(), strict=Tr
 # A prior that is learned
 # -----------------------
 #
-# The prior :math:`p(x_T)` may be any law with the shape of a datum, or a module that returns one and so can learn.
-# Cut the chain off early, where a lot of signal is left: the default prior, of mean 0 and variance 1 for data that
-# have these, does not fit. One with a scale of its own can mend part of it, and :math:`L_T` says how much.
+# The prior :math:`p(x_T)` may be any distribution with the shape of a datum, or a module that returns one, which can be
+# trained. Cut the chain off early, where a lot of signal is left: the default prior, of mean 0 and variance 1 for data
+# that have these, does not fit. A learned scale fixes part of that, and :math:`L_T` shows how much.
 
 
 class LearnedPrior(torch.nn.Module):
@@ -220,8 +221,8 @@ print("that of q(x_T)  ", early.marginal(data, T).sample().std(0))
 # -------------------------
 #
 # A forward process can be varied as well, by its three kernels. They have to belong to one chain. This one claims the
-# variance of a step, :math:`\beta_t`, for its posterior, which is too wide, and a bound made of it would be the bound
-# of nothing. Its types are all right. ``verify`` says what is not, and at which t.
+# variance of a step, :math:`\beta_t`, for its posterior, which is too wide, and a bound made with it would not be a
+# bound. No type or shape is wrong. ``verify`` says what is, and at which t.
 
 
 class TooWide(pyrodiff.GaussianForward):
@@ -246,10 +247,9 @@ print(*(claim for claim in found.claims if not claim.passed), sep="\n")
 # A program by hand
 # -----------------
 #
-# And where no part fits, write the programs. ``DiffusionELBO`` needs no class of this package: two programs with the
-# same sites, in the same order. Here each datum has a label, which the model draws first and which every step may
-# read. The guide reads it off the data. Given the label a step back is nearly a Gaussian, and five of them are
-# enough.
+# If none of the parts fits, write the programs. ``DiffusionELBO`` needs no class of this package: two programs with the
+# same sites, in the same order. Here each datum has a label, which the model draws first and which every step may read.
+# The guide computes it from the data. Given the label a step back is nearly a Gaussian, and five of them are enough.
 
 K = 8
 network = networks.MLP(event_shape=(4,), hidden=64)

@@ -50,7 +50,7 @@ def build():
 
 
 # %%
-# What a longer training wants
+# What a longer training needs
 # ----------------------------
 #
 # Each option is off unless it is given (:doc:`/training` has all of them).
@@ -88,15 +88,15 @@ losses = train(svi, 150)
 print(f"{svi.num_steps} steps, the last loss is {float(losses[-1]):.3f} nats per datum")
 
 # %%
-# ``svi.step`` returns a tensor that is still on the device. To read its value is to wait for the device, so read it now
-# and then, and not at each step.
+# ``svi.step`` returns a tensor that is still on the device. Reading its value synchronises with the device, so do that
+# now and then, not at each step.
 #
 # Stop, and go on
 # ---------------
 #
-# A checkpoint holds all that a run is: weights and their average, optimizer, scheduler, counts, and the RNG
-# states. It is written whole or not at all, and to load one cannot run code. Here a run continues for
-# 150 steps; another, in a new model, resumes from the checkpoint; on a CPU they are the same bit for bit.
+# A checkpoint holds the whole state of a run: weights and their average, optimizer, scheduler, counts, and the RNG
+# states. It is written atomically, and loading one cannot run code. Here a run continues for 150 steps; another, in a
+# new model, resumes from the checkpoint; on a CPU they are the same bit for bit.
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder, "run.pt")
@@ -129,7 +129,8 @@ axes.set(xlabel="step", ylabel="nats per datum", ylim=(0, 5))
 axes.legend(frameon=False)
 
 # %%
-# With the averaged weights, the bound. It reads its data wherever they are, and divides the work by ``memory_budget``.
+# The bound of the averaged weights. ``bound`` moves data to the model's device, and batches the work by
+# ``memory_budget``.
 
 with svi.averaged():
     print(pyrodiff.bound(diffusion, test_set, generator=0))
@@ -139,7 +140,7 @@ with svi.averaged():
 # ---------
 #
 # With ``compile=True`` the loss of the pair and its gradient become one compiled graph: the second step takes some
-# seconds for it, and the rest are faster. With ``capturable=True`` in the optimizer the whole step is a CUDA graph,
+# seconds to compile, and the rest are faster. With ``capturable=True`` in the optimizer the whole step is a CUDA graph,
 # so that the GPU does not wait for Python. (Not run here.)
 #
 # .. code-block:: python
@@ -157,10 +158,10 @@ with svi.averaged():
 # Several processes
 # -----------------
 #
-# Under ``torchrun`` the same script is run by several processes, a GPU each. Where a process group is initialised,
-# SVI starts all from the same weights, lets each draw its own times and noise for its own batch, and learns from all
-# of them together. ``bound(..., sharded=True)`` shares the work of the bound, and gives each process the bound that
-# one alone would get. Here is a whole script:
+# Under ``torchrun`` the same script is run by several processes, a GPU each. If a process group is initialised, SVI
+# starts all processes from the same weights, each draws its own times and noise for its own batch, and the update is
+# that of all batches together. ``bound(..., sharded=True)`` splits the work of the bound, and gives each process the
+# same bound as one alone. Here is a whole script:
 
 script = """
 import os
@@ -225,7 +226,7 @@ if done.returncode:
 #
 #    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$FIRST_MACHINE:29500" script.py
 #
-# Save a checkpoint by all processes (each calls ``checkpoints.save``, the first writes), and restore by all of them.
+# All processes call ``checkpoints.save``, and the first one writes; all call ``restore``.
 #
 # The command line
 # ----------------

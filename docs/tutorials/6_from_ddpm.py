@@ -124,11 +124,11 @@ small_variance = small(x_t, i + 1).variance[:, 0, 0, 0]
 print("fixed_small", largest_difference(small_variance[1:], posterior_variance))
 
 # %%
-# At the very last step, timestep 0, a sampler returns the mean and adds no noise. A likelihood cannot: a law without
-# variance gives data a density of infinity or 0. So :math:`p_\theta(x_0 \mid x_1)` keeps a variance here,
+# At the very last step, timestep 0, a sampler returns the mean and adds no noise. A likelihood cannot: a distribution
+# without variance gives data a density of infinity or 0. So :math:`p_\theta(x_0 \mid x_1)` keeps a variance here,
 # :math:`\beta_1` or, with ``PosteriorVariance``, :math:`\tilde\beta_2`, as in Ho's own code.
 #
-# The three prediction types say the same of :math:`x_0`, in other numbers.
+# The three prediction types are equivalent estimates of :math:`x_0`.
 
 epsilon = forward.noise(x_t, x_0, i + 1)
 velocity = alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x_0
@@ -138,7 +138,7 @@ print("v", largest_difference(forward.velocity(x_t, x_0, i + 1), velocity))
 # A network of theirs
 # -------------------
 #
-# Theirs counts timesteps from 0 and returns an object with the output in ``.sample``. Two lines mend that.
+# Theirs counts timesteps from 0 and returns an object with the output in ``.sample``. A wrapper of two lines adapts it.
 # ``FromTheirs`` takes a ``UNet2DModel`` as it takes this stand-in, which is called the same way:
 
 
@@ -186,7 +186,7 @@ for _ in range(steps):
     optimizer.step()
 
 # %%
-# And its bound, which the loop does not know of. Wrap the network; nothing is trained again.
+# The bound of that network, which the loop does not compute. Wrap the network; nothing is trained again.
 
 
 def diffusion_of(network):
@@ -201,7 +201,8 @@ print(pyrodiff.bound(by_hand, test_set, generator=0))
 
 # %%
 # The same training by SVI. :math:`L_\mathrm{simple}` is not another loss but another *weighting* of the bound's terms:
-# each step counts by what makes it the squared error of the noise. Without the weighting, the bound is trained itself.
+# each step's term is scaled so that it is the squared error of the noise. Without the weighting, the loss is the bound
+# itself.
 
 
 def fit(diffusion, weighting=None):
@@ -230,10 +231,10 @@ for name, diffusion in (
 
 # %%
 # The standard errors are those of the 200 test data. Two trainings differ by more, and these are short. The first two
-# are one loss, with other random numbers. The third trains the very thing that is scored, and yet it is behind after so
-# few steps: in the bound, the squared error of the noise weighs far more at small t, and one random t per datum makes a
-# noisy gradient of that (Nichol and Dhariwal, 2021, section 3.3; ``LossSecondMoment`` draws t by what it costs, for
-# this reason). The picture shows what a squared error weighs in either.
+# are one loss, with other random numbers. The third trains the very bound that is evaluated, and yet it is behind after
+# so few steps: in the bound, the squared error of the noise has a far larger weight at small t, and with one random t
+# per datum the gradient is noisy (Nichol and Dhariwal, 2021, section 3.3; for this reason ``LossSecondMoment`` draws t
+# by its costs). The picture shows the weight of a squared error in either loss.
 
 simple_weighting = pyrodiff.SimpleWeighting(simple.reverse)
 figure = Figure(figsize=(6, 2.8), layout="constrained")
@@ -273,8 +274,8 @@ print("ratio of their norms       ", f"{float(ours.norm() / theirs.norm()):.3f}"
 # Drawing samples
 # ---------------
 #
-# The loop over ``scheduler.step`` is a run of the model. ``AncestralSampler`` draws from the same law, without the
-# messages of Pyro. For fewer steps, cut the chain: its steps are those of DDIM's paper (with ``PosteriorVariance`` its
+# The loop over ``scheduler.step`` is a run of the model. ``AncestralSampler`` draws from the same distribution, without
+# Pyro's messages. For fewer steps, cut the chain: its steps are those of DDIM's paper (with ``PosteriorVariance`` its
 # :math:`\eta = 1`), and it is a model that has a bound, too.
 
 short = whole.subchain(torch.linspace(1, T, 100).round().int().tolist())
@@ -338,9 +339,9 @@ svi.adopt_average()
 
 # %%
 # At t = T a cosine schedule leaves a signal of :math:`a_T = 5 \cdot 10^{-5}`, by which the error of the noise is
-# divided in :math:`\hat x_0 = (x_t - b_t \hat\epsilon) / a_t`. :math:`L_\mathrm{simple}` does not mind. The bound
-# does, and so do samples, whose first step leads far away. Codes of DDPMs clip :math:`\hat x_0`, in the sampler and in
-# the bound, often without a word. Here that is a denoiser around the denoiser, with the same weights. Train without it:
+# divided in :math:`\hat x_0 = (x_t - b_t \hat\epsilon) / a_t`. :math:`L_\mathrm{simple}` is not affected. The bound is,
+# and so are samples, whose first step goes far astray. DDPM code clips :math:`\hat x_0`, in the sampler and in the
+# bound, often without saying so. Here that is a denoiser around the denoiser, with the same weights. Train without it:
 # where it clips, the gradient is 0.
 
 clipped = diffusion_of_pictures(pyrodiff.Clipped(noise_of_pictures, low=-1.0, high=1.0))
@@ -354,8 +355,8 @@ for name, diffusion in (("plain", plain), ("clipped", clipped)):
     )
 
 # %%
-# The samples say the same: without clipping nearly every pixel is as black or as white as it can be. Fifty steps do, at
-# the times of ``timestep_spacing="trailing"``.
+# The samples show the same: without clipping nearly every pixel is pure black or white. Fifty steps are enough, at the
+# times of ``timestep_spacing="trailing"``.
 
 spaced = list(range(20, 1001, 20))
 figure = Figure(figsize=(6, 2.4), layout="constrained")
@@ -527,5 +528,5 @@ print("ten steps, untrained", float(pyrodiff.bound(short, x_0).nats.mean()))
 #   cancelling. Float32 tables are off there by 1e-4 of their value.
 # - For a bound choose the variance with care: ``ForwardVariance`` for data with a density, ``PosteriorVariance`` for
 #   grey levels (:doc:`/guide`).
-# - Pictures with levels want a decoder for a likelihood that is a probability: :doc:`3_discrete_data`. Printed
+# - Pictures with levels need a decoder for a likelihood that is a probability: :doc:`3_discrete_data`. Printed
 #   numbers of other codes, and how to convert them: :doc:`/numbers`.

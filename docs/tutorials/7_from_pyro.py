@@ -62,7 +62,7 @@ for name, model, guide in (
     print(f"{name:10}{loss:.4f} nats")
 
 # %%
-# The same number, draw for draw. (Luo 2022, Eq. 19, is this ELBO; Eq. 58 is what comes with more steps.)
+# The same number, draw for draw. (Luo 2022, Eq. 19, is this ELBO; Eq. 58 is that of more steps.)
 #
 # More steps are a DMM
 # --------------------
@@ -96,9 +96,9 @@ for name, model, guide in (
 #      - T calls of the network
 #      - T calls, or one: the one-step pair
 #
-# The order is the one trap. A diffusion is often described as noise being *added*, from :math:`x_0` to :math:`x_T`. But
-# ``TraceMeanField_ELBO`` takes a KL at each site, and that is a term of the bound only if the guide's site has the same
-# parents as the model's: so the guide draws :math:`x_T` first.
+# The order is the only trap. A diffusion is often described as noise being *added*, from :math:`x_0` to :math:`x_T`.
+# But ``TraceMeanField_ELBO`` takes a KL at each site, and that is a term of the bound only if the guide's site has the
+# same parents as the model's: so the guide draws :math:`x_T` first.
 
 T = 8
 forward = pyrodiff.GaussianForward(
@@ -150,8 +150,7 @@ print(len(stored), "tensors in the store,", len(owned), "in the module")
 # well.
 #
 # *DiffusionELBO.* Pyro's ELBO is one number. This one has ``terms``, a cost per site and datum. And it refuses pairs
-# that Pyro would take with a warning, or without one, and get wrong: a guide in the other order, a scale in one
-# program only.
+# for which Pyro would return a wrong number, with a warning or without: a scale in one program only, say.
 
 terms = pyrodiff.DiffusionELBO().terms(diffusion.model, diffusion.guide, x_0)
 for name, cost in terms.items():
@@ -192,8 +191,8 @@ print(pyrodiff.bound(diffusion, x_0, generator=0))
 # ----------------
 #
 # The model is a program like any other: ``Predictive`` draws from it, ``poutine.condition`` fixes a site, a trace has
-# the log probability of a path. Here :math:`x_T` is fixed at three places, 150 times each. What comes of one and the
-# same noise is not one datum: the other steps draw, too.
+# the log probability of a path. Here :math:`x_T` is fixed at three places, 150 times each. The same :math:`x_T` gives
+# different data, as the other steps are random too.
 
 with torch.no_grad():
     draws = Predictive(diffusion.model, num_samples=2, return_sites=("x_0",))(
@@ -221,5 +220,5 @@ axes.set(
 )
 
 # %%
-# Random weights (``PyroSample``), groups of data, a class for each datum: what a program of Pyro can say, a model of a
-# diffusion can say. :doc:`4_a_variant` ends with one by hand, and :doc:`/guide` has the traps.
+# Random weights (``PyroSample``), groups of data, a class for each datum: whatever a Pyro program can express, a
+# diffusion's model can too. :doc:`4_a_variant` ends with one by hand, and :doc:`/guide` has the traps.

@@ -15,8 +15,8 @@ what does not hold as it stands there.
 # -------
 #
 # The score of a density is the gradient of its logarithm, :math:`\nabla \log p(x)`: at every place, the way to where
-# data are denser. A constant factor of p does not matter to it, so that it can be had, and learned, of densities that
-# nobody can normalise.
+# data are denser. It does not depend on a constant factor of p, so it can be computed, and learned, for densities
+# without a known normalisation.
 #
 # Most of this page uses the data of Song and Ermon (2019): two Gaussians in the plane, far from each other, with the
 # weights 1/5 and 4/5. Lengths are a quarter of theirs, so that the data have a variance of about 1, as a diffusion
@@ -76,9 +76,9 @@ def mean(values, digits=3):
 #     = \mathbb{E} \left[ \mathrm{tr} \nabla s(x) + \tfrac12 \lVert s(x) \rVert^2 \right]
 #     + \tfrac12 \mathbb{E} \lVert \nabla \log p(x) \rVert^2 .
 #
-# The last term has no s in it. So whatever s is, the two losses differ by one and the same number. Here are five of
-# them: the true score, none at all, that of a single wide Gaussian, a network, and minus the gradient of a network
-# that returns an energy. The last column is held against the constant, by summing over a grid.
+# The last term does not depend on s, so the two losses differ by the same constant for every s. Here are five of them:
+# the true score, none at all, that of a single wide Gaussian, a network, and minus the gradient of a network that
+# returns an energy. The last column compares with the constant, computed on a grid.
 
 x = draw(20000)
 energy = nn.Sequential(nn.Linear(2, 32), nn.Softplus(), nn.Linear(32, 1))
@@ -134,8 +134,8 @@ for axes, title, points in zip(
     axes.set_title(title, fontsize=9)
 
 # %%
-# Of the noisy data, :math:`\tilde x = x + \sigma \epsilon`, the explicit loss has a second way out (Vincent, 2011).
-# The score of the noise alone is known, :math:`\nabla \log q_\sigma(\tilde x \mid x) = -\epsilon / \sigma`, and
+# For noisy data, :math:`\tilde x = x + \sigma \epsilon`, the explicit loss has a second equivalent form (Vincent,
+# 2011). The score of the noise alone is known, :math:`\nabla \log q_\sigma(\tilde x \mid x) = -\epsilon / \sigma`, and
 #
 # .. math::
 #     \tfrac12 \mathbb{E} \lVert s(\tilde x) - \nabla \log p_\sigma(\tilde x) \rVert^2
@@ -156,10 +156,11 @@ for name, score in candidates.items():
 print(f"{'the constant':37}{half_square(sigma) - 1 / sigma**2:.3f}")
 
 # %%
-# What it finds is the score of the *noisy* data, near that of the data where the noise is small. But then the loss is
-# all noise. Multiplied out, it holds :math:`s(x) \cdot \epsilon / \sigma` and :math:`\lVert \epsilon \rVert^2 / 2
-# \sigma^2`, which say nothing of s in the mean and grow without bound. ``control_variate=True`` puts their means in
-# their place. The mean of the loss stays, and so does that of its gradient.
+# It learns the score of the *noisy* data, close to that of the data if the noise is small. But then the loss has a
+# large variance. Expanded, it contains :math:`s(x) \cdot \epsilon / \sigma` and
+# :math:`\lVert \epsilon \rVert^2 / 2 \sigma^2`, whose means do not depend on s and whose size grows without bound.
+# ``control_variate=True`` replaces them by their means. The expectation of the loss stays the same, and so does that of
+# its gradient.
 #
 # Standard deviations of the loss, and of its gradient in one factor that multiplies the network:
 
@@ -185,8 +186,8 @@ for sigma in (1.0, 0.1, 0.01, 0.001):
 network.float().requires_grad_(True)
 
 # %%
-# The plain loss scatters as :math:`1 / \sigma^2` and its gradient as :math:`1 / \sigma`; controlled, both stay where
-# they are. It costs a second call of the network, and pays where the noise is small.
+# The standard deviation of the plain loss grows as :math:`1 / \sigma^2`, that of its gradient as :math:`1 / \sigma`;
+# with the control variate both stay bounded. It takes a second call of the network, and helps where the noise is small.
 #
 # Sampling by Langevin dynamics
 # -----------------------------
@@ -211,8 +212,8 @@ for step in (1.0, 0.1):
 # -----------------------
 #
 # Section 2.3, the limits. Data in many dimensions lie on something of few, and nearly all of the space around them,
-# the *ambient space*, is empty. Of figure 3 the text has the name alone, the curse of dimensionality. This is what it
-# means: 100 random points in a line, a square and a cube, cut in ten along each side.
+# the *ambient space*, is empty. For figure 3 the text has only the name, the curse of dimensionality. It means: 100
+# random points in a line, a square and a cube, cut in ten along each side.
 
 figure = Figure(figsize=(7.5, 2.8), layout="constrained")
 points = torch.rand(100, 3, generator=torch.Generator().manual_seed(0))
@@ -303,8 +304,8 @@ left.set_ylabel("sliced loss")
 print(f"least possible with noise: {floor:.1f}")
 
 # %%
-# Without noise the loss falls on and on, as the network gets steeper across the curve, and is worth nothing as a
-# measure. With noise there is a floor, and it settles near it.
+# Without noise the loss falls for ever, as the network gets steeper across the curve, and measures nothing. With noise
+# it has a lower bound, and settles near it.
 #
 # Where there are no data
 # -----------------------
@@ -345,25 +346,25 @@ with torch.no_grad():
 
 # %%
 # Where there are data the two nearly agree. Between the modes and in the corners the learned score is far too short,
-# and points elsewhere; taken everywhere, the loss is about a hundred times as large. Whoever starts there is led
+# and points elsewhere; taken everywhere, the loss is about a hundred times as large. A chain that starts there goes
 # astray.
 #
 # Slow mixing
 # -----------
 #
-# The second trouble is there with the true score. Of :math:`p = \pi p_1 + (1 - \pi) p_2` the score is :math:`r \nabla
-# \log p_1 + (1 - r) \nabla \log p_2`, with r the share of the first part at x. (002 has the sum of both, which is that
-# of their product; see :doc:`/errata`.) Where the parts are far from each other, r is 0 or 1 nearly everywhere, and
-# the score does not know :math:`\pi`. So Langevin dynamics cannot know it: how many points end in a mode is a matter
-# of where they start.
+# The second problem exists even with the true score. Of :math:`p = \pi p_1 + (1 - \pi) p_2` the score is
+# :math:`r \nabla \log p_1 + (1 - r) \nabla \log p_2`, with r the share of the first part at x. (002 has the sum of
+# both, which is that of their product; see :doc:`/errata`.) Where the parts are far from each other, r is 0 or 1 nearly
+# everywhere, and the score does not depend on :math:`\pi`. So Langevin dynamics cannot find it: how many points end in
+# a mode depends on where they start.
 #
 # *Annealed* Langevin dynamics, Algorithm 1 of 002, follows the score of noisy data, with less noise from level to
 # level. With much noise all is one mode, and as it falls the points divide as they should. Its step is :math:`\alpha_i
 # = \epsilon \sigma_i^2 / \sigma_L^2`.
 #
 # Here it is a sampler like any other, of a diffusion whose signal is 1 throughout (*variance exploding*). Its noise
-# grows geometrically (section 2.4.2), and in place of a network there is the true score. ``ScorePrediction`` says that
-# what stands there returns a score.
+# grows geometrically (section 2.4.2), and the true score takes the place of a network. ``ScorePrediction`` declares
+# that it is a score.
 
 
 class Exact(nn.Module):
@@ -423,13 +424,12 @@ for axes, (title, points) in zip(figure.subplots(1, 3), samples.items(), strict=
 # Many noises
 # -----------
 #
-# Section 2.4. Figures 7 to 12 are why one network should know many noises. Figures 7 and 8 are figures 1 and 2 again.
-# In 9 and 11 stands the score with little noise. Another step size makes its arrows shorter or longer, and they point
-# where they did (10). More noise makes another field (12), which far from the data is smooth, and leads to them from
-# anywhere.
+# Section 2.4. Figures 7 to 12 show why one network should be trained at many noise levels. Figures 7 and 8 are figures
+# 1 and 2 again. In 9 and 11 stands the score with little noise. Another step size makes its arrows shorter or longer,
+# and they point where they did (10). More noise makes another field (12), which far from the data is smooth, and leads
+# to them from anywhere.
 #
-# An arrow is a part of :math:`\sigma^2 s(x)`, which in whole would lead to the mean of the data given x (Tweedie's
-# formula).
+# An arrow is a fraction of :math:`\sigma^2 s(x)`, which leads to the mean of the data given x (Tweedie's formula).
 
 panels = (
     ("Figures 9, 11: σ = 0.15", 0.15, 0.4),
@@ -456,8 +456,8 @@ for axes, (title, sigma, part) in zip(figure.subplots(1, 3), panels, strict=True
 # .. math:: \mathcal{L} = \frac1L \sum_{i=1}^L \lambda(\sigma_i) \, \ell(\theta; \sigma_i),
 #     \qquad \lambda(\sigma) = \sigma^2 .
 #
-# That is the one-step pair of a diffusion with :class:`pyrodiff.ScoreWeighting`: of each datum one time t, drawn anew,
-# and the sum and not the mean over the levels. (Their i runs from the largest noise down, t from the smallest up.)
+# That is the one-step pair of a diffusion with :class:`pyrodiff.ScoreWeighting`: for each datum one random time t, and
+# the sum over the levels instead of the mean. (Their i runs from the largest noise down, t from the smallest up.)
 
 
 class ScoreNetwork(Exact):
@@ -526,9 +526,9 @@ for t in (1, 8, 16, 24, 32, 40):
 # The length times :math:`\sigma` is nearly constant only where there is more noise than a mode is wide, 0.25. With
 # less it has to fall, as the score becomes that of the data. Of data in single points or on a curve it would not.
 #
-# Now Algorithm 1 with the learned score; and since NCSN is a diffusion, there is a bound. It says how good the score
-# is at all noises together, beside that of the true score and the entropy, which nobody can be below in the mean.
-# (Forty steps are few for a factor of 200 in noise: that is the part that the true score has to pay for, too.)
+# Now Algorithm 1 with the learned score; and since NCSN is a diffusion, there is a bound. It measures the score at all
+# noise levels together; beside it are the bound of the true score and the entropy, a lower limit for any model. (Forty
+# steps are few for a factor of 200 in noise, which raises the bound of the true score too.)
 
 learned = pyrodiff.AnnealedLangevinSampler(
     ncsn, step_size=0.2 * 0.025**2, num_updates=60
@@ -543,9 +543,9 @@ for name, diffusion in (("true score", exact), ("NCSN", ncsn)):
     print(f"{name:12} {mean(nats)} nats, {mean(nats - cost)} above the truth")
 
 # %%
-# Annealed with the learned score, about a fifth is in the small mode. How many exactly is decided at the few noises at
-# which the modes part, and depends most on what is still to be learned; ``examples/ncsn.py`` trains for longer. The
-# bound hardly notices: NCSN is as good as the true score there.
+# Annealed with the learned score, about a fifth is in the small mode. The exact fraction is decided at the few noise
+# levels where the modes separate, and depends on how well the score is learned there; ``examples/ncsn.py`` trains for
+# longer. The bound hardly notices: NCSN is as good as the true score there.
 #
 # Five techniques
 # ---------------
@@ -553,12 +553,12 @@ for name, diffusion in (("true score", exact), ("NCSN", ncsn)):
 # Section 2.4.3. For pictures one has to choose the noises, the levels, the network and the steps with more care, and
 # Song and Ermon (2020) say how. Here they are, with the handwritten digits of 8 × 8 pixels, scaled to [-1, 1].
 #
-# *Technique 1*: the largest noise is the largest distance between two of the data. Nothing less lets a chain get from
-# any of them to any other.
+# *Technique 1*: the largest noise is the largest distance between two of the data. With less, a chain could not get
+# from any of them to any other.
 #
 # *Technique 2*: neighbouring noises have a ratio of which, in D dimensions, half of one noise lies within reach of the
 # next. Noise in D dimensions is a thin shell, so with more dimensions it takes more levels. (For D below 5 all overlap
-# whatever the ratio, and :func:`pyrodiff.noise_ratio` says so; on the page so far it was a matter of taste.)
+# whatever the ratio, and :func:`pyrodiff.noise_ratio` refuses it; so far on this page the ratio was a free choice.)
 
 digits = datasets.digits().flatten(1) / 8 - 1
 test = datasets.digits("test").flatten(1) / 8 - 1
@@ -611,11 +611,11 @@ axes.legend(frameon=False)
 
 # %%
 # *Technique 3*: the network is not given the noise; it is divided by it, :math:`s(x, \sigma) = f(x) / \sigma`. That is
-# :class:`pyrodiff.networks.DividedByNoise`. It works since in many dimensions x shows by its length how much noise it
-# has, which in the plane it does not: there the network had better be given it.
+# :class:`pyrodiff.networks.DividedByNoise`. It works because in many dimensions the norm of x reveals the noise. In the
+# plane it does not, and the network should be given the noise.
 #
 # *Technique 5*: draw with an exponential average of the weights, ``average=pyrodiff.exponential_average(0.995)``. It
-# stands in for a learning rate that falls: so the rate stays here.
+# replaces a decay of the learning rate, which is constant here.
 
 
 class Unconditional(nn.Module):
@@ -664,7 +664,7 @@ for i, axes in enumerate(figure.subplots(3, 18).flat):
 
 # %%
 # The first row are data, the others are draws, after some seconds of training on a thousand pictures. (The bound is of
-# a density, as the levels were taken for numbers of a line; for probabilities see :doc:`3_discrete_data`.)
+# a density, as the levels are treated as real numbers; for probabilities see :doc:`3_discrete_data`.)
 #
 # From here
 # ---------
@@ -672,7 +672,7 @@ for i, axes in enumerate(figure.subplots(3, 18).flat):
 # Section 3 of 002 asks whether the noise might grow gradually, step by step, in place of being applied to the data
 # anew. It is the same object: a :class:`pyrodiff.GeometricSchedule` *is* a chain whose steps add noise, and
 # ``AncestralSampler(ncsn)`` draws from the chain with the same network, in forty calls of it in place of 2400. For two
-# modes so far apart they are too few, with the true score as well: that is what the bound above has to pay for.
+# modes so far apart these are too few, even with the true score: hence the gap of the bound above.
 
 for name, diffusion in (("true score", exact), ("NCSN", ncsn)):
     share = small_mode(pyrodiff.AncestralSampler(diffusion)(4000, generator=0))

@@ -13,7 +13,7 @@ mixture of three Gaussians, and nothing is trained.
 # An exact denoiser
 # -----------------
 #
-# Of a mixture, :math:`q(x_t)` is a mixture too, and :math:`\hat x_0 = E[x_0 \mid x_t]` is an average over the parts.
+# For a mixture, :math:`q(x_t)` is a mixture too, and :math:`\hat x_0 = E[x_0 \mid x_t]` is an average over the parts.
 # Any module may take the place of a network, and a float64 prior makes the whole diffusion one of float64.
 
 import torch
@@ -61,13 +61,13 @@ diffusion = pyrodiff.Diffusion(
 # -----
 #
 # Each sampler is made of a diffusion, and is called with the number of steps to draw. ``trajectory`` also keeps states
-# on the way. Here are four. Two of them draw noise in every step, and two solve the probability flow, which moves the
-# same laws into each other along smooth curves. With the same seed all start from the same points (grey). Each ends at
-# its other dot; the law of the data is blue.
+# on the way. Here are four. Two of them draw noise in every step, and two solve the probability flow, which transports
+# the same marginals along smooth curves. With the same seed all start from the same points (grey). Each path ends at
+# its other dot; the distribution of the data is blue.
 #
 # - :class:`pyrodiff.AncestralSampler` runs the generative chain itself.
 # - :class:`pyrodiff.PredictorCorrectorSampler` draws such a step and then makes steps of Langevin dynamics at the new
-#   time, each for a network call more.
+#   time, each with another network call.
 # - :class:`pyrodiff.DDIMSampler` is Euler's method for the flow. Its ``eta`` puts noise back in.
 # - :class:`pyrodiff.HeunSampler` is Heun's method, two calls per step.
 
@@ -103,8 +103,8 @@ for axes, (name, given) in zip(panels, samplers.items(), strict=True):
     axes.set(title=name, aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
 
 # %%
-# The solvers map each point of noise to one datum, so that they agree on where a path ends, up to their errors. What
-# the samplers that draw make of it is another datum each time, of the same law.
+# The solvers map each point of noise to one datum, so that they agree on where a path ends, up to their errors. From
+# the same noise, the stochastic samplers draw another datum each time, from the same distribution.
 
 ends = {name: paths(*given)[-1] for name, given in samplers.items()}
 for other in ("DDIM, 60 steps", "ancestral, 60 steps"):
@@ -118,10 +118,10 @@ for other in ("DDIM, 60 steps", "ancestral, 60 steps"):
 # ---------------------
 #
 # With h a step in the log signal-to-noise ratio, the error of a solver falls as h to its *order*. It is an attribute,
-# and can be measured: here by the mean distance at t = 1 to where the flow leads from the same :math:`x_T`, as Heun's
-# method in all 2049 steps says, to about a millionth.
+# and can be measured: here by the mean distance at t = 1 to the end of the flow from the same :math:`x_T`, which Heun's
+# method in all 2049 steps gives to about a millionth.
 #
-# :class:`pyrodiff.DPMSolverSampler` is of order 2 for one call per step, since it remembers what the network said one
+# :class:`pyrodiff.DPMSolverSampler` is of order 2 with one call per step, since it reuses the network's output of the
 # step before.
 
 (reference,) = pyrodiff.HeunSampler(diffusion).trajectory(400, times=(1,), generator=1)
@@ -155,19 +155,19 @@ axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="error at t 
 axes.legend(frameon=False)
 
 # %%
-# An order says what happens as h goes to 0, and not who is best at ten calls. Heun's steps are twice as dear, and a
-# large one multiplies an error: below some ten steps it is the worst of the three.
+# An order describes what happens as h goes to 0, not which sampler is best at ten calls. Heun's steps cost twice as
+# much, and large ones multiply errors: below some ten steps it is the worst of the three.
 #
 # What the draws are worth
 # ------------------------
 #
-# A sampler that draws has no such error, for it has no one path that it ought to take. What can be compared is the law
-# of its samples with that of the data: by the *energy distance*
+# A stochastic sampler has no such error, as it has no single path to follow. But the distribution of its samples can be
+# compared with that of the data, by the *energy distance*, say,
 #
 # .. math:: 2 E|x - y| - E|x - x'| - E|y - y'| ,
 #
-# say, which is 0 only for equal laws, and has an unbiased estimate. Of as many exact draws it is 0, but for noise: the
-# first line shows how much.
+# which is 0 only for equal distributions, and has an unbiased estimate. For as many exact draws it is 0 up to noise,
+# which the first line shows.
 
 
 def distances(x, y):
@@ -200,17 +200,16 @@ for name, (sampler, each) in judged.items():
     print(f"{name:22}" + "".join(f"{error:10.4f}" for error in found))
 
 # %%
-# With 48 calls all are as good as exact draws, as far as 4000 samples can show. With a trained network its error is
-# left then. What is drawn anew in each step, or put back in by corrections or by Heun's ``churn``, makes the chain
-# forget errors that were made before, which may help. :doc:`/samplers` has the numbers for a trained Swiss roll and
-# for digits.
+# With 48 calls all are as good as exact draws, as far as 4000 samples can show. With a trained network the network's
+# error remains. Noise that is drawn in each step, or added by corrections or by Heun's ``churn``, makes the chain
+# forget earlier errors, which may help. :doc:`/samplers` has the numbers for a trained Swiss roll and for digits.
 #
 # log p of a draw
 # ---------------
 #
 # The flow is a change of variables, so that the density of a sample follows from that of its :math:`x_T`.
-# :class:`pyrodiff.FlowSampler` solves it with steps of its own, to a tolerance, and ``with_log_prob`` returns both.
-# Held against the mixture:
+# :class:`pyrodiff.FlowSampler` solves it with adaptive steps, to a tolerance, and ``with_log_prob`` returns both.
+# Compared with the mixture:
 
 flow = pyrodiff.FlowSampler(diffusion, tolerance=1e-5)
 x_0, log_prob = flow.with_log_prob(500, generator=1)
@@ -233,15 +232,15 @@ right.scatter(expected, log_prob, s=8, color="#b5452c")
 right.set(title="log p, nats", xlabel="truth", ylabel="flow")
 
 # %%
-# What is left of a difference is what :math:`x_T` still says of the data, which the prior does not know, and the score
-# that is held below t = 1.
+# The remaining difference is due to the signal that is left in :math:`x_T`, which the prior ignores, and to the score
+# being held constant below t = 1.
 #
 # Which to take
 # -------------
 #
 # - Few calls, any Gaussian diffusion: :class:`pyrodiff.DPMSolverSampler` with 10 to 20 steps.
-# - The samples that the bound is about, or data in levels: :class:`pyrodiff.AncestralSampler`, in all steps if there is
-#   time.
+# - Samples of exactly the model that is bounded, or data in levels: :class:`pyrodiff.AncestralSampler`, in all steps if
+#   there is time.
 # - log p of the samples: :class:`pyrodiff.FlowSampler`.
 #
 # :doc:`/samplers` says more about each.

@@ -1,9 +1,9 @@
-"""Every option of a training run, in groups: its type, its meaning, what it may be.
+"""Every option of a training run, in groups: its type, its meaning and its allowed values.
 
-A :class:`Plan` is all of them with a value for each. It is what a run's ``settings.toml`` and checkpoints record. What
-a line or a TOML file gives is some of them, a dict by name; :mod:`~pyrodiff.command.plans` makes a plan of it.
+A :class:`Plan` has a value for each of them. A run's ``settings.toml`` and checkpoints record it. A command line or a
+TOML file gives some of them, as a dict by name, which :mod:`~pyrodiff.command.plans` completes to a plan.
 
-Nothing here imports torch, so that a mistyped option is refused at once.
+Nothing here imports torch, which takes seconds, so that a mistyped option is refused at once.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ Check = Callable[[str, Any], object]
 
 
 def _count(least: int, most: int = 2**31 - 1) -> Check:
-    """A check of an int between two others: what is larger would fill the memory, or what indices are kept in."""
+    """A check that an int is in a range; above it, memory would run out or indices overflow."""
 
     def check(name: str, value: int) -> None:
         if value < least:
@@ -76,10 +76,10 @@ def _option(help: str, default: Any, check: Check | None = None, *, changes: boo
 
     Arguments:
         help: What it means.
-        default: Its value where nothing says another.
-        check: Called with its name and a value of its type; refuses what it may not be.
-        changes: Whether a run that is resumed may have another value than before.
-        varies: Whether the value that is left open depends on the data or on other options.
+        default: Its value if no other is given.
+        check: Called with its name and a value of its type; raises if the value is not allowed.
+        changes: Whether a resumed run may change it.
+        varies: Whether its default depends on the data or on other options.
     """
     return field(default=default, metadata={"help": help, "check": check, "changes": changes, "varies": varies})
 
@@ -190,7 +190,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Watching:
-    """What is written and shown meanwhile.
+    """What is written and shown during training.
 
     Arguments: see :command:`pyrodiff train --help`.
     """
@@ -237,13 +237,13 @@ class Plan:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Plan":
-        """The plan with these values, by the names of the options; what is not among them has its default.
+        """The plan with these values, by the names of the options; the others have their defaults.
 
         Arguments:
             values: The values, also under their earlier names.
 
         Raises:
-            ArgumentError: If there is no such option, or it may not be that.
+            ArgumentError: If there is no such option, or the value is not allowed.
         """
         return cls().but(**{OLD.get(name, name): value for name, value in values.items()})
 
@@ -254,7 +254,7 @@ class Plan:
             **values: The values by name.
 
         Raises:
-            ArgumentError: If there is no such option, or it may not be that.
+            ArgumentError: If there is no such option, or the value is not allowed.
         """
         values = {name: checked(name, value) for name, value in values.items()}
         changed: dict[str, Any] = {}
@@ -302,7 +302,7 @@ def names() -> tuple[str, ...]:
 
 
 def described(name: str) -> tuple[dataclasses.Field, Any]:
-    """An option's field, and its type but for None: int, float, str, bool, a tuple of ints, or a Literal.
+    """An option's field, and its type, None aside: int, float, str, bool, a tuple of ints, or a Literal.
 
     Arguments:
         name: Its name.
@@ -311,7 +311,7 @@ def described(name: str) -> tuple[dataclasses.Field, Any]:
 
 
 def may_change(name: str) -> bool:
-    """Whether a run that is resumed may have another value for an option, or its data elsewhere.
+    """Whether a resumed run may change an option; the path of the data may change.
 
     Arguments:
         name: Its name.
@@ -320,7 +320,7 @@ def may_change(name: str) -> bool:
 
 
 def flag(name: str) -> str:
-    """An option as it stands on a line.
+    """An option as it is written on a command line.
 
     Arguments:
         name: Its name.
@@ -336,10 +336,10 @@ def checked(name: str, value: Any) -> Any:
 
     Arguments:
         name: The option.
-        value: Its value, as Python or TOML has it; None where it is left open.
+        value: Its value, from Python or TOML; None if it is not set.
 
     Raises:
-        ArgumentError: If there is no such option, or it may not be that.
+        ArgumentError: If there is no such option, or the value is not allowed.
     """
     if name not in _fields():
         raise ArgumentError("options", f"must be known ones, but {name!r} is none{_nearest(name, [*_fields(), *OLD])}")
@@ -387,11 +387,11 @@ def read(path: Path, argument: str) -> dict[str, Any]:
 
     Arguments:
         path: The file.
-        argument: What asks for it, for errors.
+        argument: The argument that names the file, for error messages.
 
     Raises:
-        ArgumentError: If it is no file of at most 64 KiB, no TOML, or gives an option that there is not or that may not
-            be that.
+        ArgumentError: If it is no file of at most 64 KiB, no TOML, or gives an unknown option or a value that is not
+            allowed.
     """
     is_pipe_or_large = path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size <= 2**16)
     if is_pipe_or_large:

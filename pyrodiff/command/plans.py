@@ -1,7 +1,7 @@
-"""From what is given to a plan: the presets, every default, and every refusal of options that do not go together.
+"""From the given options to a plan: the presets, every default, and every check that options go together.
 
-A preset is a whole plan for one kind of data. :func:`resolve` takes the one that suits the data, and puts what is given
-in its place. It only looks at its arguments: no file is read, nothing is drawn.
+A preset is a whole plan for one kind of data. :func:`resolve` takes the one for the data, and overrides it with the
+given options. It depends on its arguments only: no file is read, nothing is drawn.
 """
 
 import math
@@ -47,8 +47,8 @@ def prepare(given: Mapping[str, Any], device: torch.device) -> tuple[Plan, Data]
     """The plan and the data of a run.
 
     Arguments:
-        given: Options by name, each a value that it may have.
-        device: Where the data are computed on.
+        given: Options by name, with allowed values.
+        device: The device that the data are moved to for computing.
 
     Raises:
         ArgumentError: If there are no such data, or an option does not go with them.
@@ -59,10 +59,10 @@ def prepare(given: Mapping[str, Any], device: torch.device) -> tuple[Plan, Data]
 
 
 def resolve(given: Mapping[str, Any], found: Found) -> Plan:
-    """The plan for data: what is given, and for each option that is left open a value that suits the data.
+    """The plan for data: the given options, and for each other one a default that suits the data.
 
     Arguments:
-        given: Options by name, each a value that it may have.
+        given: Options by name, with allowed values.
         found: The data.
 
     Raises:
@@ -98,12 +98,12 @@ def _is_picture(found: Found) -> bool:
 
 
 def _halvings(shape: torch.Size, most: int) -> int:
-    """How often the height and the width can be halved, up to a number of times."""
+    """How often the height and the width can be halved, at most ``most`` times."""
     return next(n for n in range(most, -1, -1) if not any(size % 2**n for size in shape[-2:]))
 
 
 def _with_network(plan: Plan, network: str | None, shape: torch.Size) -> Plan:
-    """The plan with the network that is asked for, or that suits the shape: a U-Net for pictures of few channels."""
+    """The plan with the given network, or else the one that suits the shape: a U-Net for pictures of few channels."""
     halvings = _halvings(shape, 2)
     if network is None:
         is_usual = len(shape) in (2, 3) and halvings > 0 and shape[:-2].numel() <= 4
@@ -119,7 +119,7 @@ def _with_network(plan: Plan, network: str | None, shape: torch.Size) -> Plan:
 
 
 def _with_ends(plan: Plan, given: Mapping[str, Any]) -> Plan:
-    """The plan with ends of the log SNR where its schedule has them: at t = 1, noise far below the grid of levels."""
+    """The plan with the log SNR's ends if its schedule has them: at t = 1, noise far below the grid of levels."""
     if given.get("schedule", plan.model.schedule) != "log-snr":
         return plan.but(log_snr_first=None, log_snr_last=None)
     levels, first, last = plan.reading.levels, plan.model.log_snr_first, plan.model.log_snr_last
@@ -128,12 +128,12 @@ def _with_ends(plan: Plan, given: Mapping[str, Any]) -> Plan:
 
 
 def _attention(height: int, sizes: int) -> tuple[int, ...]:
-    """The heights of at most 8 that large pictures are halved to; 0 where there is none."""
+    """The heights up to 8 among the U-Net's, for pictures of height 16 or more; (0,) if there are none."""
     return tuple(height >> n for n in range(1, sizes) if height >= 16 and height >> n <= 8) or (0,)
 
 
 def _wrong(plan: Plan, found: Found) -> Iterator[tuple[str, bool, str]]:
-    """Each option that may not go with the others or the data: whether it does not, and what it would have to be."""
+    """The checks of options against each other and the data: the option, whether it is wrong, and what it must be."""
     read_as, model, training = plan.reading.read_as, plan.model, plan.training
     numbers, bits, unet = read_as == "numbers", read_as == "bits", model.network == "unet"
     predictions: tuple[str, ...] = ("logit",) if bits else ("noise", "data", "velocity", "score")
@@ -174,7 +174,7 @@ def _wrong(plan: Plan, found: Found) -> Iterator[tuple[str, bool, str]]:
 
 
 def _reading(given: Mapping[str, Any], found: Found) -> dict[str, Any]:
-    """The options of reading: how numbers are read, and of how many levels, where that is left open."""
+    """The options of reading, with defaults for how numbers are read and for the number of levels."""
     dtype, range, digits = found.dtype, found.range, found.name == "digits"
     levels, binarize, asked = given.get("levels"), given.get("binarize", "none"), given.get("read_as")
     known = not dtype.is_floating_point or digits or levels is not None
@@ -202,7 +202,7 @@ def _reading(given: Mapping[str, Any], found: Found) -> dict[str, Any]:
 
 
 def _refuse_reading(read_as: str, levels: int | None, found: Found) -> None:
-    """Refuse what the data are not."""
+    """Refuse a reading that the data do not allow."""
     dtype = found.dtype
     if read_as == "numbers":
         if not dtype.is_floating_point:

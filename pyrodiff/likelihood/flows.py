@@ -97,7 +97,7 @@ def ode_log_prob(
     r"""The likelihood under the probability flow of a diffusion.
 
     Where the data have a density (:class:`GaussianDecoder`), it is the density of the flow at :math:`x_0`, a number
-    and not a bound. Any other decoder makes the last step, and what comes out is the bound
+    and not a bound. With any other decoder, which makes the last step, the result is the bound
 
     .. math:: -\log p(x_0) \le -\mathbb{E}_{q(x_1 | x_0)} \left[
         \log p_\mathrm{flow}(x_1) + \log p_\theta(x_0 | x_1) - \log q(x_1 | x_0) \right].

@@ -14,7 +14,7 @@ SIZE, T = 8, 100  # of a latent; steps of the prior's chain
 
 
 def latent_prior() -> pyrodiff.Diffusion:
-    """A diffusion of latents. Its output layer starts at 0: then it is N(0, I), nearly."""
+    """A diffusion of latents. Its output layer starts at 0, where it is nearly N(0, I)."""
     forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(T))
     denoiser = pyrodiff.VelocityPrediction(networks.MLP((SIZE,), hidden=128, num_blocks=2, frequency=1.0), forward)
     return pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), event_shape=(SIZE,))
@@ -64,7 +64,7 @@ def _network(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
 
 
 def fit(vae: VAE, grey: Tensor, num_steps: int, name: str, batch_size: int = 128) -> VAE:
-    """Train all of it together, by SVI on fresh bits, a 1 as probable as the pixel is bright."""
+    """Train all of it together, by SVI on freshly drawn bits; the brightness of a pixel is its probability of a 1."""
     svi = pyrodiff.SVI(
         vae.model,
         vae.guide,

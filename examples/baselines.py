@@ -1,8 +1,8 @@
-"""Simple density models of pictures, which the examples hold their bounds against: each says -log p of a test picture.
+"""Simple density models of pictures, baselines of the examples: each gives -log p of a test picture.
 
-The package's yardsticks, a factor per pixel and a full Gaussian; and mixtures of such factors, fitted by EM, their size
-and smoothing chosen on the validation split. ``binary_digits.py`` and ``digits.py`` print them; there is nothing to run
-here.
+The package's own baselines, a factor per pixel and a full Gaussian; and mixtures of such factors, fitted by EM, their
+size and smoothing chosen on the validation split. ``binary_digits.py`` and ``digits.py`` print them; there is nothing
+to run here.
 """
 
 import itertools
@@ -58,7 +58,8 @@ def _log_bernoullis(x: Tensor, weights: Tensor, probs: Tensor) -> Tensor:
 
 
 def _bernoullis(x: Tensor, num_components: int, smoothing: float, num_iterations: int = 60) -> Iterator[tuple]:
-    """EM for a mixture of Bernoullis, each component shrunk to the mean as by ``smoothing`` pictures of it.
+    """EM for a mixture of Bernoullis, each component shrunk to the mean picture as if it were seen ``smoothing`` more
+    times.
 
     Yields the weights and the probabilities after each iteration, so that it can be stopped early.
     """
@@ -74,7 +75,7 @@ def _bernoullis(x: Tensor, num_components: int, smoothing: float, num_iterations
 
 
 def _categoricals(k: Tensor, levels: int, size: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    """EM for a mixture of categoricals, shrunk to the mean as by so many pictures; log weights and log probs."""
+    """EM for a mixture of categoricals, shrunk likewise; yields log weights and log probs."""
     x = one_hot(k.long().flatten(1), levels).double().flatten(1)
     mean = (x.mean(0).reshape(-1, levels) + 1e-3).div(1 + 1e-3 * levels).flatten()
     probs = (x[torch.randperm(len(x))[:size]] + 3 * mean) / 4

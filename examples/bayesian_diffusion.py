@@ -1,4 +1,4 @@
-"""All weights of a small network uncertain: what that does to the bound, and the evidence of a prior.
+"""A small network with random weights: the bound under the posterior of the weights, and the evidence of a prior.
 
     python examples/bayesian_diffusion.py
 
@@ -9,10 +9,10 @@ expect, in nats, the bound of all data and the weights together, which bounds mi
     Laplace        30.6 ± 0.3    31.6 ± 0.3    38.2 ± 0.3    55.6 ± 0.3
 
 The bound is quadratic in these weights, so Laplace's is the posterior, and the best independent Gaussians cost 0.06,
-1.3, 9.2 and 22.8 nats more. Per datum of a test set (exact: 0.88 nats) uncertain weights raise the mean bound, from
-1.10 of the most probable ones to 1.42 of Laplace's (deviation 1): a bound is no better for being averaged. The
-density with the weights integrated out, by importance weights of all draws, is 1.06 against 1.03. So the uncertainty
-does not predict better here; it says what the most probable weights cannot, the evidence of a prior.
+1.3, 9.2 and 22.8 nats more. Per datum of a test set (exact: 0.88 nats) random weights raise the mean bound, from 1.10
+with the most probable ones to 1.42 with Laplace's (deviation 1): averaging does not improve a bound. The density with
+the weights integrated out, by importance weights of all draws, is 1.06 against 1.03. So random weights do not predict
+better here; but they give the evidence of a prior, which the most probable weights cannot.
 """
 
 import math
@@ -34,7 +34,7 @@ SCALES = (0.1, 0.3, 1.0, 3.0)  # of the weights a priori
 
 
 def costs(diffusion: pyrodiff.Diffusion, guide: nn.Module, x_0: Tensor, test: Tensor) -> dict[str, Tensor]:
-    """Costs in nats, each with shape (DRAWS,) as of the draws of the weights, but for the predictive density's."""
+    """Costs in nats, each with shape (DRAWS,), one per draw of the weights, except that of the predictive density."""
     seeds, given = range(DRAWS), partial(pyrodiff.bound, diffusion, guide=guide)
     found = [given(x_0, num_particles=10, generator=seed) for seed in seeds]
     tests = [given(test, generator=seed).nats.mean() for seed in seeds]
@@ -54,7 +54,7 @@ def said(values: Tensor) -> str:
 
 
 def main(out: Path, num_steps: int = 400) -> dict[tuple[float, str], dict[str, Tensor]]:
-    """Print all costs, draw the evidence over the deviation of the weights; returns the costs."""
+    """Print all costs, plot the evidence against the deviation of the weights; returns the costs."""
     law = dist.MixtureSameFamily(
         dist.Categorical(torch.tensor([0.35, 0.65])),
         dist.Normal(torch.tensor([-1.2, 0.8]), torch.tensor([0.2, 0.4])),

@@ -3,9 +3,9 @@
     python examples/binary_digits.py
 
 Trained on 1,000 pictures, scored on the 447 of the test split: two cores do it, and the roll and the heartbeat of
-``demo.py``, in under four minutes. Expect 16.38 ± 0.22 nats per picture. Beside the bound stand what a Bernoulli per
-pixel (25.2) and a mixture of Bernoullis (17.1) score on the same pictures; the mixture's size, smoothing and number of
-iterations are chosen on the validation split.
+``demo.py``, in under four minutes. Expect 16.38 ± 0.22 nats per picture. For comparison, a Bernoulli per pixel (25.2)
+and a mixture of Bernoullis (17.1) on the same pictures; the mixture's size, smoothing and number of iterations are
+chosen on the validation split.
 """
 
 from pathlib import Path

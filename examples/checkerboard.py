@@ -1,9 +1,9 @@
-"""The checkerboard: a bound held against an entropy that is known exactly, log 32 = 3.4657 nats.
+"""The checkerboard: a bound compared with an entropy that is known exactly, log 32 = 3.4657 nats.
 
     python examples/checkerboard.py
 
 About a quarter of an hour on two cores; expect 3.516 ± 0.014 nats.
-No bound may have a lower mean on new data; how far this one stays above it is what the model gives away.
+No bound can have a lower mean on new data; the excess is the loss of the model.
 """
 
 import math

@@ -2,11 +2,12 @@
 
     python examples/custom_variant.py
 
-A reverse process is any module that returns a distribution; here it is a mixture of eight Gaussians, all of it said by
-the network. No KL is known for it, so the ELBO takes the log ratio at the draw, and nothing else changes: the same two
-programs, the same training, bound, samples and ``verify``. The data are eight Gaussians in the plane. In few steps a
-Gaussian kernel cannot say from which of them a noisy point came; a mixture can, and comes near the entropy, 1.444 nats,
-which no bound passes in the mean: 1.482 ± 0.015, where Gaussian kernels have 2.463 ± 0.008. A minute on two cores.
+A reverse process is any module that returns a distribution; here it is a mixture of eight Gaussians, whose parameters
+are the network's output. No KL is known for it, so the ELBO takes the log ratio at the draw, and nothing else changes:
+the same two programs, the same training, bound, samples and ``verify``. The data are eight Gaussians in the plane. In
+few steps a Gaussian kernel cannot represent from which of them a noisy point came; a mixture can, and comes near the
+entropy, 1.444 nats, which no bound is below in expectation: 1.482 ± 0.015, where Gaussian kernels have 2.463 ± 0.008. A
+minute on two cores.
 """
 
 import math
@@ -27,7 +28,7 @@ ENTROPY = 2.830 - 2 * math.log(2)  # of datasets.eight_gaussians, at half its si
 
 
 class MixtureReverse(nn.Module):
-    """p(x_{t-1} | x_t) is a mixture: the network says the weight, the mean and the scale of each of its Gaussians."""
+    """p(x_{t-1} | x_t) is a mixture: the network gives the weight, the mean and the scale of each of its Gaussians."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class MixtureReverse(nn.Module):
 
 
 class LearnedVariance(pyrodiff.Variance):
-    """A variance per step, learned from that of the forward process on: the best that Gaussians of one scale can do."""
+    """A variance per step, learned from the forward process's on: the best that Gaussians of one scale can do."""
 
     def __init__(self, schedule: pyrodiff.Schedule) -> None:
         super().__init__()

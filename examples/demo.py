@@ -1,10 +1,10 @@
-"""The main job: three diffusions trained by SVI, their bounds term by term, and their pictures.
+"""The main example: three diffusions trained by SVI, their bounds term by term, and their pictures.
 
     python examples/demo.py
 
-(a) handwritten digits as bits, by binomial diffusion, on held-out images beside what simple density models score;
-(b) the Swiss roll, by Gaussian diffusion in 40 steps; (c) the binary heartbeat, by binomial diffusion in 2000 steps.
-Under four minutes on two cores; expect 16.38 ± 0.22 nats, 1.26 ± 0.02 nats, and log2 p of at least -2.340 ± 0.006 bits.
+(a) handwritten digits as bits, by binomial diffusion, on held-out images, against simple density models; (b) the Swiss
+roll, by Gaussian diffusion in 40 steps; (c) the binary heartbeat, by binomial diffusion in 2000 steps. Under four
+minutes on two cores; expect 16.38 ± 0.22 nats, 1.26 ± 0.02 nats, and log2 p of at least -2.340 ± 0.006 bits.
 """
 
 import time

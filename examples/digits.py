@@ -6,9 +6,9 @@ Trained on 1,000 pictures of 8 x 8, scored on the 447 of the test split: six min
 bits/dim (a mixture of categoricals has 2.231, a full Gaussian 2.965, even levels 4.087). The network predicts the level
 of each pixel from the others (:class:`pyrodiff.LevelPrediction`), pictures are turned and moved a little
 (:class:`pyrodiff.datasets.Strokes`), times are drawn by how much they cost (:class:`pyrodiff.LossSecondMoment`), and
-weights are averaged; settings were chosen on the validation split. Below stands how the bound of one and the same
-network moves with the number of steps, the decoder and the variance. ``--prediction`` trains another reading of the
-network instead: noise, velocity or data.
+weights are averaged; settings were chosen on the validation split. The last table is the bound of the same network with
+other numbers of steps, decoders and variances. ``--prediction`` trains another parametrisation instead: noise, velocity
+or data.
 """
 
 import math
@@ -28,7 +28,7 @@ LEVELS = 17
 
 
 def build(prediction: str, k: Tensor, schedule: pyrodiff.Schedule) -> pyrodiff.Diffusion:
-    """The diffusion: the network says the level of each pixel of pictures like k, or, of other readings, a number."""
+    """The diffusion: the network predicts the level of each pixel of pictures like k or, if asked, a number."""
     forward = pyrodiff.GaussianForward(schedule)
     if prediction == "level":
         counts = one_hot(k.long(), LEVELS).float().sum(0)
@@ -52,7 +52,7 @@ def line(name: str, nats: Tensor) -> None:
 
 
 def variations(diffusion: pyrodiff.Diffusion, x_0: Tensor) -> None:
-    """How the bound of one network moves with T, the decoder and the variance."""
+    """How the bound of one network changes with T, the decoder and the variance."""
     forward, denoiser = diffusion.forward_process, diffusion.reverse.denoiser
     T = diffusion.num_steps
     for K in (T // 100, 3 * T // 100, T // 10, 3 * T // 10):

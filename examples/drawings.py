@@ -1,4 +1,4 @@
-"""How t is drawn: what it does to the variance of training, on the three models of the demo.
+"""How the distribution of t affects the variance of training, on the three models of the demo.
 
     python examples/drawings.py
 

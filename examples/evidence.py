@@ -4,7 +4,7 @@
 
 Ten seconds on one core. Of eight Gaussians on a circle the first number is observed as y = 1, with noise. The evidence
 of the data is in closed form; that of a chain of 200 steps, whose denoiser is exact, is estimated by 512 particles.
-Expect them to agree but for what 200 steps are from a diffusion in continuous time:
+Expect them to agree up to the difference of 200 steps from a diffusion in continuous time:
 
    noise    truth  particles
     0.03   -0.718     -0.730 ± 0.012

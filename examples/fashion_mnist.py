@@ -9,9 +9,9 @@ same). The last 5,000 pictures of the train set are held out for the curve; the 
 Made for an H100 and 25 minutes in all; no figure of a GPU has been measured yet. On a CPU the second command with
 ``--batch 16 --steps 160`` took eight minutes of a busy core, and came to 4.35 ± 0.14 bits/dim on 100 test pictures.
 
-The network predicts the level of each pixel from the others (:class:`pyrodiff.LevelPrediction`), and starts at how
-often each pixel has each level. The first log SNR is 14: the noise at t = 1 is then a quarter of half a bin, 1 / 255,
-and no level is taken for its neighbour. L_0 was 2.1 bits/dim where it was 12, 0.05 at 13.5, and is 0.00 at 14.
+The network predicts the level of each pixel from the others (:class:`pyrodiff.LevelPrediction`), and starts at the
+frequency of each level at each pixel. The first log SNR is 14: the noise at t = 1 is then a quarter of half a bin, 1 /
+255, and no level is taken for its neighbour. L_0 was 2.1 bits/dim where it was 12, 0.05 at 13.5, and is 0.00 at 14.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def build(k: Tensor, size: scores.Size, device: torch.device) -> pyrodiff.Diffus
 
 
 def main(arguments: argparse.Namespace, size: scores.Size) -> pyrodiff.Bound | None:
-    """Train for as long as asked; then print and keep the bounds on the test set. Returns the first, once there."""
+    """Train for the given time; at the end print and save the bounds on the test set. Returns the first, when done."""
     pyro.set_rng_seed(0)
     device, k = arguments.device, datasets.idx_folder(arguments.data)
     k, held_out = k[: -size.num_held_out], k[-size.num_held_out :]

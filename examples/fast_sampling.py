@@ -2,8 +2,8 @@
 
     python examples/fast_sampling.py
 
-Five minutes on a core to itself, ten where others use it too. Expect 1000 times the energy distance to fresh draws of
-the data (eight Gaussians with their exact denoiser, and a Swiss roll and digits that are trained on), of T = 1000, at
+Five minutes on an idle core, ten on a shared one. Expect 1000 times the energy distance to fresh draws of the data
+(eight Gaussians with their exact denoiser, and a Swiss roll and digits that are trained on), of T = 1000, at
 
     network calls            5    10    20    50      5    10    20    50      5    10    20    50
     ancestral              122   7.6   0.4  -0.6    3.6   0.3   0.0  -0.4    239    27    11   9.2
@@ -13,8 +13,8 @@ the data (eight Gaussians with their exact denoiser, and a Swiss roll and digits
     predictor-corrector   2897   116   3.7  -0.8    9.4   2.3   0.6  -0.4    305   233    28    12
     annealed Langevin      219    11   2.0   1.9
 
-Each is about ± 1 or, above 10, a tenth or less; of digits ± 3 at least. Exact draws are ± 0.9, 0.5 and 1.1 from 0.
-More calls show no more.
+Each is about ± 1 or, above 10, a tenth or less; of digits ± 3 at least. Exact draws are ± 0.9, 0.5 and 1.1 from 0. More
+calls make no visible difference.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ def samplers(diffusion: pyrodiff.Diffusion) -> Iterator[tuple[str, pyrodiff.Samp
 
 
 def energy(x: Tensor, y: Tensor, of_y: Tensor) -> tuple[float, float]:
-    """2 E|x - y| - E|x - x'| - E|y - y'|, which is 0 only for equal laws: unbiased, and its standard error."""
+    """2 E|x - y| - E|x - x'| - E|y - y'|, which is 0 only for equal distributions: unbiased, and its error."""
     x = x.flatten(1)
     across, of_x = distances(x, y), distances(x, x).sum(1) / (len(x) - 1)
     rows, columns = 2 * (across.mean(1) - of_x), 2 * (across.mean(0) - of_y)
@@ -102,7 +102,7 @@ def main(out: Path, num_steps: int = 3000) -> dict[tuple[str, str], list[tuple[f
 
 
 def draw(found: dict, floors: dict, path: Path) -> None:
-    """The errors over the calls, none below that of exact draws, of which twice that is shaded."""
+    """Plot the errors against the calls, none below that of exact draws; up to twice that is shaded."""
     figure, kinds = Figure(figsize=(12, 4), layout="constrained"), dict.fromkeys(kind for _, kind in found)
     for axes, (name, floor) in zip(figure.subplots(1, len(floors)), floors.items(), strict=True):
         axes.axhspan(0, 2 * floor, color="0.9")

@@ -43,7 +43,7 @@ def fitted(schedule: pyrodiff.Schedule, k: Tensor, num_steps: int) -> pyrodiff.D
 
 
 def with_best_variance(diffusion: pyrodiff.Diffusion, x_0: Tensor) -> pyrodiff.Diffusion:
-    """The same networks, with the variance that follows from their own error on these data."""
+    """The same networks, with the optimal variance given their own error on these data."""
     forward, denoiser = diffusion.forward_process, diffusion.reverse.denoiser
     variance = pyrodiff.analytic_variance(diffusion, x_0, generator=0)
     reverse = pyrodiff.GaussianReverse(forward, denoiser, variance)
@@ -51,7 +51,7 @@ def with_best_variance(diffusion: pyrodiff.Diffusion, x_0: Tensor) -> pyrodiff.D
 
 
 def evenly(num_steps: int) -> list[int]:
-    """So many times, evenly spaced."""
+    """That many times, evenly spaced."""
     return torch.linspace(1, T, num_steps).round().int().tolist()
 
 

@@ -14,7 +14,7 @@ Three minutes on one core. Expect, in nats ± 0.02 or less, beside what is above
     fixed, DiagonalVariance, hybrid loss      1.542  0.584     1.143  0.184
     learned log SNR, DiagonalVariance         1.181  0.222     1.068  0.109
 
-Where the ends of the log signal-to-noise ratio are learned too, the prior, L_T, costs more, and what is between less.
+If the ends of the log signal-to-noise ratio are learned too, the prior term, L_T, costs more, and the others less.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ def build(schedule: pyrodiff.Schedule, variance: pyrodiff.Variance | None = None
 
 
 def models(T: int) -> dict[str, pyrodiff.Diffusion]:
-    """All that is trained; learned schedules start as the fixed one is, or nearly, and so do learned variances."""
+    """All models that are trained; learned schedules and variances start at, or near, the fixed ones."""
     pyro.set_rng_seed(0)
     fixed = pyrodiff.LogSNRSchedule(T, FIRST, LAST)
     betas = pyrodiff.LearnedBetaSchedule(fixed.beta(torch.arange(1, T + 1)))
@@ -58,7 +58,7 @@ def models(T: int) -> dict[str, pyrodiff.Diffusion]:
 
 
 def frozen(schedule: pyrodiff.LearnedBetaSchedule, diffusion: pyrodiff.Diffusion, num_steps: int) -> list[float]:
-    """2015's frozen noise: the bound of one batch, as its schedule learns with the same noise, one seed, at each step.
+    """Frozen noise (Sohl-Dickstein et al., 2015): the bound of one batch while its schedule is learned with one seed.
 
     The trajectory pair has all t at once: the bound of the batch is then a fixed function of the schedule.
     """

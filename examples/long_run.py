@@ -1,7 +1,7 @@
 """Training in parts, for the scripts of MNIST: a run that stops after some minutes, and resumes where it stopped.
 
-Its checkpoint holds all that the run is, the random states included, so that a chain of parts is one run. Nothing in
-the loop waits for a GPU but a line of print every 200 steps, and the held-out bound twenty times a run. There is
+Its checkpoint holds the whole state of the run, the random states included, so that the parts make one run. The loop
+synchronises with a GPU only for a printed line every 200 steps, and for the held-out bound twenty times a run. There is
 nothing to run here.
 """
 
@@ -39,7 +39,7 @@ def options(description: str, out: str, num_steps: int, batch_size: int) -> argp
 
 
 def make_svi(diffusion: pyrodiff.Diffusion, arguments: argparse.Namespace, lr: float, average: float) -> pyrodiff.SVI:
-    """SVI with all that a long run needs: warm-up and a cosine, clipping, an average, bfloat16 and a fused AdamW."""
+    """SVI for a long run: warm-up and a cosine, clipping, a weight average, bfloat16 and a fused AdamW."""
     cuda, warm_up = arguments.device.type == "cuda", min(1000, arguments.steps // 10)
     pair = diffusion.one_step(drawing=pyrodiff.LossSecondMoment(diffusion.num_steps))
 
@@ -66,10 +66,10 @@ def train(
     arguments: argparse.Namespace,
     unit: str,
 ) -> bool:
-    """Go on with the run until all steps are taken, or the minutes are over.
+    """Continue the run until all steps are taken, or the minutes are over.
 
     Arguments:
-        svi: As :func:`make_svi` makes it, before its first step here.
+        svi: The result of :func:`make_svi`, before its first step here.
         draw: Draws a batch, on the device.
         measure: The held-out bound of the averaged weights and its standard error.
         arguments: The options.

@@ -20,8 +20,8 @@ Pyro's ELBO is, term by term (Luo 2022, Eq. 58, https://arxiv.org/abs/2208.11970
                       - E log p_θ(x_0 | x_1)                                               L_0, reconstruction
 
 with the means E over x_t ~ q(x_t | x_0). ``main`` trains such a pair on eight Gaussians in the plane, and prints its
-bound beside their entropy, which no bound is below in the mean, and the moments of samples beside the data's. Some 20
-seconds on one core: expect 1.81 ± 0.03 nats, entropy 1.53. The library is this with checks, speed and options.
+bound beside their entropy, which no bound is below in expectation, and the moments of samples beside the data's. Some
+20 seconds on one core: expect 1.81 ± 0.03 nats, entropy 1.53. The library is this with checks, speed and options.
 """
 
 import math
@@ -43,7 +43,7 @@ def linear_beta(T: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
 
 
 def cosine_beta(T: int, offset: float = 0.008, largest: float = 0.999) -> Tensor:
-    """β_t such that α̅_t is a squared cosine (Nichol and Dhariwal, 2021), but none so large that no signal is left."""
+    """β_t such that α̅_t is a squared cosine (Nichol and Dhariwal, 2021), capped so that some signal is left."""
     angle = (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset) * math.pi / 2
     return (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp(max=largest)
 
@@ -71,7 +71,7 @@ class Diffusion(nn.Module):
         return dist.Normal(self.mean(x_t, x_0, t), column(deviation, x_t)).to_event(1)
 
     def reverse(self, x_t: Tensor, t: int | Tensor) -> dist.Distribution:
-        """p_θ(x_{t-1} | x_t): the same step with the data guessed. Its variance may be any, and β_t is a good one."""
+        """p_θ(x_{t-1} | x_t): the same step with the data guessed. Any variance is allowed; β_t is a good one."""
         x_0 = (x_t - column(self.noise[t], x_t) * self.network(x_t, t)) / column(self.signal[t], x_t)
         return dist.Normal(self.mean(x_t, x_0, t), column(self.beta[t].sqrt(), x_t)).to_event(1)
 
@@ -85,7 +85,7 @@ class Diffusion(nn.Module):
     # comes in: so both laws at the site x_{t-1} are given the same x_t, and their KL is a draw of L_{t-1}.
 
     def model(self, x_0: Tensor | None = None, num_samples: int = 1) -> Tensor:
-        """p_θ(x_0:T): scores data, if they are given; otherwise to run it is to sample (ancestral sampling)."""
+        """p_θ(x_0:T): scores data, if they are given; otherwise running it samples (ancestral sampling)."""
         pyro.module("network", self.network)
         with pyro.plate("data", num_samples if x_0 is None else len(x_0)):
             x = pyro.sample(f"x_{self.T}", self.prior)
@@ -136,7 +136,7 @@ class Diffusion(nn.Module):
 
 
 def draw_times(B: int, T: int) -> Tensor:
-    """A time in 1, ..., T for each datum: each is uniform, and together, from one u, they are spread evenly."""
+    """A time in 1, ..., T for each datum: each is uniform, and together, from one u, they are evenly spread."""
     u = pyro.sample("u", dist.Uniform(0.0, 1.0))
     return ((u + torch.arange(B) / B) % 1 * T).long().clamp(max=T - 1) + 1
 
@@ -147,7 +147,7 @@ def column(values: Tensor, x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """ε_θ(x_t, t), as large as the plane needs; it is given t by sines and cosines."""
+    """ε_θ(x_t, t), large enough for the plane; t is embedded by sines and cosines."""
 
     def __init__(self, T: int, hidden: int = 64) -> None:
         super().__init__()

@@ -5,10 +5,10 @@
 
 Half a minute on two cores, by two processes or one, and 1.283 ± 0.023 nats. It was run on CPUs alone, by gloo.
 
-All learn the same parameters, from all batches together: SVI sums what they find, and a step takes 256 data whatever
-their number. A checkpoint is left every 500 steps; started again, the script resumes where it stopped. The test
-set's bound is shared out, and is the one that a process alone would get. Only the first and the last lines of ``main``
-say that there are several.
+All learn the same parameters, from all batches together: SVI sums their gradients, and a step takes 256 data whatever
+the number of processes. A checkpoint is left every 500 steps; started again, the script resumes where it stopped. The
+bound of the test set is split among them, and equals that of a single process. Only the first and the last lines of
+``main`` are for several processes.
 """
 
 import os
@@ -25,7 +25,7 @@ from pyrodiff import checkpoints, datasets, networks
 
 
 def join() -> tuple[int, int, torch.device]:
-    """Which process this is, of how many, and the device that it has for itself."""
+    """The rank of this process, the number of processes, and its device."""
     count, device = int(os.environ.get("WORLD_SIZE", "1")), torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -37,7 +37,7 @@ def join() -> tuple[int, int, torch.device]:
 
 
 def fit(x_0: torch.Tensor, num_steps: int, batch_size: int, path: Path) -> pyrodiff.Diffusion:
-    """The diffusion with its averaged weights, trained on batches that are drawn by each process for itself."""
+    """The diffusion with its averaged weights, trained on batches that each process draws for itself."""
     forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0))
     denoiser = pyrodiff.VelocityPrediction(networks.MLP(event_shape=(2,), hidden=128), forward)
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), event_shape=(2,))

@@ -4,12 +4,12 @@
 
 A minute or two on one core. It is Figure 6 of Song and Ermon (2019) in units of 4, with 4000 points each; of the data
 0.199 ± 0.006 are in the small mode. Langevin dynamics with the exact score leaves 0.470 ± 0.008 there, nearly as many
-as start on its side, 0.491, however long it runs. Annealed, it leaves 0.209 ± 0.006 with the exact score and
-0.201 ± 0.006 with a learned one. What is left of an error is that of too few levels: of 20000 points it is
-0.206 ± 0.003 with T = 20, and 0.201 ± 0.003 with T = 40.
+as start on its side, 0.491, however long it runs (it does not mix). Annealed, it leaves 0.209 ± 0.006 with the exact
+score and 0.201 ± 0.006 with a learned one. The remaining error is due to too few levels: of 20000 points it is 0.206 ±
+0.003 with T = 20, and 0.201 ± 0.003 with T = 40.
 
-The network learns by denoising score matching, from a pair like any other, which has a bound like any other:
-1.174 ± 0.019 nats, beside 1.171 ± 0.019 of the exact score, which is what so few steps cost: the entropy is 0.566.
+The network learns by denoising score matching, from a pair, which has a bound like any other: 1.174 ± 0.019 nats,
+beside 1.171 ± 0.019 of the exact score, which is what so few steps cost: the entropy is 0.566.
 """
 
 import math
@@ -57,7 +57,7 @@ class Exact(nn.Module):
 
 
 class Learned(Exact):
-    """A network of the score times the noise, which is of one size throughout (their Technique 3, 2020)."""
+    """A network that predicts the score times the noise, whose size does not depend on t (their Technique 3, 2020)."""
 
     def __init__(self, schedule: pyrodiff.Schedule) -> None:
         super().__init__(schedule)
@@ -69,14 +69,14 @@ class Learned(Exact):
 
 
 def built(kind: type[Exact]) -> pyrodiff.Diffusion:
-    """The diffusion of variance exploding noise whose score is predicted so."""
+    """The variance exploding diffusion with this prediction of the score."""
     forward = pyrodiff.GaussianForward(pyrodiff.GeometricSchedule(T, SIGMA_MIN, SIGMA_MAX))
     denoiser = pyrodiff.ScorePrediction(kind(forward.schedule), forward)
     return pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), event_shape=(2,))
 
 
 def fit(diffusion: pyrodiff.Diffusion, num_steps: int) -> None:
-    """Train by NCSN's loss, denoising score matching at all noises, which is the one-step pair in other weights."""
+    """Train by NCSN's loss, denoising score matching at all noises, which is the one-step pair with other weights."""
     schedule = diffusion.forward_process.schedule
     pair = diffusion.one_step(weighting=pyrodiff.ScoreWeighting(lambda t: schedule.noise(t) ** 2))
     svi = pyrodiff.SVI(

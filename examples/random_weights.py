@@ -1,7 +1,7 @@
 """A small network whose weights are all random, with guides of them, for ``bayesian_diffusion.py``; nothing to run.
 
-What the data say of the weights is a program of its own, whose only latent sites they are, so that any of Pyro's
-automatic guides takes it. Not so the model with all but the weights blocked: there the data are blocked too, and
+The posterior of the weights has a program of its own, whose only latent sites are the weights, so that any of Pyro's
+automatic guides works. The model with all but the weights blocked would not do: there the data are blocked too, and
 Laplace's approximation would be that of the prior.
 """
 
@@ -45,9 +45,9 @@ def build(scale: float = 1.0) -> pyrodiff.Diffusion:
 
 
 def weights_alone(diffusion: pyrodiff.Diffusion, num_draws: int, seed: int | None = None) -> Callable[[Tensor], None]:
-    """A program whose only latent sites are the weights; what the data say of them, the one-step bound, is a factor.
+    """A program whose only latent sites are the weights; their log likelihood, the one-step bound, is a factor.
 
-    So many t and x_t are drawn for each datum; of one seed, the factor is a fixed function of the weights.
+    That many t and x_t are drawn for each datum; with a fixed seed, the factor is a fixed function of the weights.
     """
     pair, chain = diffusion.one_step(), poutine.trace(diffusion.model).get_trace(num_samples=1)
     priors = {name: site["fn"] for name, site in chain.nodes.items() if name.startswith("reverse.")}
@@ -82,7 +82,7 @@ def fit(program: Callable, guide: nn.Module, x_0: Tensor, num_steps: int) -> Any
 def posteriors(diffusion: pyrodiff.Diffusion, x_0: Tensor, num_steps: int) -> dict[str, Any]:
     """Guides of the weights: their most probable values, independent Gaussians, and a Gaussian by the Hessian there.
 
-    The bound is quadratic in these weights, so the last is the posterior, but for what its draws of x_t leave open.
+    The bound is quadratic in these weights, so the last is the posterior, up to the noise of its draws of x_t.
     """
     fresh = weights_alone(diffusion, math.ceil(1000 / len(x_0)))
     fixed = weights_alone(diffusion, math.ceil(10000 / len(x_0)), seed=0)

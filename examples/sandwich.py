@@ -2,15 +2,15 @@
 
     python examples/sandwich.py
 
-Half a minute on two cores; Each number is a mean over the same data, in nats, and
-ELBO <= IW_2 <= IW_64 <= log p: with perturbed kernels -2.165, -2.126, -2.084 and -2.080. The last column is how far
-the flow is, at most, from the truth of a datum: it is another model than the chain, the same only where the denoiser is
-exact and the steps are small. The truth is
+Half a minute on two cores. Each number is a mean over the same data, in nats, and
+ELBO <= IW_2 <= IW_64 <= log p: with perturbed kernels -2.165, -2.126, -2.084 and -2.080. The last column is the largest
+difference of the flow from the truth over the data: the flow is another model than the chain, the same only if the
+denoiser is exact and the steps are small. The truth is
 
-- exact kernels: the law of the data, N(m, v), which the chain then has;
-- perturbed kernels: each mean of a kernel moved by 0.2 of its scale; the chain is linear and Gaussian, so its law is
-  the moments carried from step to step;
-- eight Gaussians, T = 1000, the exact denoiser: the density of the data; the chain's own is lower in the mean;
+- exact kernels: the distribution of the data, N(m, v), which the chain then has;
+- perturbed kernels: each mean of a kernel moved by 0.2 of its scale; the chain is linear and Gaussian, so its moments
+  are propagated from step to step;
+- eight Gaussians, T = 1000, the exact denoiser: the density of the data; the chain's own is lower in expectation;
 - bits: a chain of 4 steps on 3 bits, all 2^12 trajectories summed.
 """
 

@@ -1,4 +1,4 @@
-"""What the two scripts of MNIST are held to: bounds on the held-out and on the test pictures; nothing to run here."""
+"""The evaluation of the two scripts of MNIST: bounds on the held-out and on the test pictures; nothing to run here."""
 
 import argparse
 import time
@@ -12,7 +12,7 @@ import pyrodiff
 
 
 class Size(NamedTuple):
-    """How large all is."""
+    """The sizes of the model and of the evaluation."""
 
     channels: tuple[int, ...]
     num_blocks: int
@@ -38,7 +38,7 @@ def mean(estimate: pyrodiff.Likelihood, unit: str) -> tuple[float, float]:
 def held_out(
     svi: pyrodiff.SVI, diffusion: pyrodiff.Diffusion, x_0: Tensor, size: Size, unit: str
 ) -> Callable[[], tuple[float, float]]:
-    """What measures the bound of the averaged weights on the held-out pictures, by few of the terms of each."""
+    """A function that estimates the bound of the averaged weights on the held-out pictures, from few terms of each."""
     settings = {"num_times": size.num_times // 20, "generator": 0, "memory_budget": size.memory}
 
     def measure() -> tuple[float, float]:
@@ -51,7 +51,7 @@ def held_out(
 def evaluate(
     diffusion: pyrodiff.Diffusion, x_0: Tensor, size: Size, arguments: argparse.Namespace, unit: str
 ) -> pyrodiff.Bound:
-    """Print and keep the bounds on the test pictures, draw them and samples."""
+    """Print and save the bounds on the test pictures, draw them and samples."""
     begun = time.monotonic()
     settings = {"generator": 0, "memory_budget": size.memory, "progress": True}
     bound = pyrodiff.bound(diffusion, x_0, num_times=size.num_times, **settings)

@@ -2,8 +2,8 @@
 
     python examples/short_chains.py
 
-About two minutes on one core, three where others use it too. Of T = 100 steps expect, in nats, each ± 0.05 or less but
-for the first row (0.64 to 0.07; 0.16 at K = 100):
+About two minutes on an idle core, three on a shared one. Of T = 100 steps expect, in nats, each ± 0.05 or less but for
+the first row (0.64 to 0.07; 0.16 at K = 100):
 
     variance, times         K = 5    K = 10    K = 20    K = 40   K = 100
     posterior, even         29.36      7.23      3.36      2.61      5.42
@@ -13,7 +13,7 @@ for the first row (0.64 to 0.07; 0.16 at K = 100):
     analytic, even           2.07      1.75      1.34      1.14      1.03
     analytic, best           1.55      1.37      1.19      1.11
 
-Times and variance are chosen on data of the training, and bounded on others.
+Times and variance are chosen on training data, and the bounds are of new data.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def with_variance(diffusion: pyrodiff.Diffusion, variance: pyrodiff.Variance) ->
 
 
 def evenly(num_steps: int) -> list[int]:
-    """So many times, evenly spaced."""
+    """That many times, evenly spaced."""
     return torch.linspace(1, T, num_steps).round().int().tolist()
 
 

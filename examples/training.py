@@ -31,14 +31,14 @@ def train(
 
     Arguments:
         diffusion: The model, trained in place.
-        x_0: The data, with shape (N, *event_shape); or a function that draws so many.
+        x_0: The data, with shape (N, *event_shape); or a function that draws a given number.
         num_steps: The number of gradient steps.
         batch_size: The number of data per step, drawn with replacement.
         lr: The learning rate at the start.
         weight_decay: AdamW's.
         name: What the progress bar is called.
         drawing: How t is drawn: low discrepancy if not given.
-        weighting: What a step weighs: as in the bound if not given.
+        weighting: The weights of the steps: those of the bound if not given.
         average: The decay of the running average of the weights, which replaces them in the end; 0 for none.
         compile: Whether the step runs as one compiled graph.
     """
@@ -69,7 +69,7 @@ def train(
 
 
 def choose_threads(pair: pyrodiff.OneStep, draw: Callable[[int], torch.Tensor], batch_size: int) -> None:
-    """Compute with the number of threads that a step of this pair, a copy, is fastest with; say so where it matters."""
+    """Use the number of threads with which a step of a copy of this pair is fastest; print it if it matters."""
 
     def work() -> None:
         pyrodiff.DiffusionELBO().differentiable_loss(pair.model, pair.guide, draw(batch_size)).backward()

@@ -1,11 +1,11 @@
-"""What the choice of the reverse variance costs, with a denoiser that cannot be better: the checkerboard's exact one.
+"""What the choice of the reverse variance costs, with the exact denoiser of the checkerboard.
 
     python examples/variances.py
 
-The exact mean of x_0 given x_t has a closed form, a sum over squares of truncated normals. What the bound then stands
-above the entropy, log 32 = 3.4657 nats, is the price of T and of the variance alone. About a minute on two cores: with
-the cosine schedule and T = 200 the posterior's variance gives 4.89 ± 0.03 nats, the forward process's 3.50 ± 0.02; with
-the linear one and T = 1000, 4.62 ± 0.03 and 3.50 ± 0.01.
+The exact mean of x_0 given x_t has a closed form, a sum over squares of truncated normals. The excess of the bound over
+the entropy, log 32 = 3.4657 nats, is then due to T and the variance alone. About a minute on two cores: with the cosine
+schedule and T = 200 the posterior's variance gives 4.89 ± 0.03 nats, the forward process's 3.50 ± 0.02; with the linear
+one and T = 1000, 4.62 ± 0.03 and 3.50 ± 0.01.
 """
 
 import math

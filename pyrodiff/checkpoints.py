@@ -62,12 +62,13 @@ def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
     """Save a run. With several ranks all must call it, and rank 0 writes.
 
     Arguments:
-        path: The file; an existing one is replaced once the new one is complete. svi: The run, after a step of the
-        optimizer. more: Anything else to save: tensors, numbers and strings, in dicts, lists and tuples.
+        path: The file; an existing one is replaced once the new one is complete.
+        svi: The run, after a step of the optimizer.
+        more: Anything else to save: tensors, numbers and strings, in dicts, lists and tuples.
 
     Raises:
-        ValueError: If ``svi`` has no state yet, or ``more`` has values of another kind; nothing is written. OSError: If
-        the file cannot be written; an existing one is unchanged.
+        ValueError: If ``svi`` has no state yet, or ``more`` has values of another kind; nothing is written.
+        OSError: If the file cannot be written; an existing one is unchanged.
     """
     checks.instance("svi", svi, SVI)
     path = path_of(path)
@@ -91,13 +92,16 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
 
     Arguments:
         path: The file.
-        svi: Constructed like the saved one, from programs of the same kind. Returns: The ``more`` that was saved.
+        svi: Constructed like the saved one, from programs of the same kind.
+
+    Returns:
+        The ``more`` that was saved.
 
     Raises:
         ValueError: If there is no such file, it is cut short, corrupt, of a newer version, or holds anything but
             tensors, numbers and strings, or is the checkpoint of another architecture, schedule or optimizer; nothing
-            is loaded. If the parameters of the programs
-            are known only once they run, a checkpoint of other programs is refused on the next step.
+            is loaded. If the parameters of the programs are known only once they run, a checkpoint of other programs is
+            refused on the next step.
     """
     checks.instance("svi", svi, SVI)
     state = load(path)

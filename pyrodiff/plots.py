@@ -485,8 +485,8 @@ def curves(
             per datum, with its standard error "bound_se". Values that are missing, None or not finite are not drawn;
             other keys are ignored.
         axes: The axes to draw on; those of a new figure if not given.
-        scale: A factor for the values: 1 / (D log 2) for bits per dimension of D numbers. unit: The label of the
-        vertical axis.
+        scale: A factor for the values: 1 / (D log 2) for bits per dimension of D numbers.
+        unit: The label of the vertical axis.
 
     Returns:
         The axes. The bars of the bound are two standard errors up and down.

@@ -53,8 +53,9 @@ class Stream:
             items, which are tensors, arrays, numbers, or tuples or dicts of them, all alike. If it has
             ``__getitems__``, that is called once per batch.
         batch_size: The number of data in a batch, B.
-        seed: The seed of all draws. num_workers: The number of worker processes; with 0, this process reads. They end
-        with the iterator, and with this process.
+        seed: The seed of all draws.
+        num_workers: The number of worker processes; with 0, this process reads. They end with the iterator, and with
+            this process.
         **options: Of torch's ``DataLoader``: ``prefetch_factor``, how many batches each process reads ahead (2);
             ``pin_memory``, ``timeout``, ``multiprocessing_context``.
 

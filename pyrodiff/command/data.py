@@ -40,10 +40,11 @@ class Form:
         event_shape: The shape of one datum.
         levels: The number of levels, if the data are levels.
         shift, scale: The mean and the standard deviation that numbers are standardised by, with the shape of a datum.
-        rate: The fraction of bits that are 1. dtype: The dtype of numbers as given.
+        rate: The fraction of bits that are 1.
+        dtype: The dtype of numbers as given.
         fingerprint: A hash of the data.
-        contents: The sizes of the three parts, and which files of a folder were ignored, in words. classes: The number
-        of labels, 0..classes - 1, if the data are read with labels.
+        contents: The sizes of the three parts, and which files of a folder were ignored, in words.
+        classes: The number of labels, 0..classes - 1, if the data are read with labels.
     """
 
     read_as: str
@@ -157,9 +158,10 @@ class Part(Dataset):
     For torch's loader it is a data set of tuples of a datum and, if there are labels, its label.
 
     Arguments:
-        whole: The tensor, or a :class:`Rows`. rows: The indices of the part's rows; all if not given. labels: The label
-        of each row of the tensor, if the data are read with labels. change: A function applied to rows when they are
-        read; none if not given.
+        whole: The tensor, or a :class:`Rows`.
+        rows: The indices of the part's rows; all if not given.
+        labels: The label of each row of the tensor, if the data are read with labels.
+        change: A function applied to rows when they are read; none if not given.
     """
 
     def __init__(
@@ -228,8 +230,10 @@ class Found:
     Arguments:
         name: The name of a built-in data set, or their path.
         parts: The data in three parts: "train", "validation" and "test".
-        passed_over: The names of files of a folder that were ignored. Attributes: dtype, event_shape: Those of the
-        data.
+        passed_over: The names of files of a folder that were ignored.
+
+    Attributes:
+        dtype, event_shape: Those of the data.
         ranges: The range of each part.
 
     Raises:

@@ -18,7 +18,10 @@ __all__ = ["Given", "completed"]
 
 
 class Given:
-    """The known part of a datum. Arguments: run: The run, whose kind of data it is.
+    """The known part of a datum.
+
+    Arguments:
+        run: The run, whose kind of data it is.
         values: A file of the datum, .npy in the shape and the units of the data, or a picture.
         mask: A file of which of its numbers are known: .npy of bools, zeros and ones, or a picture, white where known.
         noise: The standard deviation of noise on the known numbers, as a fraction of the data's; above 0 for numbers.
@@ -98,8 +101,10 @@ def completed(
 
     Arguments:
         run: The run.
-        given: The known part. number: The number of samples. particles: The number of particles of sequential Monte
-        Carlo. by_replacement: Whether to use replacement instead, which is fast and biased.
+        given: The known part.
+        number: The number of samples.
+        particles: The number of particles of sequential Monte Carlo.
+        by_replacement: Whether to use replacement instead, which is fast and biased.
         seed: The seed of all draws.
         context: The label, where the run has labels, with one row.
 

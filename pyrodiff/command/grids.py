@@ -19,7 +19,8 @@ def refuse_grid(some: Tensor, blocks: Callable[[], Iterator[Tensor]], is_whole: 
     """Refuse floats on an even grid: all of them, one column of a table, or one channel of pictures.
 
     Arguments:
-        some: The first data, as given. blocks: Called for all data, block by block, in float64.
+        some: The first data, as given.
+        blocks: Called for all data, block by block, in float64.
         is_whole: Whether all numbers are whole.
 
     Raises:

@@ -34,7 +34,11 @@ def info(folder: Path | None) -> int:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """The versions and the machine, on which a figure may depend. Arguments: device: The device of the computation."""
+    """The versions and the machine, on which a figure may depend.
+
+    Arguments:
+        device: The device of the computation.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "pyrodiff": __version__,

@@ -42,8 +42,9 @@ def report(run: Run, found: Bound, beside: Yardsticks, samples: Tensor, x_0: Ten
     Arguments:
         run: The run.
         found: The bound on the test data.
-        beside: The costs of simple distributions on the same data. samples: Samples, encoded. x_0: As many test data,
-        likewise.
+        beside: The costs of simple distributions on the same data.
+        samples: Samples, encoded.
+        x_0: As many test data, likewise.
         commands: The commands that made the run.
 
     Returns:

@@ -76,7 +76,11 @@ def say(line: str) -> None:
 
 
 def show(text: object) -> None:
-    """Print a result of a command on stdout. Arguments: text: The result."""
+    """Print a result of a command on stdout.
+
+    Arguments:
+        text: The result.
+    """
     print(printable(text, "\n"), flush=True)
 
 
@@ -159,7 +163,10 @@ class Run:
         Arguments:
             folder: The folder.
             which: "best", "last", or the path of a checkpoint.
-            device: The device to put it on. Raises: ValueError: If there is no such run.
+            device: The device to put it on.
+
+        Raises:
+            ValueError: If there is no such run.
         """
         folder = Path(folder)
         path = _checkpoint(folder, which)
@@ -473,7 +480,10 @@ def finite(step: int) -> Iterator[None]:
     """A context that turns a ValueError, as distributions and plots raise for NaN, into a FloatingPointError.
 
     Arguments:
-        step: The step of the weights. Raises: FloatingPointError: If so.
+        step: The step of the weights.
+
+    Raises:
+        FloatingPointError: If so.
     """
     try:
         yield
@@ -487,7 +497,8 @@ def picture(form: Form, samples: Tensor, data: Tensor | None = None) -> Figure:
     """A figure of samples, beside data if given; vectors of numbers as histograms.
 
     Arguments:
-        form: The form of the data, which must be drawable. samples, data: Both encoded.
+        form: The form of the data, which must be drawable.
+        samples, data: Both encoded.
     """
     if form.read_as == "numbers" and data is not None and len(form.event_shape) == 1 and form.event_shape != (2,):
         return plots.histograms(form.decoded(samples), form.decoded(data))

@@ -10,8 +10,11 @@ __all__ = ["Interrupted", "Stop", "leave"]
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """A signal handler that ends the process at once, for use while nothing can be lost. Arguments: number: The number
-    of the signal. frame: The interrupted frame.
+    """A signal handler that ends the process at once, for use while nothing can be lost.
+
+    Arguments:
+        number: The number of the signal.
+        frame: The interrupted frame.
     """
     os.write(2, f"pyrodiff: stopped by {signal.Signals(number).name}: nothing was written\n".encode())
     os._exit(128 + number)

@@ -66,15 +66,16 @@ def train(given: Mapping[str, Any], out: Path | None, config: Path | None, resum
         given: The options on the line, by name.
         out: The run's folder.
         config: A TOML file of options.
-        resume: Whether to resume an existing run: from its last checkpoint, or from the last whole one. line: The
-        command line, to be recorded.
+        resume: Whether to resume an existing run: from its last checkpoint, or from the last whole one.
+        line: The command line, to be recorded.
 
     Returns:
         The exit code.
 
     Raises:
-        ArgumentError: If an option is invalid. FloatingPointError: If the loss, the weights or outputs of the model are
-        not finite. OSError: If a file cannot be written; earlier files are unchanged.
+        ArgumentError: If an option is invalid.
+        FloatingPointError: If the loss, the weights or outputs of the model are not finite.
+        OSError: If a file cannot be written; earlier files are unchanged.
     """
     folder, values = _given(given, out, config, resume)
     threads = torch.get_num_threads()  # restored at the end, for callers from Python
@@ -223,8 +224,10 @@ def _with_threads(run: Run, data: Data) -> Plan:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """A lock file, held by one process at a time, until it is closed or the process ends. Raises: ArgumentError: If
-    another process holds it.
+    """A lock file, held by one process at a time, until it is closed or the process ends.
+
+    Raises:
+        ArgumentError: If another process holds it.
     """
     file = open(folder / ".lock", "a", opener=plainly)
     if fcntl is not None:

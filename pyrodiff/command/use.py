@@ -206,8 +206,9 @@ def write_samples(
     Arguments:
         run: The run.
         path: The .npz file.
-        draw: Called with a number, labels if there are any, a generator and whether to show a bar. number: The number
-        of samples. size: The number of samples per call.
+        draw: Called with a number, labels if there are any, a generator and whether to show a bar.
+        number: The number of samples.
+        size: The number of samples per call.
         seed: The seed of all of them.
         data: Data to draw beside them, as the model has them.
         label: The label of all of them; all labels in turn if not given.

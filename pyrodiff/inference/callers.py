@@ -41,8 +41,9 @@ def refuse_callers(diffusion: nn.Module, is_bound: bool, shape: torch.Size) -> N
     """Refuse to be scored by an inference algorithm for which the estimate is not valid.
 
     Arguments:
-        diffusion: The diffusion, whose parameters Pyro's SVI should find. is_bound: Whether the estimate has a bound as
-        its mean, and so may only be summed. shape: The shape of the log density.
+        diffusion: The diffusion, whose parameters Pyro's SVI should find.
+        is_bound: Whether the estimate has a bound as its mean, and so may only be summed.
+        shape: The shape of the log density.
 
     Raises:
         ValueError: If the calling inference algorithm needs more than such an estimate, or would learn nothing.

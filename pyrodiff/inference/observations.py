@@ -84,8 +84,8 @@ class Inpainting:
 
     Arguments:
         mask: Which are known, a bool tensor of the event_shape, with some True and some False.
-        values: Their values, a tensor of the event_shape; other entries do not matter. noise: The standard deviation of
-        the known values; 0 if they are exact, for bits and levels.
+        values: Their values, a tensor of the event_shape; other entries do not matter.
+        noise: The standard deviation of the known values; 0 if they are exact, for bits and levels.
 
     Raises:
         ValueError: If the mask is no such tensor, the values have another shape, or the noise is negative.
@@ -220,7 +220,11 @@ class Conditioned:
             self._check_known(self.known)
 
     def refuse_exact_densities(self) -> None:
-        """Refuse exactly known values where data have a density. Raises: ValueError: If so: every weight would be 0."""
+        """Refuse exactly known values where data have a density.
+
+        Raises:
+            ValueError: If so: every weight would be 0.
+        """
         if self.known is not None and self.diffusion.levels is None:
             raise ArgumentError(
                 "noise",

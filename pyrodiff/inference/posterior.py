@@ -143,11 +143,12 @@ def posterior(
             batch_shape (n,); or :class:`Inpainting` or :class:`Linear`; or a Pyro program called with these data, whose
             sites are all observed, in a plate of n at dim=-1.
         *context: What is known of the datum besides, for the network: tensors of one row.
-        obs: y, with the event_shape of its distribution, if the observation does not hold it. num_particles: The total
-        number n of particles, a multiple of the islands. num_islands: The number of independent groups, whose
-        differences give the standard error. twist: How particles are guided. If not given: :class:`KnownTwist` for
-        exactly known bits and levels; for a linear Gaussian observation of a Gaussian chain, :class:`GaussianTwist` and
-        :class:`IsotropicTwist`, each with n particles, of which those are returned whose islands agree better.
+        obs: y, with the event_shape of its distribution, if the observation does not hold it.
+        num_particles: The total number n of particles, a multiple of the islands.
+        num_islands: The number of independent groups, whose differences give the standard error.
+        twist: How particles are guided. If not given: :class:`KnownTwist` for exactly known bits and levels; for a
+            linear Gaussian observation of a Gaussian chain, :class:`GaussianTwist` and :class:`IsotropicTwist`, each
+            with n particles, of which those are returned whose islands agree better.
         generator: A generator or a seed; a seed from torch's global generator if not given.
 
     Returns:

@@ -131,7 +131,8 @@ class Partly(dist.TorchDistribution):
 
     Arguments:
         mask: With the event_shape.
-        inside: The distribution where the mask is True, with batch_shape (n, *event_shape). outside: The one elsewhere.
+        inside: The distribution where the mask is True, with batch_shape (n, *event_shape).
+        outside: The one elsewhere.
         event_dim: How many dimensions an event has.
     """
 

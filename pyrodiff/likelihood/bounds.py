@@ -238,9 +238,12 @@ def bound(
         generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         sharded: Whether the processes of ``torch.distributed`` share the work. All call it with the same model and
-            data, and get the same bound as one process alone with the same seed. guide: The guide of random weights,
-            which are drawn from it once: a program, called with the data (None for a loader) and their context.
-            Required if there are random weights, else not allowed. Returns: The terms, in nats per datum.
+            data, and get the same bound as one process alone with the same seed.
+        guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
+            loader) and their context. Required if there are random weights, else not allowed.
+
+    Returns:
+        The terms, in nats per datum.
 
     Raises:
         ValueError: If ``x_0`` cannot be data of the model or is an empty loader, ``diffusion`` is not one, a number is
@@ -384,8 +387,10 @@ class _Group(NamedTuple):
     """Neighbouring data, of which some may lie outside of the batch.
 
     Arguments:
-        number: The number of the group. indices: The indices of its data in the batch, clamped to it for data outside.
-        inside: Which data of the group are in the batch. data: Which data of the batch these are.
+        number: The number of the group.
+        indices: The indices of its data in the batch, clamped to it for data outside.
+        inside: Which data of the group are in the batch.
+        data: Which data of the batch these are.
     """
 
     number: int
@@ -403,7 +408,8 @@ class _Draws:
     Arguments:
         model: The model.
         batch: The batch.
-        start: The position of the first datum of the batch among all data. seed: The seed of the evaluation.
+        start: The position of the first datum of the batch among all data.
+        seed: The seed of the evaluation.
         num_particles: The number of particles P.
         dry_run: How network calls are batched, and whether x_s is needed.
     """
@@ -598,8 +604,8 @@ def importance_bound(
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
-        num_particles: The number K of trajectories per datum: T network evaluations each. memory_budget: The memory for
-        the states and activations of one batch of network calls, in bytes.
+        num_particles: The number K of trajectories per datum: T network evaluations each.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
         generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a

@@ -125,7 +125,8 @@ def ode_log_prob(
             parameters: then log p may be a term of a program, or of a loss. The gradients are those of the solver's
             steps, with their sizes held fixed. The graph of every evaluation is kept in memory.
 
-    Returns: The costs, one per datum.
+    Returns:
+        The costs, one per datum.
 
     Raises:
         ValueError: As :func:`bound`; if the diffusion is not Gaussian, or its schedule ends without signal; if

@@ -69,9 +69,9 @@ def analytic_variance(
     Arguments:
         diffusion: The model: a Gaussian one, whose reverse process has a ``denoiser``. Its own variance is not used.
         x_0: The data, with shape (B, *event_shape), at least 2 of them; or a loader of such batches, or of tuples of
-            one and its context. Give the training data, not those that the bound is evaluated on. *context: The context
-            of each datum, for the network: tensors of B rows, or of one for all. num_particles: The number of draws of
-            each :math:`x_t` per datum.
+            one and its context. Give the training data, not those that the bound is evaluated on.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
+        num_particles: The number of draws of each :math:`x_t` per datum.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
         generator: A generator or a seed, for the same numbers each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
@@ -198,9 +198,9 @@ def best_subchain(
     Arguments:
         diffusion: The model.
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
-            Give the training data, not those that the bound is evaluated on. *context: The context of each datum, for
-            the network: tensors of B rows, or of one for all. num_steps: The number K of steps, at most as many as
-            there are candidates.
+            Give the training data, not those that the bound is evaluated on.
+        *context: The context of each datum, for the network: tensors of B rows, or of one for all.
+        num_steps: The number K of steps, at most as many as there are candidates.
         candidates: The times to choose from, increasing ints in 1..T; or their number, for evenly spaced ones (all, if
             T is not larger).
         num_particles: The number of draws of each :math:`x_t` per datum.

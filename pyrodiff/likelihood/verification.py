@@ -33,7 +33,8 @@ class Claim:
     """A claim and its result.
 
     Arguments:
-        name: The claim. passed: Whether it holds; None if it could not be tested.
+        name: The claim.
+        passed: Whether it holds; None if it could not be tested.
         found: The largest discrepancy and where, or why it could not be tested.
     """
 

@@ -35,8 +35,10 @@ _COVARIANCES, _COUNTS = 2**20, 2**26  # the most entries of a covariance matrix,
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Yardstick(Likelihood):
-    """The cost of one simple distribution on test data. Printed, it is a table. Arguments: name: The name of the
-    distribution.
+    """The cost of one simple distribution on test data. Printed, it is a table.
+
+    Arguments:
+        name: The name of the distribution.
         costs: -log p of each datum in nats, with shape (B,).
         event_shape: The shape of one datum.
         levels: The number of levels of a dimension, where p is a probability; None where it is a density.

@@ -53,8 +53,8 @@ def evaluating(
 
     Arguments:
         diffusion: The diffusion.
-        generator: A seed; or a generator, from which a seed is drawn; or None, for torch's global generator. agreed:
-        Whether all processes use the seed of the first.
+        generator: A seed; or a generator, from which a seed is drawn; or None, for torch's global generator.
+        agreed: Whether all processes use the seed of the first.
         guide: The guide of random weights.
         given: What the guide is called with.
 
@@ -86,8 +86,9 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
     state.
 
     Arguments:
-        generator: A seed; or a generator, from which a seed is drawn; or None, for torch's global generator. device:
-        The device that is drawn on, besides the CPU. agreed: Whether all ranks use the seed of the first.
+        generator: A seed; or a generator, from which a seed is drawn; or None, for torch's global generator.
+        device: The device that is drawn on, besides the CPU.
+        agreed: Whether all ranks use the seed of the first.
 
     Yields:
         The seed, not negative.

@@ -82,7 +82,10 @@ class LangevinSampler:
             x: The points to start from, float32 or float64 with shape (B, *event_shape).
             num_updates: The number of updates, at least 1.
             generator: A generator or a seed, for the same draws each time; a seed from torch's global generator if not
-            given. Returns: A tensor like ``x``.
+                given.
+
+        Returns:
+            A tensor like ``x``.
 
         Raises:
             ValueError: If an argument is of another kind, or ``x`` is not finite; if the score is of another shape, or

@@ -155,8 +155,9 @@ class Sampler(ABC):
         Arguments:
             num_samples: How many, n.
             *context: The context of each sample, for the network: tensors of n rows, or of one for all.
-            num_steps: The number of steps, at the times of :meth:`spaced`; the sampler's own if not given. generator: A
-            generator or a seed, for the same draws each time; a seed from torch's global generator if not given.
+            num_steps: The number of steps, at the times of :meth:`spaced`; the sampler's own if not given.
+            generator: A generator or a seed, for the same draws each time; a seed from torch's global generator if not
+                given.
             progress: Whether to show a progress bar, where there is a terminal.
 
         Returns:
@@ -301,7 +302,8 @@ def drawn(law: Distribution, num_samples: int) -> Tensor:
     """A draw for each sample; the distribution may have one batch row for all.
 
     Arguments:
-        law: The distribution. num_samples: How many samples there are.
+        law: The distribution.
+        num_samples: How many samples there are.
     """
     return law.sample() if law.batch_shape == (num_samples,) else law.expand((num_samples,)).sample()
 

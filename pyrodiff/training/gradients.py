@@ -200,8 +200,8 @@ class Gradient:
         """Add the gradient of this rank's batch; :meth:`join` sums it over ranks.
 
         Arguments:
-            args, kwargs: The arguments of the programs. accept: Called with the loss; returns whether its gradient
-            counts.
+            args, kwargs: The arguments of the programs.
+            accept: Called with the loss; returns whether its gradient counts.
 
         Returns:
             The loss, detached, with shape (); over several ranks, the sum.

@@ -87,8 +87,10 @@ def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
 
 
 def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
-    """Resume a run that was saved. With several ranks all must call it. Each rank gets back its own random state; a
-    rank beyond those that were saved keeps the one it has.
+    """Resume a run that was saved.
+
+    With several ranks all must call it. Each rank gets back its own random state; a rank beyond those that were saved
+    keeps the one it has.
 
     Arguments:
         path: The file.

@@ -117,8 +117,9 @@ class Form:
         return "bits/dim" if self.read_as == "levels" else "nats"
 
     def drawable(self, x_0: Tensor) -> Tensor:
-        """Draws of the model, prepared for plots: points in their units, grey and colour in [0, 1]. Sequences of
-        numbers stay standardised, so that all dimensions show; at most 64 sequences.
+        """Draws of the model, prepared for plots: points in their units, grey and colour in [0, 1].
+
+        Sequences of numbers stay standardised, so that all dimensions show; at most 64 sequences.
         """
         if len(self.event_shape) == 1 and self.event_shape != (2,):
             x_0 = x_0[:64]

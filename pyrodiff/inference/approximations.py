@@ -114,11 +114,12 @@ def perturbed(
     twist: Twist | None = None,
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
-    r"""Draw from the chain whose kernels are multiplied by a twist, without weights: an approximation. With r(x_0) =
-    p(y | x_0) and no twist given, each kernel is :math:`\propto p(x_{t-1} | x_t) \, r(x_{t-1})`, as in the paper. More
-    steps do not make that exact: each multiplies by r once more. With the twist :class:`GaussianTwist`, it is guidance
-    by Tweedie's moments. Without weights only the backward message is exact (:func:`product`); with weights, any twist
-    is (:func:`posterior`).
+    r"""Draw from the chain whose kernels are multiplied by a twist, without weights: an approximation.
+
+    With r(x_0) = p(y | x_0) and no twist given, each kernel is :math:`\propto p(x_{t-1} | x_t) \, r(x_{t-1})`, as in
+    the paper. More steps do not make that exact: each multiplies by r once more. With the twist :class:`GaussianTwist`,
+    it is guidance by Tweedie's moments. Without weights only the backward message is exact (:func:`product`); with
+    weights, any twist is (:func:`posterior`).
 
     Arguments:
         diffusion, observation, *context, obs, generator: As of :func:`posterior`.

@@ -95,8 +95,10 @@ def _refuse_unheard(diffusion: nn.Module, traces: list[poutine.Trace]) -> None:
 
 
 def _callers() -> Iterator[tuple[FrameType, list[str]]]:
-    """The call stack of the density, out to the inference algorithm, but not beyond. Each frame comes with the name of
-    its module and, for a method of Pyro's algorithms, the modules of its object's classes.
+    """The call stack of the density, out to the inference algorithm, but not beyond.
+
+    Each frame comes with the name of its module and, for a method of Pyro's algorithms, the modules of its object's
+    classes.
     """
     frame: FrameType | None = sys._getframe(2)
     entered = False

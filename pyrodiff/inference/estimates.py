@@ -1,5 +1,6 @@
-r"""Estimates of the log density of a diffusion, which has no closed form: the bound at one t, and the flow. The
-*one-step estimate* draws one t, or a few,
+r"""Estimates of the log density of a diffusion, which has no closed form: the bound at one t, and the flow.
+
+The *one-step estimate* draws one t, or a few,
 
 .. math::
     \log p(z) \ge -L_T(z) - T \, \mathbb{E}_{t, \, q(x_t | z)} \left[ L_{t-1}(z, x_t) \right],
@@ -169,11 +170,12 @@ class OneStepEstimate(Estimate):
 
 
 class FlowEstimate(Estimate):
-    """The log density of the probability flow, exact and not a bound: valid also inside a logarithm and for NUTS. It is
-    another model than the chain, close to it if the denoiser is exact and the steps are small. It can be differentiated
-    as :func:`ode_log_prob`, with an exact divergence: one gradient per dimension and evaluation. Modules are in
-    evaluation mode meanwhile. By default the site is also drawn from the flow (:class:`FlowSampler`), so that it may be
-    a guide's site.
+    """The log density of the probability flow, exact and not a bound: valid also inside a logarithm and for NUTS.
+
+    It is another model than the chain, close to it if the denoiser is exact and the steps are small. It can be
+    differentiated as :func:`ode_log_prob`, with an exact divergence: one gradient per dimension and evaluation. Modules
+    are in evaluation mode meanwhile. By default the site is also drawn from the flow (:class:`FlowSampler`), so that it
+    may be a guide's site.
 
     Arguments:
         num_steps: The number of evenly spaced steps of the chain that defines the flow; all T if not given.

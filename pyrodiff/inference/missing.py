@@ -1,6 +1,7 @@
-r"""Training on data with missing numbers: the bound on the observed numbers, with the missing ones as latents. With
-:math:`x_0 = (x_o, x_m)`, o the observed and m the missing numbers of a datum, and a guide :math:`q_\phi(x_m | x_o)`
-that is learned with the diffusion,
+r"""Training on data with missing numbers: the bound on the observed numbers, with the missing ones as latents.
+
+With :math:`x_0 = (x_o, x_m)`, o the observed and m the missing numbers of a datum, and a guide
+:math:`q_\phi(x_m | x_o)` that is learned with the diffusion,
 
 .. math::
     \log p(x_o) = \log \int p(x_o, x_m) \, dx_m \;\ge\;

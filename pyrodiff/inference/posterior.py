@@ -235,8 +235,9 @@ def _run(given: Conditioned, twist: Twist, n: int, islands: int, context: tuple[
 
 
 def _tail(log_w: Tensor) -> Tensor:
-    """Pareto's k of the weights of all islands, each divided by its island's mean. Weights that are equal up to
-    rounding count as equal.
+    """Pareto's k of the weights of all islands, each divided by its island's mean.
+
+    Weights that are equal up to rounding count as equal.
     """
     mean = log_mean(log_w)[:, None]
     relative = torch.where(mean.isneginf(), log_w, log_w - mean)
@@ -255,8 +256,9 @@ def _check_twist(value: object, n: int, s: int) -> None:
 
 
 def _warn_of_control(found: Posterior, control: Posterior, twist: Twist, other: Twist) -> None:
-    """Warn if another twist finds more evidence: all particles may go wrong and still agree with each other. Both
-    estimates of p(y) are unbiased; one that fails is too low with high probability, and much too high very rarely.
+    """Warn if another twist finds more evidence: all particles may go wrong and still agree with each other.
+
+    Both estimates of p(y) are unbiased; one that fails is too low with high probability, and much too high very rarely.
     """
     more = float(control.log_evidence - found.log_evidence)
     error = math.hypot(float(found.standard_error.nan_to_num()), float(control.standard_error.nan_to_num()))

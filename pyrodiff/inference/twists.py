@@ -27,9 +27,11 @@ __all__ = ["DenoiserTwist", "GaussianTwist", "IsotropicTwist", "KnownTwist", "Re
 
 
 class Twist(ABC):
-    r"""An approximation :math:`\psi_t(x_t)` of :math:`p(y | x_t)`, and a proposal for :math:`x_{t-1}`. A twist of your
-    own defines :meth:`log_prob`; with that alone particles are drawn from the chain and only weighted. Any positive
-    function is valid, but a bad one needs many particles: :func:`posterior` warns if only a few have weight.
+    r"""An approximation :math:`\psi_t(x_t)` of :math:`p(y | x_t)`, and a proposal for :math:`x_{t-1}`.
+
+    A twist of your own defines :meth:`log_prob`; with that alone particles are drawn from the chain and only weighted.
+    Any positive function is valid, but a bad one needs many particles: :func:`posterior` warns if only a few have
+    weight.
 
     Example:
         >>> class Near(pyrodiff.Twist):  # a guess that knows nothing of the model

@@ -131,8 +131,10 @@ class Bound(Likelihood):
 
     @property
     def total(self) -> float:
-        """The cost of all data together, in nats: the sum over the data, plus the KL of random weights once. In
-        expectation over draws of the weights it is a bound on -log p(x_1, ..., x_B), with the weights integrated out.
+        """The cost of all data together, in nats: the sum over the data, plus the KL of random weights once.
+
+        In expectation over draws of the weights it is a bound on -log p(x_1, ..., x_B), with the weights integrated
+        out.
         """
         return _total(self.nats, self.global_kl)
 
@@ -527,8 +529,10 @@ class ImportanceBound(Likelihood):
 
     @property
     def total(self) -> float:
-        """The cost of all data together, in nats: the sum over the data, plus the KL of random weights once. In
-        expectation over draws of the weights it is a bound on -log p(x_1, ..., x_B), with the weights integrated out.
+        """The cost of all data together, in nats: the sum over the data, plus the KL of random weights once.
+
+        In expectation over draws of the weights it is a bound on -log p(x_1, ..., x_B), with the weights integrated
+        out.
         """
         return _total(self.nats, self.global_kl)
 

@@ -63,8 +63,9 @@ class FlowLikelihood(Likelihood):
 
     @property
     def noise(self) -> Tensor:
-        """The standard error of each datum's cost, with shape (B,): over the draws of x_1, or else over the probes. NaN
-        if there is only one: for a bound, ask for several ``num_particles``. Where the divergence is exact and no
+        """The standard error of each datum's cost, with shape (B,): over the draws of x_1, or else over the probes.
+
+        NaN if there is only one: for a bound, ask for several ``num_particles``. Where the divergence is exact and no
         decoder follows, nothing is drawn and it is 0.
         """
         if len(self.estimates) == 1:

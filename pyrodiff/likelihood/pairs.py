@@ -102,8 +102,9 @@ class PairBound(Likelihood):
 
     @property
     def total(self) -> float:
-        """The cost of all data together, in nats: the sum over the data, plus the shared costs once. In expectation
-        over draws it is a bound on -log p(x_1, ..., x_B), with all latent sites integrated out.
+        """The cost of all data together, in nats: the sum over the data, plus the shared costs once.
+
+        In expectation over draws it is a bound on -log p(x_1, ..., x_B), with all latent sites integrated out.
         """
         return float(self.nats.double().sum()) + sum(self.global_costs)
 

@@ -153,8 +153,9 @@ def _refuse_one(number: int) -> None:
 
 
 def _warn_of_few_data(diffusion: Diffusion, mean: Tensor, error: Tensor, number: int) -> None:
-    r"""Warn where an uncertain mean squared error is a sizeable part of a variance. A step that halves the
-    signal-to-noise ratio has, up to a factor, the variance :math:`e_t + b_t^2 / a_t^2`.
+    r"""Warn where an uncertain mean squared error is a sizeable part of a variance.
+
+    A step that halves the signal-to-noise ratio has, up to a factor, the variance :math:`e_t + b_t^2 / a_t^2`.
     """
     if mean.is_meta:
         return
@@ -288,9 +289,10 @@ class _State(NamedTuple):
 def _states(
     diffusion: Diffusion, batch: Batch, start: int, times: Iterable[int], seed: int, num_particles: int, rows: int
 ) -> Iterator[_State]:
-    """Draws of a batch at each time, in pieces of at most ``rows`` rows; they do not depend on pieces and batches. They
-    are drawn in blocks of neighbouring data, each with its own seed. The batch begins at ``start`` among all data; rows
-    of a block for data outside of it are drawn too, and dropped.
+    """Draws of a batch at each time, in pieces of at most ``rows`` rows; they do not depend on pieces and batches.
+
+    They are drawn in blocks of neighbouring data, each with its own seed. The batch begins at ``start`` among all data;
+    rows of a block for data outside of it are drawn too, and dropped.
     """
     x_0, B = batch.x_0, len(batch)
     size = max(1, min(_ROWS, _NUMBERS // max(1, diffusion.event_shape.numel())))

@@ -151,8 +151,9 @@ def _refuse_plates_around() -> None:
 
 
 class TrajectoryGuide(nn.Module):
-    """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate of the data. Called as
-    ``guide(x_0, *context)``, with data of shape (B, *event_shape); the context is not used.
+    """The guide q(x_1:T | x_0): sites ``x_T .. x_1`` in the model's order, in the plate of the data.
+
+    Called as ``guide(x_0, *context)``, with data of shape (B, *event_shape); the context is not used.
 
     Arguments: see :class:`Generative`.
     """
@@ -462,8 +463,10 @@ class Generative(nn.Module):
 
 
 def _global_cost(model_trace: Trace, guide_trace: Trace) -> Tensor:
-    """The KL of random weights, summed, with shape (). Pyro's automatic guides draw an auxiliary site, and a Delta for
-    the weight itself: the entropy is then the auxiliary site's.
+    """The KL of random weights, summed, with shape ().
+
+    Pyro's automatic guides draw an auxiliary site, and a Delta for the weight itself: the entropy is then the auxiliary
+    site's.
     """
     drawn, total = _latent(guide_trace), torch.zeros(())
     auxiliary = {name: site for name, site in drawn.items() if site["infer"].get("is_auxiliary")}
@@ -621,9 +624,10 @@ class Step(nn.Module):
     def apart(
         self, kernel: dist.TorchDistribution, x_0: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[dist.TorchDistribution, dist.TorchDistribution, Tensor]:
-        """Split a kernel into mean and variance, for a :class:`NoiseWeighting`. Returns the kernel with its mean
-        detached; N(ε̂, 1 / 2π), with the noise ε̂ that the mean implies, whose -log p(ε) is exactly π times the squared
-        error; and the noise ε itself.
+        """Split a kernel into mean and variance, for a :class:`NoiseWeighting`.
+
+        Returns the kernel with its mean detached; N(ε̂, 1 / 2π), with the noise ε̂ that the mean implies, whose -log
+        p(ε) is exactly π times the squared error; and the noise ε itself.
         """
         law = innermost(kernel)
         if not isinstance(law, torch.distributions.Normal):

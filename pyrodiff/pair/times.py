@@ -84,8 +84,10 @@ class Drawing(Float64Module, ABC):
         """
 
     def tell(self, t: Tensor, cost: Tensor, scored: Tensor) -> None:
-        """Called with the costs of the steps, from which a drawing may learn. :class:`DiffusionELBO` calls it at each
-        evaluation of the one-step pair with gradients; Pyro's own ELBOs never do.
+        """Called with the costs of the steps, from which a drawing may learn.
+
+        :class:`DiffusionELBO` calls it at each evaluation of the one-step pair with gradients; Pyro's own ELBOs never
+        do.
 
         Arguments:
             t: The times, of any shape (*).

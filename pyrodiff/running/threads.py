@@ -69,8 +69,9 @@ def fastest_threads(work: Callable[[], object], seconds: float = 1.0) -> int:
 
 
 def _time(work: Callable[[], object], seconds: float) -> float:
-    """The median time of the work over so many seconds, without the first time, which allocates and starts threads. The
-    work is repeated at least three times; if the first takes longer than the seconds, its time is the result.
+    """The median time of the work over so many seconds, without the first time, which allocates and starts threads.
+
+    The work is repeated at least three times; if the first takes longer than the seconds, its time is the result.
     """
     first = _once(work)
     if first > seconds:

@@ -271,8 +271,9 @@ class Gradient:
         self.learn(new)
 
     def join(self) -> None:
-        """Sum the gradients over ranks, and set the buffers to those of rank 0. A parameter without a gradient on this
-        rank may have one on another: it counts as 0 here.
+        """Sum the gradients over ranks, and set the buffers to those of rank 0.
+
+        A parameter without a gradient on this rank may have one on another: it counts as 0 here.
         """
         if ranks.count() == 1:
             return
@@ -380,8 +381,9 @@ class Gradient:
     # Dry runs and new parameters
 
     def _is_settled(self) -> bool:
-        """Whether the programs are unchanged since their parameters were collected. Sharded modules count as settled:
-        they switch between shards and whole tensors.
+        """Whether the programs are unchanged since their parameters were collected.
+
+        Sharded modules count as settled: they switch between shards and whole tensors.
         """
         return self.programs.are_unchanged() or self._is_sharded()
 
@@ -389,9 +391,10 @@ class Gradient:
         return any(map(ranks.is_sharded, self.parameters))
 
     def _needs_dry_run(self, settled: bool) -> bool:
-        """Whether arguments of a new kind need a dry run. At most ``_MOST`` kinds have one, as each step may have
-        another kind. None where running the programs communicates between ranks: if only one had a batch of a new
-        shape, it would wait forever.
+        """Whether arguments of a new kind need a dry run.
+
+        At most ``_MOST`` kinds have one, as each step may have another kind. None where running the programs
+        communicates between ranks: if only one had a batch of a new shape, it would wait forever.
         """
         if not settled:
             return True

@@ -362,8 +362,9 @@ class SVI:
     # The state
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state of a run: weights and buffers, average, optimizer, scheduler, scaler, counts. The state of
-        the random number generators is not included; :mod:`pyrodiff.checkpoints` saves that too.
+        """The whole state of a run: weights and buffers, average, optimizer, scheduler, scaler, counts.
+
+        The state of the random number generators is not included; :mod:`pyrodiff.checkpoints` saves that too.
 
         Returns:
             Tensors, numbers and strings, in dicts and lists. Tensors are not copied.
@@ -387,10 +388,11 @@ class SVI:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume a run from its state, exactly as it would have continued: on a CPU bit for bit, unless compiled. The
-        programs, and what ``optim``, ``scheduler`` and ``average`` make, must be of the same kinds. If a program shows
-        parameters only when it runs, the state is loaded at the next step or loss. Attributes of a program that are not
-        tensors are not in the state: make them buffers.
+        """Resume a run from its state, exactly as it would have continued: on a CPU bit for bit, unless compiled.
+
+        The programs, and what ``optim``, ``scheduler`` and ``average`` make, must be of the same kinds. If a program
+        shows parameters only when it runs, the state is loaded at the next step or loss. Attributes of a program that
+        are not tensors are not in the state: make them buffers.
 
         Arguments:
             state: What :meth:`state_dict` returned; it is copied.

@@ -126,7 +126,7 @@ class Run:
     Attributes:
         diffusion: The model.
         svi: Its SVI. state: What else a checkpoint keeps: the last step logged and evaluated, the best bound, the time
-        taken.
+            taken.
     """
 
     def __init__(self, folder: Path, plan: Plan, form: Form, device: torch.device, often: Tensor | None = None) -> None:

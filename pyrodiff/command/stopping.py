@@ -40,7 +40,7 @@ class Stop:
 
     Attributes:
         signal: The first signal, if there was one. is_safe: Whether every point is a safe one, as nothing can be lost
-        yet.
+            yet.
     """
 
     def __init__(self, alone: bool = True) -> None:

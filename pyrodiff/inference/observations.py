@@ -161,7 +161,7 @@ class Conditioned:
     Attributes:
         diffusion: The diffusion.
         y: The observed values; None for a program. filled: For exactly known values, a datum with these, and arbitrary
-        values elsewhere.
+            values elsewhere.
         is_gaussian: Whether the chain is Gaussian.
         dtype: That of the states.
 

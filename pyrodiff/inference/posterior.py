@@ -51,8 +51,8 @@ class Posterior:
             1..n.
         num_islands: The number of independent groups of particles.
         pareto_k: The largest :func:`pareto_k` of the weights that the evidence is made of (those before each
-        resampling, and the last), with shape (); NaN for fewer than 21 particles, and for bits. Above 0.7 their
-        variance may be infinite, and neither the evidence nor its standard error can be trusted.
+            resampling, and the last), with shape (); NaN for fewer than 21 particles, and for bits. Above 0.7 their
+            variance may be infinite, and neither the evidence nor its standard error can be trusted.
     """
 
     samples: Tensor

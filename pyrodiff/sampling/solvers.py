@@ -249,7 +249,7 @@ class HeunSampler(_LogSNRSampler):
     Arguments:
         diffusion: A Gaussian diffusion whose reverse process has a denoiser.
         churn: How much noise is put back, :math:`S_\mathrm{churn}`, at least 0: in all steps together, relative to
-        :math:`\sigma`.
+            :math:`\sigma`.
         churn_from: The smallest :math:`\sigma_t = b_t / a_t` with churn, :math:`S_\mathrm{tmin}`.
         churn_to: The largest, :math:`S_\mathrm{tmax}`.
         churn_noise: The factor of the standard deviation of that noise, :math:`S_\mathrm{noise}`: a little above 1

@@ -103,8 +103,8 @@ def scalar():
 
 
 def test_the_one_step_pair_of_gaussians():
-    """Value, gradient and parameters, with the same draws of noise and times."""
-    svis = twins(make().one_step(), clip_norm=5.0)
+    """Value, gradient, parameters and statistics of the batch, with the same draws of noise, times and dropout."""
+    svis = twins(make(Network(dropout=0.4, norm=True)).one_step(), clip_norm=5.0)
     losses = agree(svis, [[X_0]] * 5)
     assert len(set(losses)) == 5
     assert graphs(svis[0]) == 1

@@ -1,5 +1,6 @@
 """Batches of a data set, drawn by their number: which data, in what order, by which process, and what is left of it."""
 
+import json
 import os
 import random
 import signal
@@ -322,17 +323,30 @@ def test_a_picture_that_does_not_fit_is_named_when_it_is_asked_for(pictures):
 
 
 SCRIPT = """
-import multiprocessing, signal, sys
+import json, multiprocessing, os, signal, sys
 import torch
 from pyrodiff.streaming import Stream
+
+lives = {}
+for how in sys.argv[1:]:  # this process has imported everything: each that it parts into leads a group, and reads
+    lives[how] = os.fork()
+    if lives[how] == 0:
+        os.setsid()
+        for descriptor, end in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{how}.{end}", os.O_WRONLY | os.O_CREAT), descriptor)
+        break
+else:
+    print(json.dumps(lives), flush=True)
+    print(json.dumps({how: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for how, pid in lives.items()}))
+    sys.exit()
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 batches = Stream(torch.arange(100), 4, num_workers=2).batches()
 next(batches)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-if sys.argv[1] == "exits":
+if how == "exits":
     sys.exit(3)
-if sys.argv[1] == "raises":
+if how == "raises":
     raise ValueError("of its own")
 while True:
     next(batches)
@@ -347,34 +361,50 @@ def alive(pid):
     return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").split()[2] != "Z" if os.path.isdir("/proc") else True
 
 
-@pytest.mark.parametrize(
-    "how", ["exits", "raises", "interrupted", "interrupted with its group", "terminated", "killed"]
-)
-def test_no_process_is_left_behind(how):
-    done = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(pyrodiff.__file__).parents[1],
-        start_new_session=True,
-    )
-    workers = [int(pid) for pid in done.stdout.readline().split()]
-    assert len(workers) == 2
-    sent = {"terminated": signal.SIGTERM, "killed": signal.SIGKILL}.get(how, signal.SIGINT)
-    if how == "interrupted with its group":
-        os.killpg(done.pid, sent)  # its own, which it leads
-    elif how not in ("exits", "raises"):
-        done.send_signal(sent)
-    _, said = done.communicate(timeout=15)
-    assert done.returncode == {"exits": 3, "raises": 1}.get(how, -sent)
-    assert said.strip().endswith(
-        {"exits": "", "raises": "of its own", "terminated": "", "killed": ""}.get(how, "KeyboardInterrupt")
-    )
-    deadline = time.monotonic() + 12  # a worker looks every five seconds whether the one it reads for is there
-    while any(map(alive, workers)) and time.monotonic() < deadline:
+def awaited(what, seconds):
+    """What a call gives once it is true, or when so many seconds have passed."""
+    deadline = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(alive, workers))
+    return found
+
+
+SENT = {
+    "exits": None,
+    "raises": None,
+    "interrupted": signal.SIGINT,
+    "interrupted with its group": signal.SIGINT,
+    "terminated": signal.SIGTERM,
+    "killed": signal.SIGKILL,
+}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Of processes that end in each way while two others read for them: the code, the last words, and the readers."""
+    folder = tmp_path_factory.mktemp("ends")
+    environment = {**os.environ, "PYTHONPATH": str(Path(pyrodiff.__file__).parents[1])}
+    line = [sys.executable, "-c", SCRIPT, *SENT]
+    parent = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+    lives, readers = json.loads(parent.stdout.readline()), {}
+    for how, pid in lives.items():
+        said = folder / f"{how}.out"
+        assert awaited(lambda said=said: said.exists() and said.read_text().endswith("\n"), 60), how
+        readers[how] = [int(one) for one in said.read_text().split()]
+        if SENT[how]:  # to its group, which it leads, or to it alone
+            (os.killpg if how.endswith("group") else os.kill)(pid, SENT[how])
+    codes = json.loads(parent.communicate(timeout=60)[0])
+    return {how: (codes[how], (folder / f"{how}.err").read_text().strip(), readers[how]) for how in lives}
+
+
+@pytest.mark.parametrize("how", SENT)
+def test_no_process_is_left_behind(ends, how):
+    code, said, readers = ends[how]
+    assert code == {"exits": 3, "raises": 1}.get(how, -(SENT[how] or 0))
+    words = {"exits": "", "raises": "of its own", "terminated": "", "killed": ""}
+    assert said.endswith(words.get(how, "KeyboardInterrupt"))
+    assert len(readers) == 2  # each looks every five seconds whether the one it reads for is there
+    assert awaited(lambda: not any(map(alive, readers)), 12)
 
 
 def test_processes_end_with_the_iterator():

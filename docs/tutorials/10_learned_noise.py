@@ -187,7 +187,7 @@ for name, found in {
 # from the same start, one by the sum of the :math:`L_{t-1}` only, the other by the whole bound:
 
 
-def learn(diffusion, terms=("x_T", "x_s", "x_0"), num_steps=300, lr=0.03):
+def learn(diffusion, terms=("x_T", "x_s", "x_0"), num_steps=150, lr=0.06):
     pair, schedule = diffusion.one_step(), diffusion.forward_process.schedule
     optimizer = torch.optim.Adam(schedule.parameters(), lr=lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
@@ -205,7 +205,7 @@ HEAD = f"{'':24}{'L_T':>7} {'ΣL_t-1':>7} {'L_0':>7} {'bound':>8}          {'λ_
 
 
 def row(name, diffusion):
-    found = pyrodiff.bound(diffusion, x_0, num_particles=8, generator=0)
+    found = pyrodiff.bound(diffusion, x_0, num_particles=3, generator=0)
     parts = found.prior, found.denoising.sum(0), found.reconstruction
     three = " ".join(f"{float(part.mean()):7.3f}" for part in parts)
     ends = diffusion.forward_process.schedule.log_snr(torch.tensor([1, T]))
@@ -369,13 +369,13 @@ wide = pyrodiff.LearnedLogSNRSchedule(MILLION, 5.0, -6.0, 64, learn_ends=False)
 steady = known(wide, pyrodiff.PosteriorVariance())
 pair = steady.one_step()
 svi = pyrodiff.SVI(
-    pair.model, pair.guide, lambda p: torch.optim.Adam(p, lr=0.05), Steady()
+    pair.model, pair.guide, lambda p: torch.optim.Adam(p, lr=0.1), Steady()
 )
 for when in ("before", "after"):
     estimates = at_random_times(steady, x_0, 20)
     print(f"{when:7} {mean(estimates)}, spread {float(estimates.std()):.2f}")
     if when == "before":
-        for _ in range(200):
+        for _ in range(100):
             svi.step(data[torch.randint(len(data), (256,))])
 
 # %%
@@ -446,12 +446,12 @@ def with_v(variance, schedule=fixed):
     )
 
 
-def train(diffusion, num_steps=700, weighting=None):
+def train(diffusion, num_steps=300, weighting=None):
     pair = diffusion.one_step(weighting=weighting)
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda p: torch.optim.AdamW(p, lr=3e-3),
+        lambda p: torch.optim.AdamW(p, lr=6e-3),
         elbo,
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, num_steps),
     )
@@ -477,7 +477,7 @@ def chains(name, diffusion):
     found = {}
     for K, times in CHAINS.items():
         short = diffusion if times is None else diffusion.subchain(times)
-        found[K] = pyrodiff.bound(short, x_0, num_particles=4, generator=0)
+        found[K] = pyrodiff.bound(short, x_0, num_particles=2, generator=0)
     nats = [
         f"{float(b.mean):8.3f} ± {float(b.standard_error(b.nats)):.3f}"
         for b in found.values()
@@ -564,9 +564,9 @@ def network_of(schedule):
     return pyrodiff.Diffusion(forward, reverse, (2,))
 
 
-chains("network, by the bound", train(network_of(fixed), 800))
+chains("network, by the bound", train(network_of(fixed), 400))
 hybrid = pyrodiff.HybridWeighting()
-_ = chains("network, by the hybrid loss", train(network_of(fixed), 800, hybrid))
+_ = chains("network, by the hybrid loss", train(network_of(fixed), 400, hybrid))
 
 # %%
 # Both

@@ -245,7 +245,7 @@ if done.returncode:
 # A small run on the CPU, as a shell would start it:
 
 with tempfile.TemporaryDirectory() as folder:
-    command = "train swiss-roll --train-steps 300 --hidden 32 --average 0 --device cpu --final-times 10".split()
+    command = "train swiss-roll --train-steps 100 --hidden 32 --average 0 --device cpu --final-times 10".split()
     done = subprocess.run(
         [
             sys.executable,

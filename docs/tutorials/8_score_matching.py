@@ -496,7 +496,7 @@ def fit(diffusion, data, num_steps, batch, learning_rate, average=None):
 
 pyro.set_rng_seed(0)
 ncsn = diffusion_of(ScoreNetwork(schedule), forward, (2,))
-fit(ncsn, draw(50000), num_steps=2000, batch=512, learning_rate=4e-3)
+fit(ncsn, draw(50000), num_steps=1000, batch=512, learning_rate=6e-3)
 
 # %%
 # Why :math:`\sigma^2`: 002 says that the length of the score goes as :math:`1 / \sigma`, so that :math:`\sigma^2 \ell`
@@ -642,7 +642,7 @@ network = networks.DividedByNoise(Unconditional(), schedule)
 improved = diffusion_of(network, forward, (D,))
 average = pyrodiff.exponential_average(0.995)
 svi = fit(
-    improved, digits, num_steps=1200, batch=128, learning_rate=2e-3, average=average
+    improved, digits, num_steps=600, batch=128, learning_rate=3e-3, average=average
 )
 
 with torch.no_grad():

@@ -181,8 +181,8 @@ def energy(x, y):
 
 
 torch.manual_seed(2)
-y = truth.sample((4000,))
-exact = torch.tensor([energy(truth.sample((4000,)), y) for _ in range(5)])
+y = truth.sample((2500,))
+exact = torch.tensor([energy(truth.sample((2500,)), y) for _ in range(5)])
 print(f"exact draws: up to {float(exact.abs().max()):.4f}")
 print(f"{'network calls':22}" + "".join(f"{calls:10}" for calls in (6, 12, 24, 48)))
 judged = {
@@ -194,13 +194,13 @@ judged = {
 }
 for name, (sampler, each) in judged.items():
     found = [
-        energy(sampler(4000, num_steps=calls // each, generator=1), y)
+        energy(sampler(2500, num_steps=calls // each, generator=1), y)
         for calls in (6, 12, 24, 48)
     ]
     print(f"{name:22}" + "".join(f"{error:10.4f}" for error in found))
 
 # %%
-# With 48 calls all are as good as exact draws, as far as 4000 samples can show. With a trained network the network's
+# With 48 calls all are as good as exact draws, as far as 2500 samples can show. With a trained network the network's
 # error remains. Noise that is drawn in each step, or added by corrections or by Heun's ``churn``, makes the chain
 # forget earlier errors, which may help. :doc:`/samplers` has the numbers for a trained Swiss roll and for digits.
 #

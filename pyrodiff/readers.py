@@ -33,6 +33,7 @@ __all__ = [
     "idx_folder",
     "idx_place",
     "image_folder",
+    "is_npy",
     "picture",
     "picture_files",
     "picture_labels",
@@ -208,6 +209,16 @@ def array(path: str | os.PathLike[str], name: str | None = None, mapped: bool = 
                 "name", f"must be None for a .npy file, which has one array, but it is {name!r} for {file}"
             )
         return _from_npy(("path", "must be"), file, stream, mapped)
+
+
+def is_npy(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as an .npy file does.
+
+    Arguments:
+        path: The file.
+    """
+    with Path(path).open("rb") as stream:
+        return stream.read(6) == b"\x93NUMPY"
 
 
 def array_place(path: str | os.PathLike[str]) -> tuple[int, tuple[int, ...], np.dtype, str]:

@@ -1094,3 +1094,13 @@ def test_sources_go_on_after_an_error():
     with pytest.raises(KeyError), kept_sources():
         fail()
     assert alike(before, sources())
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_call_by_a_pickle_of_any_protocol_is_refused_without_a_warning(there, monkeypatch, protocol):
+    _, path, _ = there
+    call = pickle.dumps(Whatever(), protocol)
+    rewritten(path, lambda records: {n: call if n.endswith("data.pkl") else one for n, one in records.items()})
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match="holds something else"):
+        checkpoints.load(path)

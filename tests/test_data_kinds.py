@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -381,3 +382,34 @@ def test_the_benchmark_of_memory_runs():
     )
     assert done.returncode == 0, done.stderr
     assert "\nbytes.npy " in done.stdout
+
+
+# Files that change
+
+
+def test_a_mapped_file_that_is_cut_short_is_refused_by_whatever_reads_it(tmp_path):
+    path = saved(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20000, 4)))
+    data = prepared(path)[1]
+    with path.open("ab") as file:
+        file.write(bytes(100))
+    data.draw(4)  # more is no harm
+    os.truncate(path, 10000)  # to look behind this, page by page, would be a SIGBUS
+    for read in (lambda: data.draw(4), lambda: data.split("test"), lambda: list(data.raw("train", 9).blocks())):
+        with pytest.raises(ValueError, match="has become shorter") as caught:
+            read()
+        assert caught.value.argument == "data"
+
+
+def test_what_is_no_longer_in_its_file_needs_no_file(tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 4))
+    np.savez(tmp_path / "x.npz", x=x)
+    data = prepared(tmp_path / "x.npz")[1]
+    os.truncate(tmp_path / "x.npz", 0)
+    assert data.draw(4)[0].shape == (4, 4)
+
+
+def test_labels_are_refused_that_a_network_has_no_place_for(tmp_path):
+    for greatest in (2**16, 2**40):
+        np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(40, 2)), y=[greatest] + 39 * [0])
+        with pytest.raises(ValueError, match=f"below 65536, but the greatest is {greatest}"):
+            prepared(tmp_path / "x.npz", labels=True)

@@ -1067,3 +1067,72 @@ def test_two_processes(home, tmp_path, context):
     assert len(torch.load(tmp_path / "drawn 1")) == 2
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert not torch.equal(a, b), f"batch {i} is the same in both processes"
+
+
+# Checkpoints that are whole as files, and of no run
+
+
+def forged_in(path, place, value):
+    """Something else at a place in a checkpoint."""
+    state = part = torch.load(path, weights_only=True)
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    torch.save(state, path)
+
+
+OF_NO_RUN = {
+    "without end": (("svi", "optimizer", 1, "state", 0, "exp_avg"), DAG),
+    "without end, unknown": (("more", "state", "other"), DAG),
+    "moments of one number": (("svi", "optimizer", 1, "state", 0, "exp_avg"), torch.zeros(1).half().expand(2**33)),
+    "a tensor in the place of a setting": (("svi", "optimizer", 1, "param_groups", 0, "amsgrad"), torch.zeros(3)),
+    "another weight decay": (("svi", "optimizer", 1, "param_groups", 0, "weight_decay"), 0.5),
+    "betas that are no numbers": (("svi", "optimizer", 1, "param_groups", 0, "betas"), (torch.zeros(2), 0.9)),
+    "an average that is none": (("svi", "average", 1), "x"),
+    "names": (("svi", "names"), "x"),
+    "sources": (("sources", 0, "torch"), torch.zeros(3, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", OF_NO_RUN)
+def test_what_does_not_fit_the_run_is_refused_the_other_one_named_and_gone_on_from(home, tmp_path, name):
+    folder = copied(home, tmp_path)
+    forged_in(runs.last_checkpoint(folder), *OF_NO_RUN[name])
+    before = bytes_of(folder)
+    assert resumed(folder, train_steps=8).is_refused("step-00000006.pt", "step-00000004.pt is whole")
+    assert call("info", folder).is_refused("step-00000004.pt is whole")
+    assert bytes_of(folder) == before
+    done = call("train", "--out", folder, "--resume=whole")
+    assert (done.code, "from step 4 of 6" in done.err) == (0, True)
+    assert same(states(folder), states(home / "alone"))
+
+
+def test_a_best_checkpoint_that_does_not_fit_is_found_at_the_start_and_made_anew(home, tmp_path):
+    folder = copied(home, tmp_path)
+    forged_in(folder / "checkpoints" / "best.pt", ("svi", "average", 1), "x")
+    before = bytes_of(folder)
+    assert resumed(folder, train_steps=8).is_refused("best.pt", "step-00000006.pt is whole")
+    assert bytes_of(folder) == before
+    assert call("train", "--out", folder, "--resume=whole").code == 0
+    assert Run.opened(folder).svi.num_steps == 6
+
+
+def test_a_run_of_which_no_checkpoint_fits_is_left_as_it_is(home, tmp_path):
+    folder = copied(home, tmp_path)
+    for path in (folder / "checkpoints").iterdir():
+        forged_in(path, ("svi", "average", 1), "x")
+    before = bytes_of(folder)
+    assert call("train", "--out", folder, "--resume=whole").is_refused("has none")
+    assert bytes_of(folder) == before
+
+
+@pytest.mark.parametrize("command", ["bound", "sample", "plot"])
+def test_weights_so_large_that_what_they_give_is_not_finite_are_a_training_that_failed(home, tmp_path, command):
+    folder = copied(home, tmp_path)
+    path = folder / "checkpoints" / "best.pt"
+    average = torch.load(path, weights_only=True)["svi"]["average"][1]
+    for name, weight in average.items():
+        if weight.is_floating_point() and "network" in name:
+            forged_in(path, ("svi", "average", 1, name), torch.full_like(weight, 3e38))
+    done = call(command, folder)
+    assert (done.code, "training failed" in done.err, "Traceback" in done.err) == (1, True, False)

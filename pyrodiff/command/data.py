@@ -8,6 +8,7 @@ decides which.
 import dataclasses
 import hashlib
 import math
+import mmap
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,6 +154,24 @@ class Rows:
             raise ArgumentError("data", error.said) from error
 
 
+class Mapped:
+    """An .npy file that is mapped, and has to stay as long as it is: to look behind its end would end the process.
+
+    Arguments:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as stream:
+            self.map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def refuse_if_shorter(self) -> None:
+        """Raise :class:`~pyrodiff.ArgumentError` if it has become shorter."""
+        if self.map.size() < len(self.map):  # that of the file now, and as it was
+            raise ArgumentError("data", f"must be whole while they are read, but {self.path} has become shorter")
+
+
 class Part(Dataset):
     """A part of the data: rows of a tensor that all parts share, in memory or in its file.
 
@@ -163,6 +182,7 @@ class Part(Dataset):
         rows: The indices of the part's rows; all if not given.
         labels: The label of each row of the tensor, if the data are read with labels.
         change: A function applied to rows when they are read; none if not given.
+        file: The file that the tensor is mapped from; None if it is in memory.
     """
 
     def __init__(
@@ -171,14 +191,17 @@ class Part(Dataset):
         rows: Tensor | None = None,
         labels: Tensor | None = None,
         change: Callable[[Tensor], Tensor] | None = None,
+        file: Mapped | None = None,
     ) -> None:
-        self.whole, self.labels, self.change = whole, labels, change
+        self.whole, self.labels, self.change, self.file = whole, labels, change, file
         self.rows = torch.arange(len(whole), device=whole.device) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: Tensor | slice) -> Tensor:
+        if self.file is not None:
+            self.file.refuse_if_shorter()
         raw = self.whole[self.rows[i]]
         return raw if self.change is None else self.change(raw)
 
@@ -394,7 +417,7 @@ class Data:
             name, size: As of :meth:`split`.
         """
         part = self.parts[name]
-        part = Part(part.whole, part.rows[:size], part.labels, part.change)
+        part = Part(part.whole, part.rows[:size], part.labels, part.change, part.file)
         return self._bits(part, 0) if name == "train" and self.binarize == "dynamic" else part
 
     def often(self) -> Tensor:
@@ -496,7 +519,7 @@ def _from_path(reading: Reading) -> Found:
         if path.is_file():
             y = _labels(datasets.array(path, "y")) if labels else None
             x = datasets.array(path, reading.array or ("x" if labels else None), mapped=True)
-            return Found(name, _divided(x, reading.holdout, y))
+            return Found(name, _divided(x, reading.holdout, y, Mapped(path) if readers.is_npy(path) else None))
         place, others = readers.idx_place(path)
         if place is not None:
             return Found(name, _idx_parts(place, reading.holdout, labels), others)
@@ -526,6 +549,8 @@ def _labels(y: Tensor) -> Tensor:
             f"must be whole numbers from 0 on with shape (N,), but y has dtype {y.dtype} and shape "
             f"{tuple(y.shape)}, and the least is {y.min().item()}",
         )
+    if int(y.max()) >= 2**16:  # as network and memory have something for each
+        raise ArgumentError("labels", f"must be numbered from 0 on, below {2**16}, but the greatest is {int(y.max())}")
     return y.long()
 
 
@@ -538,7 +563,9 @@ def _idx_parts(folder: Path, holdout: float, labels: bool) -> dict[str, Part]:
     return {"train": Part(train, rows[0], y), "validation": Part(train, rows[1], y), "test": Part(test, None, y_test)}
 
 
-def _divided(raw: Tensor | Rows, holdout: float, labels: Tensor | None = None) -> dict[str, Part]:
+def _divided(
+    raw: Tensor | Rows, holdout: float, labels: Tensor | None = None, file: Mapped | None = None
+) -> dict[str, Part]:
     """A fixed split of data into three parts."""
     if labels is not None and len(labels) != len(raw):
         raise ArgumentError("labels", f"must be as many as the data, {len(raw)}, but there are {len(labels)}")
@@ -552,7 +579,7 @@ def _divided(raw: Tensor | Rows, holdout: float, labels: Tensor | None = None) -
     rows = torch.randperm(len(raw), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     raw = raw[:, None] if isinstance(raw, Tensor) and raw.dim() == 1 else raw
     sizes = {"train": rows[2 * size :], "validation": rows[:size], "test": rows[size : 2 * size]}
-    return {name: Part(raw, rows, labels) for name, rows in sizes.items()}
+    return {name: Part(raw, rows, labels, file=file) for name, rows in sizes.items()}
 
 
 def _refuse_shapes(parts: dict[str, Part]) -> None:

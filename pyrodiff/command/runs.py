@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -200,9 +200,19 @@ class Run:
         self.refuse_other_data(form, path)
         _refuse_other_options(self.plan, plan, path)
         try:
+            self._restore(path)
+        except ValueError as error:
+            raise _beside(error, path) from error
+
+    def _restore(self, path: Path) -> None:
+        self.svi = self._svi()  # one that another checkpoint was put into has an optimizer already
+        try:
             state = checkpoints.restore(path, self.svi)["state"]
             optimizer, scheduler = self.svi.optimizer, self.svi.scheduler
             if optimizer is None or not isinstance(scheduler, LambdaLR):
+                raise _no_run(path)
+            settings = optimizer.param_groups[0]
+            if not all(_is_as_made(settings.get(name), optimizer.defaults[name]) for name in _SETTINGS):
                 raise _no_run(path)
             # the saved scheduler has the rate of the earlier train_steps
             now = scheduler.lr_lambdas[0](scheduler.last_epoch)
@@ -213,7 +223,8 @@ class Run:
                     raise _no_run(path)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise _no_run(path) from error
-        self.state = {**self.state, **state, "loss": state["loss"].to(self.device)}
+        ours = {name: state[name] for name in self.state.keys() & state.keys()}
+        self.state = {**self.state, **ours, "loss": state["loss"].to(self.device)}
 
     def refuse_other_data(self, form: Form, where: object) -> None:
         """Refuse other data than the run's: their test data may have been trained on, or have other units.
@@ -271,15 +282,26 @@ def _rate(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
-def last_checkpoint(folder: Path, whole: bool = False) -> Path | None:
+_SETTINGS = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable")  # of AdamW
+
+
+def _is_as_made(value: object, made: object) -> bool:
+    """Whether a setting of the optimizer is the one that it was made with, which a plan says."""
+    is_plain = not isinstance(value, tuple) or all(type(one) is float for one in value)
+    return type(value) is type(made) and is_plain and value == made
+
+
+def last_checkpoint(folder: Path, whole: bool = False, but: Collection[Path] = ()) -> Path | None:
     """The last checkpoint of a run, by its step; the best one if there is no other, and None if there is none.
 
     Arguments:
         folder: The folder of the run.
         whole: Whether those that are damaged do not count.
+        but: Others that do not count.
     """
     paths = [folder / "checkpoints" / "best.pt", *(path for _, path in numbered(folder))]
-    return next((path for path in reversed(paths) if path.is_file() and (not whole or _is_whole(path))), None)
+    found = (path for path in reversed(paths) if path.is_file() and path not in but)
+    return next((path for path in found if not whole or _is_whole(path)), None)
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -344,9 +366,14 @@ def _kept(path: Path) -> tuple[Plan, Form]:
     try:
         return _content(path)
     except ValueError as error:
-        whole = last_checkpoint(path.parent.parent, whole=True)
-        beside = f"{whole} is whole: train --resume=whole goes on from it, --checkpoint takes it"
-        raise arguments.amended(error, f"; {beside}") if whole else error from error
+        raise _beside(error, path) from error
+
+
+def _beside(error: ValueError, path: Path) -> ValueError:
+    """What is wrong with a checkpoint, and which other one is whole."""
+    whole = last_checkpoint(path.parent.parent, whole=True, but=[path])
+    beside = f"{whole} is whole: train --resume=whole goes on from it, --checkpoint takes it"
+    return arguments.amended(error, f"; {beside}") if whole else error
 
 
 def _is_whole(path: Path) -> bool:
@@ -365,8 +392,8 @@ def _content(path: Path) -> tuple[Plan, Form]:
         loss = more["state"].get("loss", torch.zeros(()))
         if not all(isinstance(*one) for one in kinds) or not are_plain or loss.dim() or not loss.is_floating_point():
             raise _no_run(path)
-        plan, form = Plan.of(more["settings"]), Form.of(more["form"])
-        if not _is_form(form):
+        plan, form, most = Plan.of(more["settings"]), Form.of(more["form"]), 2 * path.stat().st_size
+        if not _is_form(form) or _held(state, most) > most:
             raise _no_run(path)
         _refuse_sizes(plan.model, form, path)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -389,6 +416,20 @@ def _is_form(form: Form) -> bool:
         and all(one is None or (one.dtype == torch.float64 and bool(one.isfinite().all())) for one in units)
         and (form.scale is None or bool((form.scale > 0).all()))
     )
+
+
+def _held(state: object, most: int) -> int:
+    """How many bytes something holds, one at least for each of its parts; counted no further than to a limit.
+
+    A small file can hold what is without end, lists of the same lists and tensors of one number, for whoever goes
+    through it.
+    """
+    held, parts = 0, [state]
+    while parts and held <= most:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+        held += part.numel() * part.element_size() if isinstance(part, Tensor) else 1
+    return held
 
 
 def _is_plain(value: object) -> bool:
@@ -475,6 +516,15 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
+_NO_WEIGHTS = (
+    "data",
+    "num_samples",
+    "num_steps",
+    "num_times",
+    "num_particles",
+)  # arguments of which weights are no part
+
+
 @contextmanager
 def finite(step: int) -> Iterator[None]:
     """A context that turns a ValueError, as distributions and plots raise for NaN, into a FloatingPointError.
@@ -488,7 +538,7 @@ def finite(step: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if isinstance(error, ArgumentError) and error.argument == "data":  # the data cannot be read any more
+        if isinstance(error, ArgumentError) and error.argument in _NO_WEIGHTS:
             raise
         raise FloatingPointError(f"what the weights give is not finite at step {step}: {str(error)[:200]}") from error
 

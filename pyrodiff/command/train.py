@@ -39,6 +39,7 @@ from .runs import (
     Run,
     device_of,
     finite,
+    last_checkpoint,
     numbered,
     picture,
     resumed_from,
@@ -182,7 +183,7 @@ def _begin(
     run = Run(folder, plan, data.form, device, data.often() if plan.model.prediction == "level" else None)
     run.plan = plan = _with_threads(run, data)
     if checkpoint is not None:
-        run.restore(checkpoint)
+        checkpoint, best = _restored(run, checkpoint, best, resume == "whole")
         if run.svi.num_steps > plan.training.train_steps:
             taken, wanted = run.svi.num_steps, plan.training.train_steps
             raise ArgumentError("train_steps", f"must be at least the {taken} taken, but it is {wanted}")
@@ -196,6 +197,35 @@ def _begin(
     if checkpoint is not None:
         say(f"going on with {folder} from step {run.svi.num_steps} of {plan.training.train_steps}")
     return run, data
+
+
+def _restored(run: Run, last: Path, best: Path | None, whole: bool) -> tuple[Path, Path | None]:
+    """The checkpoint that a run now goes on from, and its best one, which has to fit it too.
+
+    Arguments:
+        run: The run.
+        last, best: Both of them, as :func:`~pyrodiff.command.runs.resumed_from` has them.
+        whole: Whether one that does not fit the run is passed over, as one that is damaged is.
+    """
+
+    def fits(path: Path) -> bool:
+        try:
+            run.restore(path)
+        except ValueError:
+            if not whole:
+                raise
+            return False
+        return True
+
+    best = best if best is not None and fits(best) else None
+    unfit: list[Path] = []
+    while not fits(last):
+        unfit.append(last)
+        before = last_checkpoint(run.folder, whole, unfit)
+        if before is None:
+            raise ArgumentError("--out", f"must be a run with a whole checkpoint, but {run.folder} has none")
+        last = before
+    return last, best
 
 
 def _with_threads(run: Run, data: Data) -> Plan:

@@ -57,7 +57,7 @@ def bound(
     opened = Run.opened(run, checkpoint, device)
     batches = _data_of(opened, data).batches(split, number)
     diffusion = shortened(opened.diffusion, chain_steps, "--chain-steps")
-    with Stop() as stop:
+    with Stop() as stop, finite(opened.svi.num_steps):
         found = bound_of(diffusion, stop.between(batches), num_times=times, generator=seed, progress=True)
         found = opened.form.in_units(found)
         show(found)
@@ -165,7 +165,9 @@ def plot(run: Path, checkpoint: str, device: str, seed: int, data: str | None) -
             samples = opened.sampler("ancestral")(number, *opened.context(number), generator=seed, progress=True)
             pictures["samples"] = picture(form, samples, x_0[: len(samples)])
     if form.event_shape == (2,) and form.classes is None:
-        pictures["process"] = plots.diffusion_process(opened.diffusion, x_0, sorted({0, T // 8, T // 4, T // 2, T}))
+        with finite(opened.svi.num_steps):
+            times = sorted({0, T // 8, T // 4, T // 2, T})
+            pictures["process"] = plots.diffusion_process(opened.diffusion, x_0, times)
     for name, figure in pictures.items():
         save_figure(folder / f"{name}.png", figure)
         show(folder / f"{name}.png")
@@ -221,8 +223,8 @@ def write_samples(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     sizes = [size] * (number // size) + [number % size] * (number % size > 0)
-    several = len(sizes) > 1
-    with tqdm(sizes, desc="samples", unit="batch", disable=None if several else True) as bar:
+    several, bar_of = len(sizes) > 1, partial(tqdm, desc="samples", unit="batch")
+    with finite(run.svi.num_steps), bar_of(sizes, disable=None if several else True) as bar:
         x_0 = torch.cat(
             [
                 draw(n, *run.context(n, i * size, label), generator=generator, progress=not several)
@@ -265,9 +267,9 @@ def _write_trajectory(
     shown = torch.linspace(0, len(every) - 1, min(len(every), 61 if gif else 9)).round().int().tolist()
     times = sorted({every[i] for i in shown}, reverse=True)
     number = min(number, (64 if gif else 6) if run.form.event_shape != (2,) else 2000)
-    states = sampler.trajectory(
-        number, *run.context(number, label=label), num_steps=steps, times=times, generator=seed, progress=True
-    )
+    context = run.context(number, label=label)
+    with finite(run.svi.num_steps):
+        states = sampler.trajectory(number, *context, num_steps=steps, times=times, generator=seed, progress=True)
     states = torch.stack([run.form.drawable(state) for state in states])
     out = path.with_name(f"{path.stem}-trajectory.{'gif' if gif else 'png'}")
     if gif:

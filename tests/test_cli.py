@@ -352,6 +352,10 @@ def test_all_options_are_recorded(home):
         ("a = " + "[" * 30000, ["--config", "options.toml"]),
         ("a = " + "{b = " * 9000, ["--config", "options.toml"]),
         ("# " + "x" * 2**17, ["--config", "64 KiB"]),
+        ("hidden = 1" + "0" * 5000, ["--config", "options.toml"]),
+        ("hidden = 0x" + "f" * 5000, ["--hidden", "options.toml"]),
+        ("lr = 0x" + "f" * 5000, ["--lr", "options.toml"]),
+        ("channels = [0x" + "f" * 5000 + "]", ["--channels", "options.toml"]),
     ],
 )
 def test_a_file_of_options_with_a_mistake(tmp_path, monkeypatch, text, expected):

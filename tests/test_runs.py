@@ -1136,3 +1136,12 @@ def test_weights_so_large_that_what_they_give_is_not_finite_are_a_training_that_
             forged_in(path, ("svi", "average", 1, name), torch.full_like(weight, 3e38))
     done = call(command, folder)
     assert (done.code, "training failed" in done.err, "Traceback" in done.err) == (1, True, False)
+
+
+def test_plot_does_not_follow_a_link_in_the_place_of_pictures(home, tmp_path):
+    folder, elsewhere = copied(home, tmp_path), tmp_path / "elsewhere"
+    (folder / "pictures").rename(elsewhere)
+    (folder / "pictures").symlink_to(elsewhere)
+    before = bytes_of(elsewhere)
+    assert call("plot", folder).is_refused("pictures is a link")
+    assert bytes_of(elsewhere) == before

@@ -398,7 +398,7 @@ def read(path: Path, argument: str) -> dict[str, Any]:
         raise ArgumentError(argument, f"must be a TOML file of options, of at most 64 KiB, but {path} is none")
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also of an int of more digits than Python reads
         raise ArgumentError(argument, f"must be a TOML file, but {path} is not: {error}") from error
     except RecursionError:
         raise ArgumentError(argument, f"must be a TOML file of options, but {path} is none") from None
@@ -413,7 +413,12 @@ def read(path: Path, argument: str) -> dict[str, Any]:
         if name not in _fields():
             near = _nearest(name, [*_fields(), *OLD])
             raise ArgumentError(argument, f"must have known options only, but {path} has {key!r}{near}")
-        values[name] = checked(name, value)
+        try:
+            values[name] = checked(name, value)
+        except ArgumentError:
+            raise
+        except ValueError:  # an int in hexadecimal of more digits than Python says
+            raise ArgumentError(name, f"must be less, but it has thousands of digits in {path}") from None
     return values
 
 

@@ -151,6 +151,8 @@ def plot(run: Path, checkpoint: str, device: str, seed: int, data: str | None) -
     """
     opened = Run.opened(run, checkpoint, device)
     folder, form, T = run / "pictures", opened.form, opened.plan.model.T
+    if folder.is_symlink():
+        raise ArgumentError("RUN", f"must have folders of its own, but {folder} is a link")
     folder.mkdir(exist_ok=True)
     x_0, records = _data_of(opened, data).split("test", 2000), Metrics.read(run)
     pictures: dict[str, Any] = {}

@@ -1145,3 +1145,13 @@ def test_plot_does_not_follow_a_link_in_the_place_of_pictures(home, tmp_path):
     before = bytes_of(elsewhere)
     assert call("plot", folder).is_refused("pictures is a link")
     assert bytes_of(elsewhere) == before
+
+
+@pytest.mark.parametrize("command", ["bound", "sample", "plot"])
+def test_the_best_checkpoint_of_another_run_is_not_taken_for_this_one_s(home, tmp_path, command):
+    folder = copied(home, tmp_path)
+    assert train(home / "x.npy", tmp_path / "other", hidden=16).code == 0
+    shutil.copy(tmp_path / "other" / "checkpoints" / "best.pt", folder / "checkpoints" / "best.pt")
+    before = bytes_of(folder)
+    assert call(command, folder).is_refused("--hidden must be 16 as in", "best.pt")
+    assert bytes_of(folder) == before

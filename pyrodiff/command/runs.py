@@ -174,8 +174,7 @@ class Run:
         record = folder / "settings.toml"
         if record.is_file():
             recorded = Plan.of(options.read(record, str(record)))
-            if which not in ("best", "last"):
-                _refuse_other_options(recorded, plan, path)
+            _refuse_other_options(recorded, plan, path)
             plan = plan.but(data=recorded.reading.data)  # the data may have moved
         try:
             run = cls(folder, plan, form, device_of(device))
@@ -516,13 +515,8 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-_NO_WEIGHTS = (
-    "data",
-    "num_samples",
-    "num_steps",
-    "num_times",
-    "num_particles",
-)  # arguments of which weights are no part
+# arguments that weights have no part in
+_NO_WEIGHTS = ("data", "num_samples", "num_steps", "num_times", "num_particles")
 
 
 @contextmanager

@@ -1155,3 +1155,25 @@ def test_the_best_checkpoint_of_another_run_is_not_taken_for_this_one_s(home, tm
     before = bytes_of(folder)
     assert call(command, folder).is_refused("--hidden must be 16 as in", "best.pt")
     assert bytes_of(folder) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_process_that_reads_batches_does_not_keep_the_lock_of_a_run_that_was_killed(tmp_path):
+    lock = training._lock(tmp_path)
+    reader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    reader.start()
+    try:
+        with pytest.raises(ValueError, match="nobody else trains"):
+            training._lock(tmp_path)
+        lock.close()  # as a kill does
+        deadline = time.monotonic() + 30
+        while True:  # the process may not have begun yet
+            try:
+                training._lock(tmp_path).close()
+                break
+            except ValueError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    finally:
+        reader.kill()
+        reader.join()

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
@@ -266,7 +267,15 @@ def _lock(folder: Path) -> IO[str]:
         except OSError:
             file.close()
             raise ArgumentError("--out", f"must be a run that nobody else trains meanwhile, but {folder} is") from None
+    held = weakref.ref(file)
+    if hasattr(os, "register_at_fork"):  # processes that read batches would have it a while longer than a killed one
+        os.register_at_fork(after_in_child=lambda: _close(held()))
     return file
+
+
+def _close(file: IO[str] | None) -> None:
+    if file is not None:
+        file.close()
 
 
 def _record(folder: Path, plan: Plan, line: str, lock: ExitStack | None) -> None:

@@ -55,8 +55,8 @@ def _on_cpu(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 def _generator(num_samples: int, seed: int) -> torch.Generator:
     arguments.positive_int("num_samples", num_samples)
-    if not arguments.is_int(seed):
-        raise ArgumentError("seed", f"must be an int, but it is {seed!r}")
+    if not arguments.is_int(seed) or not -(2**63) <= int(seed) < 2**64:
+        raise ArgumentError("seed", f"must be an int in -2^63..2^64-1, but it is {seed!r}")
     return torch.Generator("cpu").manual_seed(int(seed))
 
 
@@ -97,8 +97,8 @@ def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
     x = torch.stack([r * r.cos(), r * r.sin()], -1)
     mean, std = _swiss_roll_moments()
     x = (x - mean) / std
-    x = x + noise * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    return (x / math.sqrt(1 + noise**2)).float()
+    x = x + float(noise) * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return (x / math.sqrt(1 + float(noise) ** 2)).float()
 
 
 @torch.no_grad()
@@ -232,8 +232,7 @@ def heartbeat(num_samples: int, seed: int = 0, length: int = 20, period: int = 5
         tensor([[0., 0., 0., 0., 1., 0., 0., 0., 0., 1.]])
     """
     generator = _generator(num_samples, seed)
-    arguments.positive_int("period", period)
-    arguments.positive_int("length", length)
+    period, length = arguments.positive_int("period", period), arguments.positive_int("length", length)
     if length % period:
         raise ArgumentError("length", f"must be a positive multiple of period = {period}, but it is {length!r}")
     start = torch.randint(period, (num_samples, 1), generator=generator)
@@ -371,4 +370,4 @@ def binarize(
         raise ArgumentError("generator", f"must be None with a threshold, which draws nothing, but it is {generator!r}")
     if not arguments.is_int(threshold) or not 1 <= threshold < levels:
         raise ArgumentError("threshold", f"must be an int in 1..{levels - 1} or None, but it is {threshold!r}")
-    return (whole >= threshold).float()
+    return (whole >= int(threshold)).float()

@@ -69,11 +69,13 @@ def diffusion_process(
         https://arxiv.org/abs/1503.03585
     """
     T = diffusion.num_steps
-    times = (0, T // 2, T) if times is None else tuple(times)
+    times = (0, T // 2, T) if times is None else times
     if diffusion.event_shape != (2,):
         raise ArgumentError("diffusion", f"must have event_shape (2,), but it is {tuple(diffusion.event_shape)}")
-    if not all(arguments.is_int(t) and 0 <= t <= T for t in times):
-        raise ArgumentError("times", f"must be ints in 0..{T}, but they are {times}")
+    if not isinstance(times, Sequence) or not times or not all(arguments.is_int(t) and 0 <= t <= T for t in times):
+        raise ArgumentError("times", f"must be ints in 0..{T}, but they are {arguments.described(times)}")
+    if extent is not None:
+        arguments.number("extent", extent, 0, math.inf)
     diffusion.model.check(x_0)  # refuse what cannot be data
     nodes: dict[str, Any] = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0)).nodes
     undiffused = {t: nodes[f"x_{t}"]["value"] for t in times}
@@ -197,6 +199,7 @@ def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axe
         raise ArgumentError(
             "x", f"must have shape (B, length) or (B, height, width), but its shape is {tuple(x.shape)}"
         )
+    columns = None if columns is None else arguments.positive_int("columns", columns)
     axes = Figure(figsize=(4, 4), layout="constrained").subplots() if axes is None else axes
     numbers = x.detach().cpu().numpy()
     if x.dim() == 3:
@@ -237,8 +240,7 @@ def pictures(x: Tensor, axes: Axes | None = None, columns: int | None = None) ->
             f"must be numbers in [0, 1], but they lie in [{low:.3g}, {high:.3g}]; for data in [-1, 1] give "
             "((x + 1) / 2).clamp(0, 1)",
         )
-    if columns is not None:
-        arguments.positive_int("columns", columns)
+    columns = None if columns is None else arguments.positive_int("columns", columns)
     tiles = _tiled(_enlarged(x), columns, gap=_GAP)
     axes = _axes_for(tiles) if axes is None else axes
     _light(axes, tiles)
@@ -342,6 +344,7 @@ def histograms(samples: Tensor, data: Tensor, most: int = 12) -> Figure:
         ['$x_1$', '$x_2$', '$x_3$']
     """
     shown, most = _named(samples, data), arguments.positive_int("most", most)
+    checks.instance("data", data, Tensor)
     if samples.dim() != 2 or not samples.numel():
         raise ArgumentError("samples", f"must have shape (B, length), but it is {arguments.described(samples)}")
     dimensions = torch.linspace(0, samples.shape[1] - 1, min(most, samples.shape[1])).round().int().tolist()

@@ -90,7 +90,7 @@ def explicit(score: Callable[[Tensor], Tensor], x: Tensor, true_score: Tensor | 
     if not isinstance(true_score, Tensor):
         _check(true_score, x, "true_score")
         true_score = _scored(true_score, x, "true_score")
-    elif true_score.shape != x.shape:
+    elif true_score.shape != x.shape or not true_score.is_floating_point():
         raise ArgumentError(
             "true_score",
             f"must have the shape of x, {tuple(x.shape)}, or be a function of x, but it is "
@@ -173,6 +173,7 @@ def sliced(
     """
     _check(score, x)
     num_projections = arguments.positive_int("num_projections", num_projections)
+    arguments.one_of("variance_reduced", variance_reduced, (False, True))
     kept = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         x = _variable(x)
@@ -248,9 +249,10 @@ def denoising(
     """
     _check(score, x)
     sigma = _noise_scale(sigma, x)
+    arguments.one_of("control_variate", control_variate, (False, True))
     if noise is None:
         noise = torch.randn_like(x)
-    elif not isinstance(noise, Tensor) or noise.shape != x.shape:
+    elif not isinstance(noise, Tensor) or noise.shape != x.shape or not noise.is_floating_point():
         raise ArgumentError(
             "noise",
             f"must be a tensor of the shape of x, {tuple(x.shape)}, or None, to be drawn, but it is "

@@ -15,6 +15,7 @@ memory, and the last batch is short. The price: N draws leave out one datum in e
 each datum once, in order.
 """
 
+import math
 import multiprocessing
 import os
 import random
@@ -457,6 +458,12 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     for name in options:
         if name not in _LOADER:
             raise ArgumentError(name, f"must be an option among {', '.join(_LOADER)}, but there is no such one here")
+    if options.get("prefetch_factor") is not None:
+        arguments.positive_int("prefetch_factor", options["prefetch_factor"])
+    arguments.one_of("pin_memory", options.get("pin_memory", False), (False, True))
+    timeout = options.get("timeout", 0)
+    if not (arguments.is_number(timeout) and 0 <= timeout < math.inf):
+        raise ArgumentError("timeout", f"must be a number of seconds, at least 0, but it is {timeout!r}")
     return options
 
 

@@ -17,7 +17,6 @@ from pyrodiff import (
     GaussianTwist,
     Inpainting,
     IsotropicTwist,
-    KnownTwist,
     Linear,
     Twist,
     posterior,
@@ -601,54 +600,11 @@ def test_an_impossible_observation_has_no_evidence():
 # Bad input
 
 D64 = {"dtype": torch.float64}
-NAN = torch.full((2,), math.nan)
 
 
 def refused(match, *args, diffusion=None, **options):
     with pytest.raises(ValueError, match=match):
         posterior(eight() if diffusion is None else diffusion, *args, **options)
-
-
-def test_observations_that_are_none_are_refused_when_they_are_made():
-    mask, values = torch.tensor([True, False]), torch.zeros(2)
-    for match, make in {
-        "mask must be a bool tensor, but it is a tensor of dtype torch.float32": lambda: Inpainting(values, values),
-        "mask must be True somewhere and False somewhere, but it is True": lambda: Inpainting(mask | True, values),
-        "mask must be True somewhere and False somewhere, but it is False": lambda: Inpainting(mask & False, values),
-        r"values must have the shape \(2,\) of the mask": lambda: Inpainting(mask, torch.zeros(3)),
-        "values must be a tensor of finite numbers, but it is not finite": lambda: Inpainting(mask, NAN),
-        "values must be a tensor of finite numbers, but it is 3": lambda: Inpainting(mask, 3),
-        "noise must be a number of at least 0, but it is -1": lambda: Inpainting(mask, values, -1),
-        "operator must be a matrix of shape": lambda: Linear(values, values, 1.0),
-        r"values must have the shape \(1,\) that the operator returns": lambda: Linear(torch.ones(1, 2), values, 1.0),
-        "noise must be positive, but it is 0": lambda: Linear(torch.ones(2, 2), values, 0),
-    }.items():
-        with pytest.raises(ValueError, match=match):
-            make()
-
-
-def test_what_does_not_fit_is_refused():
-    three, exact = torch.tensor([True, False, True]), Inpainting(FIRST.mask, FIRST.values)
-    refused("diffusion must be a pyrodiff.Diffusion", FIRST, diffusion=3)
-    refused("observation must be called with data, but it is 3", 3)
-    refused(r"mask must have the event_shape \(2,\)", Inpainting(three, torch.zeros(3), 0.1))
-    refused("operator must have as many columns as data have numbers, 2", Linear(torch.ones(1, 3), torch.ones(1), 0.1))
-    refused(r"batch_shape \(2,\) and the event_shape \(3,\) of obs", lambda x: dist.Normal(x, 1.0), obs=torch.zeros(3))
-    refused("put .to_event", lambda x: dist.Normal(x, 1.0), obs=torch.zeros(2))
-    refused("obs must be given where the observation returns a distr", lambda x: dist.Normal(x, 1.0).to_event(1))
-    refused("obs must be given where .* and only there", lambda x: 3, obs=torch.zeros(2))
-    refused("obs must be None where the observation has its own", FIRST, obs=torch.zeros(1))
-    refused("obs must be a tensor, but it is 1.0", lambda x: dist.Normal(x[:, 0], 1.0), obs=1.0)
-    refused("be a program whose sites are all observed", lambda x: 3)
-    refused("latent sites are \\['z'\\]", lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)) and None)
-    refused("num_particles must be a multiple of the 4 islands, but it is 3", FIRST, num_particles=3)
-    refused("num_particles must be an int of at least 1", FIRST, num_particles=0)
-    refused("num_islands must be an int of at least 1", FIRST, num_islands=0.5)
-    refused("twist must be a pyrodiff.Twist", FIRST, twist=3)
-    refused("context must have a first dimension of 1", FIRST, torch.zeros(3, 1))
-    refused("generator must be", FIRST, generator="a seed")
-    refused("noise must be positive where data have a density", exact)
-    refused("KnownTwist, but it is another", FIRST, twist=KnownTwist())
 
 
 def test_a_twist_that_does_not_fit_is_refused():

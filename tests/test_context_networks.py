@@ -221,66 +221,6 @@ def test_what_inductor_makes_of_a_context_is_exact(recwarn):
 
 # What is refused
 
-LABEL, VECTOR, BOTH = OPTIONS
-ANOTHER_BATCH = r"y must be an int, or broadcast to the batch shape \(6,\), but its shape is"
-NO_LABEL = "y must be an int or an integer tensor, in 0..2, or -1 for no label, but it is"
-NO_VECTOR = r"vector must be given, as in network\(x_t, t, vector\), with shape \(6, 2\), .* but it is "
-WAY_OUT = r"give classes= .*loader must yield x_0 alone, \(x_0 for x_0, y in loader\)"
-SHAPES = [  # refused always
-    (LABEL, [3], "y must be in 0..2, or -1 for no label, but it is 3"),
-    (LABEL, [-2], "y must be in 0..2, or -1 for no label, but it is -2"),
-    (LABEL, [1.0], f"{NO_LABEL} 1.0"),
-    (LABEL, [True], f"{NO_LABEL} True"),
-    (LABEL, [[0, 1, 2, 0, 1, 2]], NO_LABEL),
-    (LABEL, [Y.double()], f"{NO_LABEL} a tensor of dtype torch.float64"),
-    (LABEL, [Y > 0], f"{NO_LABEL} a tensor of dtype torch.bool"),
-    (LABEL, [Y + 0j], f"{NO_LABEL} a tensor of dtype torch.complex64"),
-    (LABEL, [Y[:5]], ANOTHER_BATCH),
-    (LABEL, [Y[:, None]], ANOTHER_BATCH),
-    (LABEL, [Y[None]], ANOTHER_BATCH),
-    (
-        LABEL,
-        [Y, V],
-        rf"context must be y, as in network\(x_t, t, y\), but it is a tensor .* and a tensor .*: {WAY_OUT}",
-    ),
-    (VECTOR, [], f"{NO_VECTOR}None"),
-    (VECTOR, [None], f"{NO_VECTOR}None"),
-    (VECTOR, [1.5], f"{NO_VECTOR}1.5"),
-    (VECTOR, [Y], rf"{NO_VECTOR}a tensor of dtype torch.int64 and shape \(6,\)"),
-    (VECTOR, [V[:, :1]], rf"{NO_VECTOR}a tensor of dtype torch.float64 and shape \(6, 1\)"),
-    (VECTOR, [torch.zeros(6, 3)], NO_VECTOR),
-    (VECTOR, [torch.zeros(())], NO_VECTOR),
-    (VECTOR, [V[:5]], NO_VECTOR),
-    (VECTOR, [V[None]], NO_VECTOR),
-    (VECTOR, [V, V], r"context must be vector, as in network\(x_t, t, vector\), but it is a tensor"),
-    (BOTH, [Y], r"vector must be given, as in network\(x_t, t, y, vector\), .* but it is None"),
-    (BOTH, [], "vector must be given"),
-    (BOTH, [V, Y], f"{NO_LABEL} a tensor of dtype torch.float64"),
-    (BOTH, [Y, V, V], r"context must be y and vector, as in network\(x_t, t, y, vector\)"),
-    (
-        {},
-        [Y],
-        rf"context must be left out, as in network\(x_t, t\), but it is a tensor of dtype torch.int64.*{WAY_OUT}",
-    ),
-    ({}, [0], "context must be left out.* but it is 0"),
-]
-
-
-@every_kind
-@pytest.mark.parametrize(("options", "context", "words"), SHAPES)
-@pytest.mark.parametrize("validation", [True, False])
-def test_what_is_no_context_of_a_network_is_refused(kind, options, context, words, validation):
-    network = made(kind, **options)
-    with pyro.validation_enabled(validation), pytest.raises(ValueError, match=words):
-        network(states(6), 1, *context)
-
-
-@every_kind
-def test_a_label_by_its_name_is_refused_where_there_are_none(kind):
-    for options in ({}, {"vector": 2}):
-        with pytest.raises(ValueError, match=r"context must be .*but it is 1"):
-            made(kind, **options)(states(6), 1, y=1)
-
 
 @every_kind
 @pytest.mark.parametrize(("y", "span"), [(Y + 1, "0..3"), (Y - 1, "-2..1")])
@@ -290,14 +230,6 @@ def test_labels_out_of_range_are_never_taken_for_others(kind, y, span):
         network(states(6), 1, y)
     with pyro.validation_enabled(False), pytest.raises(IndexError):
         network(states(6), 1, y)
-
-
-@pytest.mark.parametrize("make", [*KINDS.values(), lambda **options: ContextEmbedding(4, **options)])
-@pytest.mark.parametrize("name", ["classes", "vector"])
-@pytest.mark.parametrize("number", [0, -1, 2.0, True])
-def test_numbers_of_context_are_positive_ints(make, name, number):
-    with pytest.raises(ValueError, match=f"{name} must be an int of at least 1, but it is {number}"):
-        make(**{name: number})
 
 
 # In a diffusion

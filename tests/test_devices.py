@@ -5,6 +5,8 @@ mixes devices, but for numbers without dimensions, which a mode looks for. Where
 in for one that has none.
 """
 
+import functools
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -516,9 +518,17 @@ NUMBERS = {  # what is made of ints and floats, of any kind
 }
 
 
+KINDS_OF_NUMBERS = {
+    "64 bits": (np.int64, np.float64),
+    "32 bits": (np.int32, np.float32),
+    "arrays": (np.array, np.array),
+    "tensors": (torch.tensor, functools.partial(torch.tensor, dtype=torch.float64)),
+}
+
+
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("kinds", [(np.int64, np.float64), (np.int32, np.float32)], ids=["64 bits", "32 bits"])
-def test_numbers_of_numpy_are_numbers(kinds, name):
+@pytest.mark.parametrize("kinds", KINDS_OF_NUMBERS.values(), ids=KINDS_OF_NUMBERS)
+def test_numbers_of_numpy_and_tensors_without_dimensions_are_numbers(kinds, name):
     expected, found = NUMBERS[name](int, float), NUMBERS[name](*kinds)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)

@@ -608,14 +608,6 @@ def test_shapes():
         assert law.expand(shape).expand((4, *shape)).sample().shape == (4, *shape, 2)
     assert law.log_prob(Z[0]).shape == (3,)
     assert law.to_event(1).log_prob(Z).shape == ()
-    with pytest.raises(ValueError, match="batch_shape must be one that"):
-        law.expand([4])
-    with pytest.raises(ValueError, match="context must be tensors of one number of rows"):
-        DiffusionDistribution(diffusion, CENTERS, CENTERS[:2])
-    with pytest.raises(ValueError, match="context must be tensors with 1 dimension"):
-        DiffusionDistribution(diffusion, 3)
-    with pytest.raises(ValueError, match="batch_dim must be an int of at least 0"):
-        DiffusionDistribution(diffusion, CENTERS, batch_dim=-1)
 
 
 def test_expanded_dimensions_see_their_own_context():
@@ -834,55 +826,6 @@ def test_who_takes_a_sum_is_never_refused():
     losses = []
     MCMC(HMC(plain_model, num_steps=1), 2, warmup_steps=1, hook_fn=hook, disable_progbar=True).run()
     assert losses
-
-
-def test_what_cannot_be_scored_is_refused():
-    class WithFactor(nn.Module):
-        def forward(self, x_t, t):
-            pyro.factor("inside", torch.zeros(()))
-            return dist.Normal(x_t, 1.0).to_event(1)
-
-    class Weighted(pyro.nn.PyroModule):
-        def __init__(self):
-            super().__init__()
-            self.weight = pyro.nn.PyroSample(dist.Normal(0.0, 1.0))
-
-        def forward(self, x_t, t):
-            return dist.Normal(x_t * self.weight, 1.0).to_event(1)
-
-    forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(3))
-    with pytest.raises(
-        ValueError, match="no Pyro sites of its own inside its parts to be a distribution, but 'inside'"
-    ):
-        DiffusionDistribution(pyrodiff.Diffusion(forward, WithFactor(), (2,))).log_prob(torch.zeros(2))
-    with pytest.raises(ValueError, match="no random weights"):
-        DiffusionDistribution(pyrodiff.Diffusion(forward, Weighted(), (2,)))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda d: DiffusionDistribution(3), "diffusion must be a pyrodiff.Diffusion"),
-        (lambda d: DiffusionDistribution(d, estimate=3), "estimate must be a OneStepEstimate or a FlowEstimate"),
-        (lambda d: DiffusionDistribution(d, sampler=3), "sampler must be a pyrodiff.Sampler"),
-        (lambda d: DiffusionDistribution(d, sampler=pyrodiff.AncestralSampler(exact(3))), "of this very diffusion"),
-        (lambda d: OneStepEstimate(num_draws=0), "num_draws must be an int of at least 1"),
-        (lambda d: OneStepEstimate(reference=True), "reference must be a pair"),
-        (lambda d: OneStepEstimate(reference=(M, -V)), "variance of reference must be positive"),
-        (lambda d: OneStepEstimate(reference=("a", V)), "mean of reference must be numbers"),
-        (
-            lambda d: DiffusionDistribution(d, estimate=OneStepEstimate(reference=(torch.zeros(3), V))),
-            "mean of reference must broadcast",
-        ),
-        (lambda d: FlowEstimate(num_steps=0), "num_steps must be an int of at least 1"),
-        (lambda d: FlowEstimate(tolerance=2.0), "tolerance must be a number"),
-        (lambda d: FlowEstimate(max_steps=0), "max_steps must be an int"),
-        (lambda d: DiffusionDistribution(d, estimate=FlowEstimate(num_steps=99)), "num_steps must be at most T = 3"),
-    ],
-)
-def test_bad_arguments_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make(exact(3))
 
 
 def test_a_decoder_has_no_flow():

@@ -293,27 +293,10 @@ def test_log_p_of_draws_given_their_context():
     torch.testing.assert_close(single[0], x_0[0], rtol=1e-3, atol=1e-3)
 
 
-def test_what_has_no_flow_is_refused():
-    forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=5))
-    denoiser = pyrodiff.LogitPrediction(pyrodiff.networks.MLP(event_shape=(2,)), forward)
-    bits = pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, denoiser), event_shape=(2,))
-    with pytest.raises(ValueError, match="diffusion must be Gaussian to have a flow"):
-        FlowSampler(bits)
+def test_a_flow_that_does_not_converge_says_so():
     diffusion, *_ = gaussian()
-    for options, message in [
-        ({"tolerance": 0}, r"tolerance must be a number in \(0, 1\)"),
-        ({"max_steps": 0}, "max_steps must be an int of at least 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            FlowSampler(diffusion, **options)
-    with pytest.raises(ValueError, match="num_probes must be an int of at least 0, but it is -1"):
-        FlowSampler(diffusion).with_log_prob(3, num_probes=-1)
-    with pytest.raises(ValueError, match="num_samples must be an int of at least 1"):
-        FlowSampler(diffusion).with_log_prob(0)
     with pytest.raises(RuntimeError, match="did not converge for 3 of 3 data"):
         FlowSampler(diffusion, max_steps=1)(3)
-    with pytest.raises(ValueError, match="differentiable must be one of False, True"):
-        ode_log_prob(diffusion, some_data((2,)), differentiable="yes")
 
 
 @pytest.mark.parametrize("how", ["no grad", "detach"])

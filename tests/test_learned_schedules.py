@@ -577,30 +577,3 @@ def test_with_bits_a_schedule_is_not_learned_but_may_be_used(one_step):
             svi_of(pair, compile=compile).step(x_0)
     forward.schedule.requires_grad_(False)
     assert math.isfinite(float(svi_of(pair).step(x_0)))
-
-
-BAD = {
-    "no betas": (lambda: LearnedBetaSchedule([]), "betas must be a sequence of at least one number"),
-    "a table": (lambda: LearnedBetaSchedule([[0.1]]), "betas must be a sequence"),
-    "a beta of 1": (lambda: LearnedBetaSchedule([0.1, 1.0]), r"betas\[1\] of 2 is 1.0: BetaSchedule takes"),
-    "a beta of 0": (lambda: LearnedBetaSchedule([0.0, 0.5]), r"betas must lie in \(0, 1\) .* betas\[0\] of 2 is 0.0"),
-    "no number": (lambda: LearnedBetaSchedule([0.2, math.nan]), r"betas\[1\] of 2 is nan"),
-    "a parameter": (lambda: LearnedBetaSchedule(nn.Parameter(torch.tensor([0.2, 0.3]))), "give betas.detach()"),
-    "all fixed": (lambda: LearnedBetaSchedule([0.2, 0.3], fixed=2), r"fixed must be an int in 0..T-1 = 1.* is 2: give"),
-    "fewer": (lambda: LearnedBetaSchedule([0.2, 0.3], fixed=-1), "fixed must be an int .* but it is -1"),
-    "a bool": (lambda: LearnedBetaSchedule([0.2, 0.3], fixed=True), "fixed must be an int .* but it is True"),
-    "one beta": (lambda: LearnedBetaSchedule([0.2]), "fixed must be an int in 0..T-1 = 0"),
-    "no steps": (lambda: LearnedLogSNRSchedule(0, 9.0, -9.0), "num_steps must be an int of at least 1"),
-    "ends that cross": (lambda: LearnedLogSNRSchedule(5, -1.0, 1.0), r"last must be a number in \(-700, -1.0\), below"),
-    "ends that meet": (lambda: LearnedLogSNRSchedule(5, 1.0, 1.0), "last must be a number .* but it is 1.0"),
-    "an infinite end": (lambda: LearnedLogSNRSchedule(5, math.inf, 1.0), "first must be a number in"),
-    "no end": (lambda: LearnedLogSNRSchedule(5, 1.0, None), "last must be a number .* but it is None"),
-    "no units": (lambda: LearnedLogSNRSchedule(5, 1.0, -1.0, hidden=0), "hidden must be an int of at least 1"),
-    "no bool": (lambda: LearnedLogSNRSchedule(5, 1.0, -1.0, learn_ends="no"), "learn_ends must be one of"),
-}
-
-
-@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_in_words(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

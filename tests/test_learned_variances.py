@@ -415,12 +415,7 @@ def test_what_is_not_gaussian_and_no_positive_scale_are_refused():
             pytest.raises(ValueError, match=r"HybridWeighting where the reverse kernel is not Gaussian.* a Bits: "),
         ):
             DiffusionELBO().loss(pair.model, pair.guide, x_0)
-    for scale in (0.0, -1.0, math.inf, math.nan, None, "1", True, torch.ones(2)):
-        with pytest.raises(ValueError, match=r"scale must be a number in \(0, inf\), but it is "):
-            HybridWeighting(scale)
     assert repr(HybridWeighting(0.25)) == "HybridWeighting(scale=0.25)"
-    with pytest.raises(ValueError, match=r"learned|HybridWeighting\(\)"):
-        pyrodiff.SimpleWeighting(learned().reverse)
 
 
 # what stands around, and what is refused
@@ -499,20 +494,6 @@ def test_the_claims_hold_and_copies_are_the_same(kind):
         assert torch.equal(pyrodiff.bound(one, x_0, generator=1).nats, expected)
 
 
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda x, t: x, r"network must return two numbers .* \(3, 2, 2\), but .* \(3, 2\): give .*outputs=2"),
-        (lambda x, t: torch.stack([x] * 3, -1), r"network .* \(3, 2\).* \(3, 2, 2\) for a learned .* is \(3, 2, 3\)"),
-        (lambda x, t: x[..., None], r"network must return .* but it is \(3, 2, 1\)"),
-        (lambda x, t: (x, x), r"network must return .* but it is a tuple"),
-    ],
-)
-def test_a_network_that_says_no_v_is_refused(make, match):
-    with pytest.raises(ValueError, match=match):
-        learned(network=Returns(make)).reverse(normal(3, 2), 2)
-
-
 def test_a_bare_network_and_a_variance_of_another_shape_are_refused():
     forward = pyrodiff.GaussianForward(CHAINS["preserving"][0])
     reverse = pyrodiff.GaussianReverse(forward, Two(), RangeVariance())
@@ -558,9 +539,6 @@ def test_an_MLP_of_two_outputs():
     zeros = {name: torch.zeros_like(value) for name, value in state.items() if name.split(".")[0] in ("scale", "gate")}
     networks[None].load_state_dict({**state, **zeros, "outlet.weight": weight[6:], "outlet.bias": bias[6:]})
     torch.testing.assert_close(found[..., 1], networks[None](x_t, t))
-    for outputs in (0, -1, 1.5, True, "2"):
-        with pytest.raises(ValueError, match="outputs must be an int of at least 1, but it is "):
-            pyrodiff.networks.MLP((2,), outputs=outputs)
 
 
 @pytest.mark.parametrize("network", [pyrodiff.networks.MLP, pyrodiff.networks.UNet])

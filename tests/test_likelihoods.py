@@ -372,12 +372,6 @@ def test_the_density_of_dequantised_bytes_bounds_their_probability(scale):
     assert scale > 0.1 or max(gaps) > 0.1  # a density that varies within a bin: the bound is not tight
 
 
-@pytest.mark.parametrize("width", [0, -0.1, math.inf, math.nan, True, "2/256", None])
-def test_a_bin_must_have_a_width(width):
-    with pytest.raises(ValueError, match="width"):
-        made_up().bits_per_dim_in_bins(width=width)
-
-
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 def test_bins_are_refused_where_p_is_a_probability_already(make):
     with pytest.raises(ValueError, match=r"levels must be None.*256"):

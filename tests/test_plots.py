@@ -68,18 +68,6 @@ def test_bits_are_drawn_as_they_are():
     np.testing.assert_array_equal(drawn[9:17, 9:17], pictures[3].numpy())
 
 
-def test_what_cannot_be_drawn_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"x must have shape .* \(3,\)"):
-        plots.bits(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"times must be ints in 0..6, but they are \(7,\)"):
-        plots.diffusion_process(roll(), datasets.swiss_roll(5), times=(7,))
-    forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(num_steps=3))
-    denoiser = pyrodiff.LogitPrediction(networks.MLP(event_shape=(4,), hidden=16), forward)
-    bits = pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, denoiser), event_shape=(4,))
-    with pytest.raises(ValueError, match=r"diffusion must have event_shape \(2,\), but it is \(4,\)"):
-        plots.diffusion_process(bits, datasets.swiss_roll(5))
-
-
 def test_the_variances_are_drawn_as_they_are_accounted():
     diffusion, x_0 = roll(), datasets.swiss_roll(100)
     account = pyrodiff.variance_account(diffusion, x_0, num_particles=5, num_pairs=3, batch_size=8)
@@ -290,40 +278,3 @@ def test_few_losses_are_not_smoothed_and_either_curve_may_be_missing():
 def test_the_axis_is_logarithmic_where_that_shows_more(values, scale):
     assert plots.curves([record(n, loss=value) for n, value in enumerate(values)]).get_yscale() == scale
     assert plots.curves([record(1, loss=values[0]), record(2, bound=values[1])]).get_yscale() == scale
-
-
-STATES = torch.rand(3, 5, 4, 4)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: plots.pictures(torch.rand(4, 4)), r"x must have shape \(B, height, width\) or .* \(4, 4\)"),
-        (lambda: plots.pictures(torch.rand(4, 2, 4, 4)), r"x must have shape .* \(4, 2, 4, 4\)"),
-        (lambda: plots.pictures(torch.rand(0, 4, 4)), r"x must have shape .* B at least 1"),
-        (lambda: plots.pictures([1]), r"x must have shape .* \[1\]"),
-        (lambda: plots.pictures(2 * STATES[0] - 1), r"x must be numbers in \[0, 1\], .* \[-.*\(x \+ 1\) / 2"),
-        (lambda: plots.pictures(math.nan * STATES[0]), r"x must be numbers in \[0, 1\], .*nan"),
-        (lambda: plots.pictures(STATES[0], columns=0), r"columns must be an int of at least 1, but it is 0"),
-        (lambda: plots.samples(torch.rand(4)), r"x must be points .* sequences, .* pictures, .* \(4,\)"),
-        (lambda: plots.samples(torch.rand(4, 4, 9, 9)), r"x must be points .* \(4, 4, 9, 9\)"),
-        (lambda: plots.samples(torch.full((4, 2), math.inf)), r"x must be finite, but 8 of its numbers are not"),
-        (lambda: plots.samples(None), r"x must be points"),
-        (lambda: plots.samples(STATES[0], limits=(1, 0)), r"limits must be two numbers, the lower first"),
-        (lambda: plots.samples(STATES[0], limits=3), r"limits must be two numbers, .* 3"),
-        (lambda: plots.trajectory(STATES[:, 0], (2, 1)), r"times must be one for each of the 3 states.* \(2, 1\)"),
-        (lambda: plots.trajectory(torch.rand(3, 5), (2, 1, 0)), r"states must be points .*len\(times\), B"),
-        (lambda: plots.trajectory(STATES, (2, 1, 0), rows=0), r"rows must be an int of at least 1"),
-        (lambda: plots.trajectory(STATES / 0, (2, 1, 0)), r"states must be finite"),
-        (lambda: plots.trajectory(STATES, 5), r"times must be one for each of the 3 states, but they are 5"),
-        (lambda: plots.animation(STATES, (2, 1, 0), interval=0), r"interval must be an int of at least 1"),
-        (lambda: plots.animation(STATES, ()), r"times must be one for each"),
-        (lambda: plots.curves([]), r"records must hold a step with a loss or a bound, but none of the 0 does"),
-        (lambda: plots.curves([{"loss": 1.0}]), r"records must hold a step .* none of the 1 does"),
-        (lambda: plots.curves([[1, 2]]), r"records must be mappings, but number 0 is \[1, 2\]"),
-        (lambda: plots.curves([{"step": 1, "loss": "2"}]), r"records must have numbers, .* 0 has loss = '2'"),
-    ],
-)
-def test_what_is_no_picture_is_refused_by_name(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -266,21 +266,6 @@ def test_betas_given_as_a_float32_tensor_are_taken_as_they_are():
     assert schedule.beta(1).item() > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("betas", pyrodiff.BetaSchedule),
-        ("variances", pyrodiff.FixedVariance),
-        ("rate", lambda values: pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(3), values)),
-        ("probabilities", pyrodiff.ImportanceDrawing),
-    ],
-)
-def test_numbers_that_would_not_be_learned_are_refused(name, make):
-    """A parameter would be copied, and would never move."""
-    with pytest.raises(ValueError, match=f"{name} must be fixed numbers, .* give {name}.detach()"):
-        make(torch.nn.Parameter(torch.tensor([0.4, 0.6])))
-
-
 def test_the_last_beta_may_be_one_and_leaves_no_signal():
     schedule = pyrodiff.BetaSchedule([0.3, 1.0])
     assert [schedule.signal(2).item(), schedule.noise(2).item(), schedule.log_snr(2).item()] == [0, 1, -math.inf]

@@ -10,7 +10,7 @@ from pyro.contrib.autoname import scope
 from torch import nn
 
 import pyrodiff
-from pyrodiff import SVI, AncestralSampler, DiffusionELBO, bound, importance_bound, ode_log_prob, verify
+from pyrodiff import SVI, AncestralSampler, DiffusionELBO, bound, ode_log_prob, verify
 from pyrodiff.pair.terms import pair_costs
 
 X_0 = torch.tensor([[0.4, -1.2], [1.5, 0.3], [-0.7, 0.9]], dtype=torch.float64)
@@ -101,12 +101,6 @@ def test_a_factor_inside_of_a_part_is_scored_at_every_step(one_step):
     svi = SVI(pair.model, pair.guide, still, DiffusionELBO())
     assert all(float(svi.step(X_0)) > 9e3 for _ in range(3))
     assert direct(pair) is None
-
-
-@pytest.mark.parametrize("evaluate", [bound, lambda *args: importance_bound(*args, num_particles=2), ode_log_prob])
-def test_sites_inside_of_parts_are_refused_where_they_would_not_be_scored(evaluate):
-    with pytest.raises(ValueError, match=r"no Pyro sites of its own .*'weight'"):
-        evaluate(gaussian(decoder=Weighed()), X_0)
 
 
 @pytest.mark.parametrize("change", ["the model's", "the step's"])
@@ -379,23 +373,6 @@ def test_a_step_that_stands_for_many_is_no_cause_to_warn():
     x_0 = torch.ones(1, 16)
     for seed in range(40):  # a warning is an error here
         pyrodiff.bound(diffusion, x_0, num_times=1, generator=seed)
-
-
-def test_a_variance_for_each_dimension_is_not_taken_for_one_for_each_datum():
-    class OfDimension(pyrodiff.Variance):
-        def forward(self, process, t):
-            shape = t.shape if isinstance(t, torch.Tensor) else ()
-            return torch.tensor([0.01, 1.0]).double().expand(*shape, 2)
-
-    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3))
-    denoiser = pyrodiff.DataPrediction(pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1), forward)
-    reverse = pyrodiff.GaussianReverse(forward, denoiser, OfDimension())
-    for t in (2, torch.tensor([2, 2])):
-        with (
-            pyro.validation_enabled(True),
-            pytest.raises(ValueError, match="variance must return a tensor of the shape"),
-        ):
-            reverse(torch.zeros(2, 2), t)
 
 
 class Rotated(pyro.distributions.TorchDistribution):

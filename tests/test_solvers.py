@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from itertools import pairwise
 
 import numpy as np
@@ -495,85 +494,6 @@ def test_a_chain_that_ends_without_signal_is_sampled_from(kind):
 
 
 # Refusals
-
-
-def bits():
-    forward = pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(4))
-    logits = pyrodiff.LogitPrediction(pyrodiff.networks.MLP((2,), hidden=8), forward)
-    return pyrodiff.Diffusion(forward, pyrodiff.BinomialReverse(forward, logits), (2,))
-
-
-def without_denoiser():
-    schedule = SCHEDULES["log SNR"](4)
-    data = Gaussian(M, V, schedule)
-    return pyrodiff.Diffusion(pyrodiff.GaussianForward(schedule), GaussianPosterior(data), (2,), prior=data)
-
-
-class Flat(nn.Module):
-    def forward(self, x_t, t):
-        return x_t[:, :1]
-
-
-def flat():
-    forward = pyrodiff.GaussianForward(SCHEDULES["log SNR"](4))
-    return pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, Flat()), (2,))
-
-
-@pytest.mark.parametrize("kind", [DDIMSampler, DPMSolverSampler, HeunSampler, PredictorCorrectorSampler])
-@pytest.mark.parametrize(
-    ("diffusion", "words"),
-    [
-        (bits, "diffusion must have a GaussianForward for {name}, but its forward process is a BinomialForward: use "),
-        (without_denoiser, "for {name}, but its GaussianPosterior has none: build it of GaussianReverse, or use "),
-    ],
-)
-def test_diffusions_of_another_kind_are_refused(kind, diffusion, words):
-    with pytest.raises(ValueError, match=re.escape(words.format(name=kind.__name__))):
-        kind(diffusion())
-
-
-FEW = "num_steps must be at least 2 for order=2, but it is 1: take more steps, or order=1"
-BAD = [
-    *[(DDIMSampler, {"eta": eta}, "eta must be a number in [0, 1], of") for eta in (-0.1, 1.1, math.nan, "0", True)],
-    *[
-        (DPMSolverSampler, {"order": order}, f"order must be 1 or 2, the orders that there are, but it is {order}")
-        for order in (0, 3, 2.0, True, None)
-    ],
-    (DPMSolverSampler, {"num_steps": 1}, FEW),
-    (DPMSolverSampler, {"times": (5,)}, FEW),
-    *[
-        (HeunSampler, {name: value}, f"{name} must be a number of at least 0, but it is {value}")
-        for name in ("churn", "churn_from", "churn_noise")
-        for value in (-1.0, math.inf, math.nan, None, True)
-    ],
-    (HeunSampler, {"churn_from": 2.0, "churn_to": 1.0}, "churn_to must be a number of at least churn_from = 2.0, but"),
-    (HeunSampler, {"churn_to": "all"}, "churn_to must be a number of at least churn_from = 0.0, but it is 'all'"),
-    *[
-        (PredictorCorrectorSampler, {"snr": snr}, "snr must be a number in (0, inf), but it is")
-        for snr in (0, -1.0, math.inf, None)
-    ],
-    (PredictorCorrectorSampler, {"num_corrections": 0}, "num_corrections must be an int of at least 1, but it is 0"),
-]
-
-
-@pytest.mark.parametrize(("kind", "options", "words"), BAD)
-def test_bad_arguments_are_refused(kind, options, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        kind(network(), **options)
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: DPMSolverSampler(network(T=1)), FEW),
-        (lambda: HeunSampler(gaussian("reciprocal")), "diffusion must leave some signal at t = T for HeunSampler"),
-        (lambda: DDIMSampler(flat())(3), "denoiser must return a tensor of shape (3, 2)"),
-        (lambda: HeunSampler(flat())(3), "denoiser must return a tensor of shape (3, 2)"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(call, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        call()
 
 
 def test_too_few_steps_are_refused_each_time_they_are_asked_for():

@@ -328,16 +328,6 @@ def test_chains_and_readings_of_one_network_need_no_second_name():
     of(pyrodiff.Diffusion(diffusion.forward_process, reverse, (2,)))
 
 
-@pytest.mark.parametrize("name", [None, 3, b"a"])
-def test_a_name_is_a_string(name):
-    with pytest.raises(ValueError, match="name must be a string"):
-        KINDS["plain"](name=name)
-    with pytest.raises(ValueError, match="plate must be a string, not empty"):
-        KINDS["plain"](plate=name)
-    with pytest.raises(ValueError, match="plate must be a string, not empty"):
-        KINDS["plain"](plate="")
-
-
 # What leaves the store alone
 
 
@@ -722,27 +712,6 @@ def test_a_guide_of_another_shape_is_refused():
 
     with pytest.raises(ValueError, match=f"guide must draw '{W}' with the batch_shape .*event_shape"):
         bound(with_network(Random()), X_0, guide=in_a_plate)
-
-
-CALLS = {
-    "bound": lambda d, **options: bound(d, X_0, **options),
-    "importance_bound": lambda d, **options: importance_bound(d, X_0, num_particles=2, **options),
-    "flow": lambda d, **options: ode_log_prob(d, X_0, **options),
-    "verify": lambda d, **options: verify(d, X_0, num_repeats=10, **options),
-    "account": lambda d, **options: variance_account(d, X_0, num_pairs=2, num_particles=4, **options),
-    "sampler": lambda d, **options: AncestralSampler(d, **options)(3),
-    "trajectory": lambda d, **options: AncestralSampler(d, **options).trajectory(3),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_a_guide_belongs_to_random_weights_and_they_to_it(name):
-    with pytest.raises(ValueError, match="guide must be given where there are random weights"):
-        CALLS[name](with_network(Random()))
-    with pytest.raises(ValueError, match="guide must be None where there are no random weights"):
-        CALLS[name](with_network(Plain()), guide=by_hand)
-    with pytest.raises(ValueError, match=f"guide must draw every random weight of the diffusion, but '{W}' is missing"):
-        CALLS[name](with_network(Random()), guide=lambda *args: None)
 
 
 @every_guide

@@ -313,14 +313,6 @@ def test_a_random_weight_is_drawn_once_in_a_chain_of_either_pair():
         assert trace.nodes[name]["cond_indep_stack"] == ()
 
 
-def test_nothing_to_learn_is_an_error():
-    def model():
-        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
-
-    with pytest.raises(ValueError, match="learn"):
-        SVI(model, lambda: None, adam, DiffusionELBO()).step()
-
-
 class Scaled(PyroModule):
     """A kernel, or a decoder, with a constrained scale of its own."""
 

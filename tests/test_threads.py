@@ -93,14 +93,6 @@ def test_one_thread_is_not_measured(four):
     assert pyrodiff.fastest_threads(lambda: 1 / 0) == 1
 
 
-@pytest.mark.parametrize(
-    ("work", "seconds", "name"), [(3, 1.0, "work"), (print, 0, "seconds"), (print, "x", "seconds")]
-)
-def test_what_it_refuses(work, seconds, name):
-    with pytest.raises(pyrodiff.ArgumentError, match=f"{name} must"):
-        pyrodiff.fastest_threads(work, seconds)
-
-
 def test_physical_cores_are_no_more_than_the_cores_there_are(monkeypatch):
     monkeypatch.undo()
     assert 1 <= threads._physical_cores() <= os.cpu_count()

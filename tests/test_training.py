@@ -855,52 +855,6 @@ def test_all_states_of_bits_have_the_law_of_the_chain():
 # Bad arguments
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("scheduler", 0.1),
-        ("average", 0.999),
-        ("accumulate", 0),
-        ("accumulate", 2.0),
-        ("accumulate", True),
-        ("autocast", torch.float32),
-        ("autocast", "bfloat16"),
-        ("nonfinite", "raise"),
-        ("nonfinite", True),
-        ("compile", 1),
-        ("compile", None),
-        ("validate", "always"),
-        ("validate", 0),
-        ("clip_norm", 0),
-        ("clip_norm", -1.0),
-        ("clip_norm", NAN),
-        ("clip_norm", "1"),
-    ],
-)
-def test_an_option_of_another_kind_is_refused(argument, value):
-    with pytest.raises(ValueError, match=rf"^{argument} must be.*{value!r}"):
-        line(**{argument: value})
-
-
-def test_only_a_module_can_be_averaged():
-    with pytest.raises(ValueError, match=r"^model must be a torch\.nn\.Module"):
-        SVI(nothing, nothing, sgd, DiffusionELBO(), average=mean_of)
-
-
-def test_averaged_weights_need_an_average_and_a_step():
-    for svi, message in ((line(), "average must be given"), (line(average=mean_of), "must have taken a step")):
-        with pytest.raises(ValueError, match=message), svi.averaged():
-            pass
-
-
-@pytest.mark.parametrize(
-    ("option", "made"), [("scheduler", lambda optimizer: optimizer), ("average", lambda model: model)]
-)
-def test_what_an_option_makes_must_be_of_torchs_kind(option, made):
-    with pytest.raises(ValueError, match=rf"^{option} must return a torch\.optim\."):
-        line(**{option: made}).step(X, Y)
-
-
 class Still(nn.Module):
     """A network that computes nothing, and so loses nothing by a lower precision."""
 
@@ -944,12 +898,6 @@ def test_what_is_summed_to_the_bound_keeps_its_precision(kind, direct):
         pyro.set_rng_seed(1)
         losses.append(svi.step(x_0))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-
-
-def test_what_is_validated_at_every_step_cannot_be_compiled():
-    pair = make().one_step()
-    with pytest.raises(ValueError, match="validate must not be True where compile is"):
-        SVI(pair.model, pair.guide, adam, DiffusionELBO(), compile=True, validate=True)
 
 
 # What is taken on trust is what is there: parts of one's own, and parts that take the place of others

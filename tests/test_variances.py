@@ -219,13 +219,6 @@ def test_a_step_costs_least_with_the_variance_of_the_longer_step():
             assert oracles.normal_kl(0.0, best, 0.0, 1.1 * ours) > 1e-3
 
 
-def test_another_number_of_variances_is_refused():
-    q = PROCESSES["GaussianForward, BetaSchedule"].make()
-    for number, chain in itertools.product((1, 2, 4, 6, 8), (q, q.subchain((2, 3, 7)))):
-        with pytest.raises(ValueError, match=f"variances must be T = 7 numbers, but there are {number}"):
-            FixedVariance([0.1] * number)(chain, 1)
-
-
 # Bounds of sub-chains
 
 X_0 = torch.tensor([[0.2, -2.0], [1.1, 0.4], [-4.0, 5.0]], dtype=torch.float64)

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import Gaussian, GaussianPosterior, bit_diffusion, gaussian_diffusion
+from exact import Gaussian, GaussianPosterior, bit_diffusion
 from pyro import poutine
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
@@ -512,21 +512,3 @@ def test_a_long_list_of_times_is_cut_short():
     schedule = pyrodiff.LinearSchedule(9, 0.05, 0.4)
     found = failed(verify(gaussian(schedule, ScaledPosterior(schedule)), data(30), num_repeats=10))
     assert found[BAYES].endswith("beyond rounding at t = 2, 3, 4, 5, 6 and 3 more")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_repeats": 9}, "num_repeats must be at least 10, but it is 9"),
-        ({"num_particles": 1}, "num_particles must be at least 2, but it is 1"),
-        ({"num_repeats": 10.0}, "num_repeats must be an int"),
-        ({"num_particles": True}, "num_particles must be an int"),
-        ({"x_0": torch.ones(3, 5)}, "x_0 must have shape"),
-        ({"generator": "x"}, "generator must be"),
-    ],
-)
-def test_arguments_out_of_range_are_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        verify(gaussian(), **{"x_0": data(), **options})
-    with pytest.raises(ValueError, match="diffusion must be a"):
-        verify(gaussian_diffusion(pyrodiff.BetaSchedule(BETAS), M, V).reverse, data())

@@ -148,38 +148,3 @@ def test_laws_that_memory_does_not_hold_are_left_out(monkeypatch):
     assert list(pyrodiff.yardsticks(torch.randn(5, 1), torch.randn(2, 1))) == ["diagonal Gaussian"]
     monkeypatch.setattr("pyrodiff.likelihood.yardsticks._COUNTS", 29)
     assert list(pyrodiff.yardsticks(whole(40, 0), whole(3, 1), levels=5)) == ["uniform", "discretized Gaussian"]
-
-
-GOOD = torch.rand(10, 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((whole(9, 0), whole(9, 0)), "train must be a tensor of floats.*: give levels for their probabilities"),
-        ((GOOD.numpy(), GOOD), "train must be a tensor of floats"),
-        ((GOOD, [3]), "test must be a tensor of floats"),
-        ((GOOD, 3), "test must be a tensor of floats"),
-        ((GOOD, GOOD[:0]), r"test must have shape \(n, \*event_shape\), not empty"),
-        ((GOOD[:, 0], GOOD), r"train must have shape \(n, \*event_shape\), not empty"),
-        (([], GOOD), "train must have a batch at least"),
-        ((GOOD, GOOD[:, :1]), r"test must have data of shape \(2,\), as those before, but it is \(1,\)"),
-        (([GOOD, GOOD[:, :1]], GOOD), r"train must have data of shape \(2,\)"),
-        ((GOOD / 0, GOOD), "train must be finite, but 20 of its values are not"),
-        ((GOOD, torch.tensor([[1.0, math.nan]])), "test must be finite, but 1 of"),
-        (
-            (GOOD * torch.tensor([1.0, 0.0]), GOOD),
-            "train must vary in every dimension.* 1 of 2 dimensions are constant",
-        ),
-        ((GOOD.double() * torch.tensor([1.0, 0.0]) + 0.1, GOOD), "train must vary in every dimension"),
-        ((GOOD[:1], GOOD), "train must vary in every dimension"),
-        ((whole(9, 0), whole(9, 0), 4), "train must be whole numbers in 0..3"),
-        ((whole(9, 0), whole(9, 0) - 1, 5), "test must be whole numbers in 0..4"),
-        ((whole(9, 0), whole(9, 0), 1), "levels must be an int of at least 2"),
-        ((whole(9, 0), whole(9, 0), 5, 0), "smoothing must be a number in"),
-        ((whole(9, 0), whole(9, 0), 5, math.nan), "smoothing must be a number in"),
-    ],
-)
-def test_what_no_law_can_be_fitted_to_is_refused(arguments, message):
-    with pytest.raises(pyrodiff.ArgumentError, match=message):
-        pyrodiff.yardsticks(*arguments)

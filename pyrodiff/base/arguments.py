@@ -34,7 +34,8 @@ class ArgumentError(ValueError):
 
     def __init__(self, argument: str, said: str | None = None) -> None:
         if said is None:  # Pyro's traces re-raise an error as type(error)(message and shapes of the sites)
-            argument, _, said = argument.partition(" ")
+            argument, _, said = argument.partition("\nTrace Shapes:")[0].partition(" ")
+        said = " ".join(said.split())  # one line, also where it shows a module
         super().__init__(argument, said)
         self.argument, self.said = argument, said
 
@@ -51,25 +52,39 @@ def amended(error: ValueError, words: str) -> ValueError:
 
 def is_int(value: object) -> TypeGuard[int]:
     """Whether this is a whole number, Python's or NumPy's, and no bool."""
+    value = plain(value)
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether this is a real number, Python's or NumPy's, and no bool."""
+    value = plain(value)
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """The number in an array, or a tensor, that has no dimensions and is not to be learned; all else as it is."""
+    if isinstance(value, Real) or getattr(value, "ndim", None) != 0:
+        return value
+    is_hidden = getattr(value, "requires_grad", False) or getattr(value, "is_meta", False)
+    return value.item() if hasattr(value, "item") and not is_hidden else value
 
 
 def positive_int(name: str, value: object, *, even: bool = False) -> int:
     """Check for an int of at least 1, and for an even one if ``even``."""
     if not is_int(value) or value < 1 or (even and value % 2):
         raise ArgumentError(name, f"must be an int of at least 1{', even' * even}, but it is {described(value)}")
+    if int(value) >= 2**63:
+        raise ArgumentError(name, f"must be below 2^63, but it is {value}")
     return int(value)
 
 
 def levels(value: object, name: str = "levels") -> int:
-    """A number of levels, an int of at least 2."""
+    """A number of levels, an int of at least 2 that float64 can tell from its neighbours."""
     if not is_int(value) or value < 2:
         raise ArgumentError(name, f"must be an int of at least 2, but it is {described(value)}")
+    if int(value) > 2**53:
+        raise ArgumentError(name, f"must be at most 2^53, which float64 can tell apart, but it is {value}")
     return int(value)
 
 

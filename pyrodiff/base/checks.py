@@ -6,7 +6,7 @@ samplers, the first step of :class:`SVI` for each shape) turn it on for what the
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -38,9 +38,16 @@ def numbers(name: str, value: object) -> Tensor:
             f"{name}.detach(), or write a module of your own with parameters",
         )
     try:
-        dtype = (value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).dtype
-        if dtype.is_complex or dtype == torch.bool:  # a cast would drop the imaginary part, or make numbers of bools
-            raise ArgumentError(name, f"must be real numbers, but the dtype is {dtype}")
+        if isinstance(value, list | tuple):
+            value = [arguments.plain(one) for one in value]
+        given = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        if given.dtype.is_complex or given.dtype == torch.bool:  # a cast would make other numbers
+            raise ArgumentError(name, f"must be real numbers, but the dtype is {given.dtype}")
+        if given.numel() == 0:
+            shape = tuple(given.shape)
+            raise ArgumentError(name, f"must be a sequence of at least one number, but its shape is {shape}")
+        if given.layout != torch.strided:
+            raise ArgumentError(name, f"must be a dense tensor, but it is {given.layout}: give {name}.to_dense()")
         if isinstance(value, Tensor):
             return value.detach().to(home(value.device)).to(torch.float64, copy=True)
         return torch.tensor(value, dtype=torch.float64, device=default_home())
@@ -56,7 +63,7 @@ def event_shape(value: Sequence[int]) -> torch.Size:
         shape = torch.Size(value)
     except TypeError:
         shape = None
-    is_ordered = isinstance(value, Sequence | Tensor | np.ndarray)
+    is_ordered = isinstance(value, Sequence | Tensor | np.ndarray) and not isinstance(value, str | bytes)
     if shape is None or not is_ordered or any(isinstance(n, bool) for n in value) or any(n < 1 for n in shape):
         raise ArgumentError(
             "event_shape", f"must be a sequence of ints of at least 1, but it is {arguments.described(value)}"
@@ -68,19 +75,20 @@ def increasing(name: str, value: Any, high: int) -> tuple[int, ...]:
     """Increasing ints in 1..high, at least one."""
     try:
         found = tuple(value.tolist() if isinstance(value, Tensor) else value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # no iterable, or without values to read
         found = ()
-    if not (found and all(map(arguments.is_int, found)) and all(a < b for a, b in pairwise((0, *found, high + 1)))):
+    is_ordered = not isinstance(value, Set | Mapping) and bool(found) and all(map(arguments.is_int, found))
+    if not (is_ordered and all(a < b for a, b in pairwise((0, *found, high + 1)))):
         raise ArgumentError(name, f"must be increasing ints in 1..{high}, at least one, but they are {value!r}")
     return tuple(int(one) for one in found)
 
 
 def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor, or_else: str = "") -> None:
-    """Check that what a module, a network say, returned for a state is a tensor of this shape."""
-    if isinstance(value, Tensor) and value.shape == shape:
+    """Check that what a module, a network say, returned for a state is a tensor of floats of this shape."""
+    if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
         return
     if isinstance(value, Tensor):
-        got = str(tuple(value.shape))
+        got = str(tuple(value.shape)) if value.is_floating_point() else f"of dtype {value.dtype}, and no floats"
     else:
         got = repr(value) if arguments.is_number(value) or value is None else f"a {type(value).__name__}"
     raise ArgumentError(
@@ -216,13 +224,18 @@ def time(name: str, t: object, high: int, low: int = 0) -> None:
         raise ArgumentError(name, f"must lie in {low}..{high}, but it is {t}")
 
 
-def step(x: object, t: int | Tensor, s: int | Tensor | None, num_steps: int, first: int = 0) -> None:
+def state(name: str, x: object) -> None:
+    """Check for a tensor of floats."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is {arguments.described(x)}"
+        raise ArgumentError(name, f"must be a tensor with a floating dtype, but it {got}")
+
+
+def step(name: str, x: Tensor, t: int | Tensor, s: int | Tensor | None, num_steps: int, first: int = 0) -> None:
     """Check, while Pyro validates, for a floating state and first <= s < t <= T, where s is t - 1 if None."""
     if not validating():
         return
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-        raise ValueError(f"the state must be a tensor with a floating dtype, but it {got}")
+    state(name, x)
     time("t", t, num_steps, low=1)
     s = t - 1 if s is None else s
     time("s", s, num_steps - 1)
@@ -235,4 +248,5 @@ def step(x: object, t: int | Tensor, s: int | Tensor | None, num_steps: int, fir
             )
     ordered = (s >= first) & (s < t)
     if not (holds(ordered) if isinstance(ordered, Tensor) else ordered):
-        raise ValueError(f"s and t must satisfy {first} <= s < t <= {num_steps}, but t is {t} and s is {s}")
+        when, before = (f"in {one.min()}..{one.max()}" if isinstance(one, Tensor) else one for one in (t, s))
+        raise ArgumentError("s", f"must satisfy {first} <= s < t <= {num_steps}, but t is {when} and s is {before}")

@@ -87,11 +87,11 @@ def generator_of(value: torch.Generator | int | None, device: torch.device) -> t
     Raises:
         ValueError: If it is something else.
     """
-    if arguments.is_int(value):
-        return torch.Generator(device).manual_seed(int(value))
     if value is None or isinstance(value, torch.Generator):
         return value
-    raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {value!r}")
+    if not arguments.is_int(value) or not -(2**63) <= int(value) < 2**64:
+        raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {value!r}")
+    return torch.Generator(device).manual_seed(int(value))
 
 
 def seed_of(seed: int, *key: int) -> int:

@@ -145,7 +145,7 @@ class DiffusionDistribution(TorchDistribution):
             A tensor in nats, of that shape.
         """
         event, model = len(self.event_shape), self.diffusion.model
-        lead = value.shape[: value.dim() - event]
+        lead = checks.instance("value", value, Tensor).shape[: value.dim() - event]
         if checks.validating():
             model.check(value.reshape(-1, *value.shape[value.dim() - event :]))
         shape = torch.broadcast_shapes(lead, self.batch_shape)

@@ -58,8 +58,9 @@ class Linear:
                 f"must have the shape {tuple(matrix.shape[:1])} that the operator returns, but it is "
                 f"{arguments.described(values)}",
             )
-        if not checks.holds(checks.numbers("noise", noise) > 0):
-            raise ArgumentError("noise", f"must be positive, but it is {noise}: give a small one")
+        given = checks.numbers("noise", noise)
+        if not checks.holds((given > 0) & given.isfinite()):
+            raise ArgumentError("noise", f"must be positive and finite, but it is {noise}: give a small one for none")
         self.operator, self.obs, self.noise = operator, values, noise
 
     def __call__(self, x_0: Tensor) -> dist.TorchDistribution:

@@ -138,7 +138,7 @@ def variance_account(
     if not any(parameter.requires_grad for parameter in diffusion.model.parameters()):
         raise ArgumentError("diffusion", "must have a parameter that requires a gradient, but it has none")
     named = isinstance(drawings, dict) and all(isinstance(drawing, Drawing) for drawing in drawings.values())
-    if drawings is not None and not (drawings and named):
+    if drawings is not None and not (named and drawings):
         raise ArgumentError("drawings", f"must be drawings by name, at least one, but they are {drawings!r}")
     evaluated = evaluating(diffusion, generator, guide=guide, given=(x_0, *context))
     with evaluated, progress_bar(progress, "variance account") as bar:

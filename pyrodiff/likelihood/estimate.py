@@ -173,7 +173,7 @@ class Likelihood(ABC):
         Raises:
             ValueError: If it is no finite number, or p is a probability, of levels, which has no unit.
         """
-        arguments.number("log_scale", log_scale, -math.inf, math.inf)
+        log_scale = arguments.number("log_scale", log_scale, -math.inf, math.inf)
         if self.levels is not None:
             raise ArgumentError("levels", f"must be None, as of a density, but p is a probability of {self.levels}")
         return self.changed(**self._raised(log_scale))

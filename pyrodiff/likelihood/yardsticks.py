@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,7 +135,7 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, torch.Size]]:
     """The data in blocks with shape (b, D), in float64, and the shape of a datum; checked."""
     some = False
-    for block in [data] if isinstance(data, Tensor) or not isinstance(data, Iterable) else data:
+    for block in data if isinstance(data, Iterable) and not isinstance(data, Tensor | np.ndarray) else [data]:
         x: Any = block[0] if isinstance(block, tuple | list) and block else block
         _check(name, x, levels)
         if shape is not None and x.shape[1:] != shape:

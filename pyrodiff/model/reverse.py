@@ -82,7 +82,7 @@ class GaussianReverse(nn.Module):
             ValueError: If t is not an integer or lies outside 1..T, or the denoiser takes another context.
         """
         process, denoiser = self.forward_process, self.denoiser
-        checks.step(x_t, t, None, process.num_steps)
+        checks.step("x_t", x_t, t, None, process.num_steps)
         weight_t, weight_0, _ = coefficients(process.schedule.posterior(t), x_t)
         learned = {"variance": True} if isinstance(self.variance, LearnedVariance) else {}
         checks.takes_context("denoiser", denoiser, context, **learned)
@@ -173,7 +173,7 @@ class BinomialReverse(nn.Module):
 
     def forward(self, x_t: Tensor, t: int | Tensor, *context: Tensor) -> dist.TorchDistribution:
         """p_θ(x_{t-1} | x_t); arguments, result and errors as of :class:`GaussianReverse`."""
-        checks.step(x_t, t, None, self.forward_process.num_steps)
+        checks.step("x_t", x_t, t, None, self.forward_process.num_steps)
         return Bits(logits=self._log_odds(self.denoiser.output(x_t, t, *context), x_t, t)).to_event(event_dim(x_t, t))
 
     def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:

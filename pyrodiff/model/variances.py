@@ -76,7 +76,7 @@ class ForwardVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        checks.time("t", t, process.num_steps, low=1)
+        _check(process, t)
         return process.schedule.beta(t)
 
 
@@ -92,7 +92,7 @@ class FixedLargeVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        checks.time("t", t, process.num_steps, low=1)
+        _check(process, t)
         variance = process.schedule.beta(t)
         if process.num_steps == 1:
             return variance
@@ -116,7 +116,7 @@ class PosteriorVariance(Variance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        checks.time("t", t, process.num_steps, low=1)
+        _check(process, t)
         return _posterior_variance(process.schedule, t)
 
 
@@ -159,7 +159,7 @@ class FixedVariance(Variance):
         self.register_buffer("variances", variances)
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        checks.time("t", t, process.num_steps, low=1)
+        _check(process, t)
         return self._of_step(process.schedule, t)
 
     def _of_step(self, schedule: Schedule, t: int | Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class AnalyticVariance(Variance):
         self.register_buffer("least", floor)
 
     def forward(self, process: GaussianForward, t: int | Tensor) -> Tensor:
-        checks.time("t", t, process.num_steps, low=1)
+        _check(process, t)
         schedule, time, T = process.schedule, t, len(self.errors)
         while schedule.num_steps != T and isinstance(schedule, SubSchedule):
             time, schedule = schedule.times_at(time), schedule.schedule
@@ -306,7 +306,7 @@ class RangeVariance(LearnedVariance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        checks.time("t", t, process.num_steps, low=1)
+        _check(process, t, v)
         ends = torch.stack([_posterior_variance(process.schedule, t), process.schedule.beta(t)])
         low, high = coefficients(ends.log(), v)
         return torch.lerp(low, high, (1 + v) / 2).exp()
@@ -338,11 +338,18 @@ class DiagonalVariance(LearnedVariance):
     """
 
     def forward(self, process: GaussianForward, t: int | Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        checks.time("t", t, process.num_steps, low=1)
+        _check(process, t, v)
         (signal, noise), (_, weight, deviation) = process.schedule.scales(t), process.schedule.posterior(t)
         of_unit = noise**2 / (signal**2 + noise**2)  # Var(x_0 | x_t) of data N(0, 1)
         least, scale = coefficients(torch.stack([deviation**2, weight**2 * of_unit]), v)
         return torch.addcmul(least, scale, v.exp())
+
+
+def _check(process: object, t: int | Tensor, v: object | None = None) -> None:
+    """A Gaussian process, a time of it, and, of a learned variance, what the network says."""
+    checks.time("t", t, checks.instance("process", process, GaussianForward).num_steps, low=1)
+    if v is not None:
+        checks.state("v", v)
 
 
 def _posterior_variance(schedule: Schedule, t: int | Tensor) -> Tensor:

@@ -106,6 +106,21 @@ class LogSNREmbedding(nn.Module):
         return self.embedding(50 * log_snr)
 
 
+def check_context(classes: int | None, vector: int | None) -> tuple[int | None, int | None]:
+    """The numbers of labels and of features of a vector, where they are given."""
+    return (
+        None if classes is None else arguments.positive_int("classes", classes),
+        None if vector is None else arguments.positive_int("vector", vector),
+    )
+
+
+def check_input(x_t: object, t: object) -> None:
+    """A tensor, and a time that is an int or a tensor."""
+    checks.instance("x_t", x_t, Tensor)
+    if not isinstance(t, Tensor) and not arguments.is_int(t):
+        raise ArgumentError("t", f"must be an int or an integer tensor, but it is {arguments.described(t)}")
+
+
 class ContextEmbedding(nn.Module):
     r"""The context of a datum, a label or a vector or both, as features to be added to those of the time.
 
@@ -141,8 +156,7 @@ class ContextEmbedding(nn.Module):
     def __init__(self, features: int, classes: int | None = None, vector: int | None = None) -> None:
         super().__init__()
         features = arguments.positive_int("features", features)
-        self.classes = None if classes is None else arguments.positive_int("classes", classes)
-        self.vector = None if vector is None else arguments.positive_int("vector", vector)
+        self.classes, self.vector = check_context(classes, vector)
         self.names = [name for name, number in (("y", classes), ("vector", vector)) if number is not None]
         self.embedding = None if self.classes is None else nn.Embedding(self.classes + 1, features)
         self.linear = None if self.vector is None else nn.Linear(self.vector, features, bias=False)

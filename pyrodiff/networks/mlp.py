@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
-from .embeddings import ContextEmbedding, TimeEmbedding
+from .embeddings import ContextEmbedding, TimeEmbedding, check_context, check_input
 
 __all__ = ["MLP"]
 
@@ -78,6 +78,7 @@ class MLP(nn.Module):
             raise ArgumentError("frequency", f"must be a number of at least 0, but it is {frequency!r}")
         self.event_shape, self.frequency = checks.event_shape(event_shape), float(frequency)
         self.outputs = None if outputs is None else arguments.positive_int("outputs", outputs)
+        check_context(classes, vector)
         size = self.event_shape.numel()
         self.embedding = nn.Sequential(TimeEmbedding(hidden), nn.SiLU())
         self.inlet = nn.Linear(size, hidden)
@@ -97,6 +98,7 @@ class MLP(nn.Module):
 
         The context is a label, a vector, or a label and a vector, for which see :class:`ContextEmbedding`.
         """
+        check_input(x_t, t)
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
         if x_t.shape[len(batch_shape) :] != self.event_shape:
             raise ArgumentError(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
-from .embeddings import ContextEmbedding, TimeEmbedding
+from .embeddings import ContextEmbedding, TimeEmbedding, check_context, check_input
 
 __all__ = ["UNet"]
 
@@ -80,12 +80,12 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.event_shape, self.outputs = checks.event_shape(event_shape), outputs
+        check_context(classes, vector)
         _check_unet(self.event_shape, channels, hidden, num_blocks, dropout, outputs)
         planes, (height, width) = self.event_shape[:-2].numel(), self.event_shape[-2:]
         sizes = {height >> depth: size for depth, size in enumerate(channels)}
         _check_parts(sizes, attention, heads, groups)
-        time = TimeEmbedding(64) if time is None else time
-        checks.instance("time", time, nn.Module)
+        time = TimeEmbedding(64) if time is None else checks.instance("time", time, nn.Module)
         features = arguments.positive_int("time.features", getattr(time, "features", None))
 
         def blocks() -> nn.ModuleList:
@@ -112,6 +112,7 @@ class UNet(nn.Module):
 
         The context is a label, a vector, or a label and a vector, for which see :class:`ContextEmbedding`.
         """
+        check_input(x_t, t)
         batch_shape = x_t.shape[: x_t.dim() - len(self.event_shape)]
         told, (time, activation) = self.labels(batch_shape, *context, y=y), self.embedding
         times = torch.as_tensor(t, device=x_t.device).expand(batch_shape).reshape(-1)
@@ -141,7 +142,7 @@ class UNet(nn.Module):
 def _check_unet(
     event_shape: torch.Size, channels: Sequence[int], hidden: int, num_blocks: int, dropout: float, outputs: int | None
 ) -> None:
-    if isinstance(channels, int) or len(channels) == 0:
+    if not isinstance(channels, Sequence) or isinstance(channels, str | bytes) or len(channels) == 0:
         raise ArgumentError("channels", f"must be a sequence of at least one int, but it is {channels!r}")
     for size in channels:
         arguments.positive_int("channels", size, even=True)
@@ -152,7 +153,7 @@ def _check_unet(
             f"must be (H, W) or (C, H, W) with H and W divisible by {2**halvings} for {halvings} halvings, "
             f"but it is {tuple(event_shape)}",
         )
-    if hidden != 0:
+    if not (arguments.is_int(hidden) and hidden == 0):
         arguments.positive_int("hidden", hidden)
     arguments.positive_int("num_blocks", num_blocks)
     arguments.probability("dropout", dropout)

@@ -244,6 +244,7 @@ class OneStep(nn.Module):
 
     def __init__(self, diffusion: Diffusion, drawing: Drawing, weighting: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        checks.instance("diffusion", diffusion, Diffusion)
         checks.instance("drawing", drawing, Drawing)
         if not callable(weighting):
             raise ArgumentError("weighting", f"must be called with t, but it is {weighting!r}")

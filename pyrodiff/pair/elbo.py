@@ -27,7 +27,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from ..base import checks
+from ..base import arguments, checks
 from ..base.arguments import ArgumentError
 from ..base.precision import precisely
 from .entropy import innermost, relative_entropy
@@ -114,6 +114,9 @@ class DiffusionELBO(TraceMeanField_ELBO):
         return pair_costs(model, guide, args, kwargs)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise ArgumentError(name, f"must be a program, but it is {arguments.described(program)}")
         guide_trace = _trace_of(guide, args, kwargs)
         model_trace = _trace_of(poutine.replay(model, trace=guide_trace), args, kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)

@@ -445,7 +445,7 @@ class Generative(nn.Module):
                 "must be given where there are random weights (PyroSample), to draw them from what was learned, "
                 "guide=AutoNormal(...) say: else they would be drawn from their prior"
                 if guide is None
-                else "guide must be None where there are no random weights (PyroSample), but it is given",
+                else "must be None where there are no random weights (PyroSample), but it is given",
             )
         if not self.of_pyro():  # no part sends messages
             yield None
@@ -504,7 +504,9 @@ class TrajectoryModel(Generative):
 
     def forward(self, x_0: Tensor | None = None, *context: Tensor, num_samples: int | None = None) -> Tensor:
         if (x_0 is None) == (num_samples is None):
-            raise ValueError(f"either x_0 or num_samples must be given, but num_samples is {num_samples!r}")
+            raise ArgumentError(
+                "x_0", f"or num_samples must be given, and not both, but num_samples is {num_samples!r}"
+            )
         if arguments.is_int(x_0):
             raise ArgumentError("num_samples", f"must be given by keyword, num_samples={x_0}, but x_0 is {x_0}")
         if x_0 is None:

@@ -97,6 +97,7 @@ class Drawing(Float64Module, ABC):
 
 
 def _equal_parts(u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    num_steps = int(num_steps)
     t = (u * num_steps).long().clamp(max=num_steps - 1) + 1
     return t, torch.full((), 1 / num_steps, dtype=u.dtype, device=u.device).expand(t.shape)
 
@@ -187,7 +188,7 @@ class ImportanceDrawing(Drawing):
             ValueError: If an argument is none of that.
         """
         moments = checks.numbers("second_moments", second_moments)
-        arguments.number("uniform", uniform, 0, 1)
+        uniform = arguments.number("uniform", uniform, 0, 1)
         if moments.dim() != 1 or not ((moments >= 0) & moments.isfinite()).all() or not (moments > 0).any():
             raise ArgumentError(
                 "second_moments", f"must be numbers of at least 0, not all 0, but they are {moments.tolist()}"

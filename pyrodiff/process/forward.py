@@ -160,7 +160,8 @@ class Forward(Float64Module, ABC):
             ValueError: If ``times`` are not increasing ints in 1..T, or this kind of process cannot be shortened.
         """
         raise ArgumentError(
-            type(self).__name__, "must have a method subchain(times) of its own to be cut to fewer steps"
+            "forward",
+            f"must have a method subchain(times) of its own to be cut, but a {type(self).__name__} has none",
         )
 
     def check(self, x_0: Tensor, event_shape: torch.Size) -> None:
@@ -208,9 +209,9 @@ def shortened(process: Forward, chain: Chain) -> Chain:
     missing = sorted(vars(process).keys() - vars(chain).keys())
     if process._forward_hooks or process._forward_pre_hooks or missing:
         raise ArgumentError(
-            type(process).__name__,
-            f"must have a method subchain(times) of its own where it has more than its class "
-            f"gives it, but it has {', '.join(missing) or 'hooks'}",
+            "forward",
+            f"must have a method subchain(times) of its own where it has more than its class gives it, but this "
+            f"{type(process).__name__} has {', '.join(missing) or 'hooks'}",
         )
     return chain
 
@@ -231,15 +232,19 @@ def event_dim(x: Tensor, t: int | Tensor) -> int:
 
 def check_posterior(x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None, num_steps: int) -> None:
     """Check the arguments of a posterior q(x_s | x_t, x_0), while Pyro validates."""
-    checks.step(x_t, t, s, num_steps, first=1)
-    if checks.validating() and not _broadcasts(x_0, x_t, event_dim(x_t, t)):
-        got = f"its shape is {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"it is a {type(x_0).__name__}"
-        raise ArgumentError("x_0", f"must have the shape {tuple(x_t.shape)} of the state x_t, but {got}")
+    checks.step("x_t", x_t, t, s, num_steps, first=1)
+    if not checks.validating():
+        return
+    checks.state("x_0", x_0)
+    if not _broadcasts(x_0, x_t, event_dim(x_t, t)):
+        raise ArgumentError(
+            "x_0", f"must have the shape {tuple(x_t.shape)} of the state x_t, but its shape is {tuple(x_0.shape)}"
+        )
 
 
-def _broadcasts(x_0: object, x_t: Tensor, event: int) -> bool:
+def _broadcasts(x_0: Tensor, x_t: Tensor, event: int) -> bool:
     """Whether data have the event shape of a state, and a batch shape that broadcasts to its, as under enumeration."""
-    if not isinstance(x_0, Tensor) or x_0.shape[x_0.dim() - event :] != x_t.shape[x_t.dim() - event :]:
+    if x_0.shape[x_0.dim() - event :] != x_t.shape[x_t.dim() - event :]:
         return False
     try:
         torch.broadcast_shapes(x_0.shape, x_t.shape)
@@ -297,13 +302,13 @@ class GaussianForward(Forward):
         return shortened(self, type(self)(SubSchedule(self.schedule, times)))
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.TorchDistribution:
-        checks.step(x_s, t, s, self.num_steps)
+        checks.step("x_s", x_s, t, s, self.num_steps)
         s = t - 1 if s is None else s
         signal, noise = coefficients(torch.stack(self.schedule.step(t, s)), x_s)
         return dist.Normal(signal * x_s, noise).to_event(event_dim(x_s, t))
 
     def marginal(self, x_0: Tensor, t: int | Tensor) -> dist.TorchDistribution:
-        checks.step(x_0, t, 0, self.num_steps)
+        checks.step("x_0", x_0, t, 0, self.num_steps)
         signal, noise = self.scales(x_0, t)
         return dist.Normal(signal * x_0, noise).to_event(event_dim(x_0, t))
 
@@ -349,9 +354,10 @@ class GaussianForward(Forward):
     def prior(
         self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> dist.TorchDistribution:
+        event_shape = checks.event_shape(event_shape)
         deviation = torch.hypot(*self.schedule.scales(self.num_steps))
         scale = deviation.to(dtype or torch.get_default_dtype()).to(device or deviation.device)
-        return dist.Normal(scale.new_zeros(tuple(event_shape)), scale).to_event(len(event_shape))
+        return dist.Normal(scale.new_zeros(event_shape), scale).to_event(len(event_shape))
 
     def scales(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """The signal and the noise at t, in the dtype of ``x_t`` and broadcastable against it."""
@@ -418,7 +424,7 @@ class BinomialForward(Forward):
             )
 
     def transition(self, x_s: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> dist.TorchDistribution:
-        checks.step(x_s, t, s, self.num_steps)
+        checks.step("x_s", x_s, t, s, self.num_steps)
         s = t - 1 if s is None else s
         kept, redrawn = coefficients(torch.stack(self.schedule.step(t, s)).square(), x_s)
         rate, rest = self._rates(x_s)
@@ -455,8 +461,9 @@ class BinomialForward(Forward):
     def prior(
         self, event_shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> dist.TorchDistribution:
+        event_shape = checks.event_shape(event_shape)
         rate = self.rate.to(dtype or torch.get_default_dtype()).to(device or self.rate.device)
-        return Bits(rate.expand(tuple(event_shape))).to_event(len(event_shape))
+        return Bits(rate.expand(event_shape)).to_event(len(event_shape))
 
     def _rates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The probabilities of a 1 and of a 0 in pure noise, in the dtype and on the device of x."""

@@ -91,9 +91,8 @@ def from_levels(
             "dtype", f"must resolve the noise in a bin of width {width:.3g} for uniform=True, but it is {dtype}"
         )
     whole = whole_levels("k", k, levels)
-    x = _points(whole, levels)
+    x, source = _points(whole, levels), generator_of(generator, home(k.device))
     if uniform:
-        source = generator_of(generator, home(k.device))
         noise = torch.rand(k.shape, generator=source, dtype=torch.float64, device=home(k.device))
         rounding = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps  # of this function and of to_levels
         inside = 1 - 2 * rounding / width  # so that it does not leave the bin
@@ -265,6 +264,8 @@ class DiscretizedNormal(_OnLevels):
     arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
+        for name, value in (("loc", loc), ("scale", scale)):
+            checks.state(name, value)
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         super().__init__(arguments.levels(levels), self.loc.shape, validate_args)
 

@@ -72,6 +72,8 @@ class Schedule(Float64Module, ABC):
 
     def beta(self, t: int | Tensor) -> Tensor:
         r"""The variance :math:`\beta_t` of :math:`q(x_t | x_{t-1})`; 0 at t = 0."""
+        if checks.validating() or not isinstance(t, Tensor):
+            checks.time("t", t, self.num_steps)
         earlier = (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
         noise = self.step(t, earlier)[1]
         return torch.where(torch.as_tensor(t == 0, device=noise.device), 0, noise**2)
@@ -117,7 +119,8 @@ class Schedule(Float64Module, ABC):
             (1, 45, 504, 951, 996, 1000)
         """
         T = self.num_steps
-        if arguments.positive_int("num_steps", num_steps) > T:
+        num_steps = arguments.positive_int("num_steps", num_steps)
+        if num_steps > T:
             raise ArgumentError("num_steps", f"must be at most T = {T}, but it is {num_steps}")
         falling = -self.log_snr(torch.arange(1, T + 1, device=self.device)).detach()
         first, last = float(falling[0]), min(float(falling[-1]), 1e6)  # infinite where no signal is left

@@ -101,7 +101,7 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
         seed = int(torch.randint(2**63 - 1, (), generator=source, device="cpu"))
     elif isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    elif arguments.is_int(generator) and -(2**63) <= generator < 2**64:
+    elif arguments.is_int(generator) and -(2**63) <= int(generator) < 2**64:
         seed = int(generator)
     else:
         raise ArgumentError("generator", f"must be a torch.Generator, a seed or None, but it is {generator!r}")

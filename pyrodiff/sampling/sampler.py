@@ -85,6 +85,8 @@ class Sampler(ABC):
             raise ArgumentError("diffusion", "must have no random weights (PyroSample) to be compiled, but it has some")
         if num_steps is not None and times is not None:
             raise ArgumentError("num_steps", f"must be None where times are given, but it is {num_steps!r}")
+        if guide is not None and not callable(guide):
+            raise ArgumentError("guide", f"must be a program, or None, but it is {arguments.described(guide)}")
         self.diffusion, self.guide = diffusion, guide
         self._times_given = None if times is None else checks.increasing("times", times, diffusion.num_steps)
         self._num_steps, self._compiles = num_steps, compile
@@ -317,7 +319,7 @@ def _decreasing(times: Sequence[int], num_steps: int) -> tuple[int, ...]:
     """Check for decreasing ints in 0..T, at least one."""
     try:
         found = tuple(times.tolist() if isinstance(times, Tensor) else times)
-    except TypeError:
+    except (TypeError, RuntimeError):  # no iterable, or without values to read
         found = ()
     if not (
         found

@@ -622,4 +622,4 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
             torch._foreach_mul_(changes, 1 - ((1 + number) / (10 + number)).clamp(max=decay))
             torch._foreach_add_(means, changes)
 
-    return lambda model: AveragedModel(model, multi_avg_fn=update)
+    return lambda model: AveragedModel(checks.instance("model", model, nn.Module), multi_avg_fn=update)

@@ -56,11 +56,11 @@ def test_what_a_page_would_load_from_elsewhere_is_found(pages):
 
 
 def test_nothing_that_is_built_loads_from_elsewhere(pages, tmp_path):
-    built = DOCS / "_build" / "html"
-    app = types.SimpleNamespace(builder=types.SimpleNamespace(format="html"), outdir=str(built))
-    if built.exists():  # as after ``make docs``
-        pages.check_built(app, None)
-    app.outdir = str(tmp_path)
+    """So that the build fails, which ends by this."""
+    app = types.SimpleNamespace(builder=types.SimpleNamespace(format="html"), outdir=str(tmp_path))
+    assert 'app.connect("build-finished", pages.check_built)' in (DOCS / "conf.py").read_text(encoding="utf-8")
+    (tmp_path / "b.html").write_text('<a href="https://arxiv.org">paper</a><img src="a.png">')
+    pages.check_built(app, None)
     (tmp_path / "a.html").write_text('<script src="https://cdn.example/a.js"></script>')
     with pytest.raises(pages.ExtensionError, match=r"a\.html loads https://cdn\.example/a\.js"):
         pages.check_built(app, None)

@@ -44,13 +44,13 @@ pair = diffusion.one_step()
 svi = pyrodiff.SVI(
     pair.model,
     pair.guide,
-    lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
     pyrodiff.DiffusionELBO(),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=1000
+        optimizer, T_max=500
     ),
 )
-for _ in range(1000):
+for _ in range(500):
     svi.step(data[torch.randint(len(data), (256,))])
 
 bound = pyrodiff.bound(diffusion, x_0, generator=0)

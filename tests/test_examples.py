@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -193,13 +194,26 @@ def test_a_variant_of_ones_own(example, tmp_path, capsys):
 
 
 def test_two_processes_get_what_one_gets(example, tmp_path, capsys):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [str(FOLDER / "multi_gpu.py"), "--out", str(tmp_path), "--steps", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes on cpu" in done.stdout
-    assert done.stdout.count("bound on -log p(x_0)") == 1
+    """As ``torchrun`` would start them, which the tutorial of several processes does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(FOLDER / "multi_gpu.py"), "--out", str(tmp_path), "--steps", "3"]
+    started = []
+    for rank in "01":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **meet, "RANK": rank, "LOCAL_RANK": rank}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "2 processes on cpu" in said[0][0]
+    assert said[0][0].count("bound on -log p(x_0)") == 1
+    assert said[1][0] == ""
     bound = example("multi_gpu").main(tmp_path, 3)  # from the checkpoint, on other data
     alone = capsys.readouterr().out
     assert "resumes at step 3" in alone
@@ -297,8 +311,13 @@ def test_fast_sampling(example, tmp_path, capsys, monkeypatch):
 
 def test_what_is_missing(example, tmp_path, capsys, monkeypatch):
     inpainting = example("inpainting")
-    half = inpainting.half_a_digit
+    half, whole = inpainting.half_a_digit, inpainting.posterior
+
+    def few(*of, num_particles, generator):
+        return whole(*of, num_particles=num_particles // 8, generator=generator)
+
     monkeypatch.setattr(inpainting, "half_a_digit", lambda diffusion: half(diffusion, 2))
+    monkeypatch.setattr(inpainting, "posterior", few)
     eight, found = inpainting.main(tmp_path, 10)
     printed = capsys.readouterr().out
     assert all(f"{float(one.log_evidence):9.3f} ± {float(one.standard_error):.3f}" in printed for one in eight.values())

@@ -53,4 +53,4 @@ all-installed: $(NEEDED)
 	@touch $(VENV)/installed $(VENV)/installed-test $(VENV)/installed-docs
 
 clean:
-	rm -rf $(VENV) out runs docs/_build docs/generated build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) out runs docs/_build docs/generated build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -39,7 +39,7 @@ def held_out(
     svi: pyrodiff.SVI, diffusion: pyrodiff.Diffusion, x_0: Tensor, size: Size, unit: str
 ) -> Callable[[], tuple[float, float]]:
     """A function that estimates the bound of the averaged weights on the held-out pictures, from few terms of each."""
-    settings = {"num_times": size.num_times // 20, "generator": 0, "memory_budget": size.memory}
+    settings = {"num_times": max(4, size.num_times // 20), "generator": 0, "memory_budget": size.memory}
 
     def measure() -> tuple[float, float]:
         with svi.averaged():

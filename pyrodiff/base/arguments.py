@@ -75,7 +75,7 @@ def positive_int(name: str, value: object, *, even: bool = False) -> int:
     if not is_int(value) or value < 1 or (even and value % 2):
         raise ArgumentError(name, f"must be an int of at least 1{', even' * even}, but it is {described(value)}")
     if int(value) >= 2**63:
-        raise ArgumentError(name, f"must be below 2^63, but it is {value}")
+        raise ArgumentError(name, f"must be at most 2^63 - 1, but it is {value}")
     return int(value)
 
 

@@ -384,5 +384,5 @@ def _is_a(value: object, hint: Any) -> bool:
     if parts:
         return any(_is_a(value, part) for part in parts)
     if hint is float:
-        return arguments.is_number(value)
-    return arguments.is_int(value) if hint is int else isinstance(value, hint)
+        return type(value) in (int, float)  # as JSON has them: no bool, and no tensor
+    return type(value) is int if hint is int else isinstance(value, hint)

@@ -84,11 +84,12 @@ def increasing(name: str, value: Any, high: int) -> tuple[int, ...]:
 
 
 def returned(name: str, value: object, shape: torch.Size | tuple[int, ...], x_t: Tensor, or_else: str = "") -> None:
-    """Check that what a module, a network say, returned for a state is a tensor of floats of this shape."""
-    if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point():
-        return
+    """Check that what a module, a network say, returned for a state is a tensor of this shape, of floats for floats."""
     if isinstance(value, Tensor):
-        got = str(tuple(value.shape)) if value.is_floating_point() else f"of dtype {value.dtype}, and no floats"
+        is_number = value.is_floating_point() or not x_t.is_floating_point()
+        if value.shape == shape and is_number:
+            return
+        got = str(tuple(value.shape)) if is_number else f"of dtype {value.dtype}, and no floats"
     else:
         got = repr(value) if arguments.is_number(value) or value is None else f"a {type(value).__name__}"
     raise ArgumentError(

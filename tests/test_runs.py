@@ -55,7 +55,7 @@ def home(tmp_path_factory):
 def context():
     """Processes that are there in milliseconds, since one that has imported everything parts in two."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    context.set_forkserver_preload(["pyrodiff.command.train", "pyrodiff.api", "pytest", "torch._dynamo"])
     return context
 
 

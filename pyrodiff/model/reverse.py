@@ -218,5 +218,5 @@ class D3PMReverse(BinomialReverse):
             return logits
         later = t.clamp(min=2) if isinstance(t, Tensor) else max(t, 2)  # also at t = 1, for finite gradients
         joined = self.forward_process.posterior_logits(x_t, logits.sigmoid(), later, later - 1)
-        is_last = torch.as_tensor(t == 1, device=x_t.device)
+        is_last = torch.as_tensor(t, device=x_t.device) == 1
         return torch.where(is_last.reshape(is_last.shape + (1,) * (x_t.dim() - is_last.dim())), logits, joined)

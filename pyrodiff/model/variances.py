@@ -96,7 +96,7 @@ class FixedLargeVariance(Variance):
         variance = process.schedule.beta(t)
         if process.num_steps == 1:
             return variance
-        first = torch.as_tensor(t == 1, device=variance.device)
+        first = torch.as_tensor(t, device=variance.device) == 1
         return torch.where(first, _posterior_variance(process.schedule, t), variance)
 
 
@@ -248,7 +248,7 @@ class AnalyticVariance(Variance):
         error = self.errors.index_select(0, whole.reshape(-1) - 1).reshape(whole.shape)
         _, weight, deviation = process.schedule.posterior(t)
         variance = deviation**2 + weight**2 * error
-        is_last = torch.as_tensor(t == 1, device=variance.device)
+        is_last = torch.as_tensor(t, device=variance.device) == 1
         return torch.where(is_last, torch.maximum(variance, self.least), variance)
 
     def extra_repr(self) -> str:

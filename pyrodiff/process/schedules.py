@@ -76,7 +76,7 @@ class Schedule(Float64Module, ABC):
             checks.time("t", t, self.num_steps)
         earlier = (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
         noise = self.step(t, earlier)[1]
-        return torch.where(torch.as_tensor(t == 0, device=noise.device), 0, noise**2)
+        return torch.where(torch.as_tensor(t, device=noise.device) == 0, 0, noise**2)
 
     @abstractmethod
     def signal(self, t: int | Tensor) -> Tensor:

@@ -932,7 +932,9 @@ def test_a_file_of_another_kind_is_refused(there, content, message):
 def context():
     """Processes that are there in milliseconds, since one that has imported everything parts in two."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pyrodiff.api", "pyrodiff.checkpoints", "pyro.infer.autoguide", "pytest", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["pyrodiff.api", "pyrodiff.checkpoints", "pyro.infer.autoguide", "pytest", "torch._dynamo"]
+    )
     return context
 
 

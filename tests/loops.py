@@ -1,9 +1,31 @@
-"""What tests of training share: optimizers, the choice of a pair, and parameters as they were."""
+"""What tests of training share: optimizers, small diffusions and their data, the choice of a pair, parameters."""
 
+import models
 import torch
 from torch import Tensor, nn
 
 import pyrodiff
+
+X = torch.tensor([[0.3, -1.2], [1.1, 0.4], [-0.8, 0.9], [0.2, 1.7]])  # data of two numbers, and of two bits
+ONES = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+
+
+def gaussian(schedule: pyrodiff.Schedule | None = None) -> pyrodiff.Diffusion:
+    forward = pyrodiff.GaussianForward(schedule or pyrodiff.LinearSchedule(models.T, 0.1, 0.5))
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.NoisePrediction(models.Network(), forward))
+    return pyrodiff.Diffusion(forward, reverse, (models.SIZE,))
+
+
+def bits() -> pyrodiff.Diffusion:
+    return models.bits(1.0)
+
+
+def levels() -> pyrodiff.Diffusion:
+    return models.gaussian(1.0, schedule="log SNR", denoiser="levels", decoder="softmax")
+
+
+def svi_of(pair, optim=None, loss=None, **options) -> pyrodiff.SVI:
+    return pyrodiff.SVI(pair.model, pair.guide, optim or adam, loss or pyrodiff.DiffusionELBO(), **options)
 
 
 def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:

@@ -6,41 +6,14 @@ import models
 import pyro
 import pytest
 import torch
-from loops import adam
+from cases import refused
+from loops import ONES, X, bits, gaussian, levels, svi_of
 from models import Network
 
 import pyrodiff
-from pyrodiff import SVI, DiffusionELBO, bound, importance_bound
+from pyrodiff import bound, importance_bound
 
-T, D = 4, 2
-
-
-def gaussian(schedule):
-    forward = pyrodiff.GaussianForward(schedule)
-    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.NoisePrediction(Network(), forward))
-    return pyrodiff.Diffusion(forward, reverse, (D,))
-
-
-def bits():
-    return models.bits(1.0)
-
-
-def levels():
-    return models.gaussian(1.0, schedule="log SNR", denoiser="levels", decoder="softmax")
-
-
-X = torch.tensor([[0.3, -1.2], [1.1, 0.4], [-0.8, 0.9], [0.2, 1.7]])
-ONES = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-
-
-def svi_of(pair, optim=adam, loss=None, **options):
-    return SVI(pair.model, pair.guide, optim, loss or DiffusionELBO(), **options)
-
-
-def refused(call, *words):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
-        call()
-    assert all(word in str(error.value) for word in words), error.value
+T, D = models.T, models.SIZE
 
 
 # Noise that float32 cannot tell

@@ -1,6 +1,7 @@
 """A run that is killed, stopped, or out of disk goes on as if nothing had happened; and what is watched is true."""
 
 import errno
+import functools
 import json
 import math
 import multiprocessing
@@ -538,18 +539,6 @@ def test_a_damaged_checkpoint_takes_nobody_s_place(home, tmp_path):
     assert call("train", "--out", folder, "--resume=whole", "--train-steps=8", "--keep=1").code == 0
     names = {path.name for path in damaged.parent.iterdir()}
     assert names == {"best.pt", "step-00000008.pt", damaged.name}
-
-
-def test_a_damaged_best_checkpoint_is_found_at_the_start_and_made_anew(home, tmp_path, monkeypatch):
-    folder = copied(home, tmp_path)
-    cut(folder / "checkpoints" / "best.pt")
-    before = bytes_of(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "Run", None)  # nothing is built
-        assert resumed(folder, train_steps=8).is_refused("best.pt", "step-00000006.pt is whole")
-    assert bytes_of(folder) == before
-    assert call("train", "--out", folder, "--resume=whole").code == 0
-    assert Run.opened(folder).svi.num_steps == 6
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(home, tmp_path):
@@ -1107,11 +1096,19 @@ def test_what_does_not_fit_the_run_is_refused_the_other_one_named_and_gone_on_fr
     assert same(states(folder), states(home / "alone"))
 
 
-def test_a_best_checkpoint_that_does_not_fit_is_found_at_the_start_and_made_anew(home, tmp_path):
+@pytest.mark.parametrize(
+    ("hurt", "is_built"),
+    [(cut, False), (functools.partial(forged_in, place=("svi", "average", 1), value="x"), True)],
+    ids=["cut short", "of another shape"],
+)
+def test_an_unfit_best_checkpoint_is_found_at_the_start_and_made_anew(home, tmp_path, monkeypatch, hurt, is_built):
     folder = copied(home, tmp_path)
-    forged_in(folder / "checkpoints" / "best.pt", ("svi", "average", 1), "x")
+    hurt(folder / "checkpoints" / "best.pt")
     before = bytes_of(folder)
-    assert resumed(folder, train_steps=8).is_refused("best.pt", "step-00000006.pt is whole")
+    with monkeypatch.context() as patch:
+        if not is_built:
+            patch.setattr(training, "Run", None)
+        assert resumed(folder, train_steps=8).is_refused("best.pt", "step-00000006.pt is whole")
     assert bytes_of(folder) == before
     assert call("train", "--out", folder, "--resume=whole").code == 0
     assert Run.opened(folder).svi.num_steps == 6

@@ -8,46 +8,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from loops import adam, values
-from models import Network
+from cases import refused
+from loops import ONES, X, bits, gaussian, levels, svi_of, values
 from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyrodiff
-from pyrodiff import SVI, AncestralSampler, DiffusionELBO, bound, importance_bound
+from pyrodiff import AncestralSampler, DiffusionELBO, bound, importance_bound
 
-T, D = 4, 2
-
-
-def gaussian():
-    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(T, 0.1, 0.5))
-    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.NoisePrediction(Network(), forward))
-    return pyrodiff.Diffusion(forward, reverse, (D,))
+T, D = models.T, models.SIZE
 
 
-def bits():
-    return models.bits(1.0)
-
-
-def levels():
-    return models.gaussian(1.0, schedule="log SNR", denoiser="levels", decoder="softmax")
-
-
-X = torch.tensor([[0.3, -1.2], [1.1, 0.4], [-0.8, 0.9], [0.2, 1.7]])
-ONES = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
 POINTS = pyrodiff.from_levels(torch.tensor([[0, 3], [4, 1], [2, 4]]), levels=5)
 PAIRS = {"trajectory": lambda diffusion: diffusion, "one step": lambda diffusion: diffusion.one_step()}
 every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-
-
-def svi_of(pair, optim=adam, loss=None, **options):
-    return SVI(pair.model, pair.guide, optim, loss or DiffusionELBO(), **options)
-
-
-def refused(call, *words):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
-        call()
-    assert all(word in str(error.value) for word in words), error.value
 
 
 # Steps

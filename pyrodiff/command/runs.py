@@ -371,7 +371,7 @@ def _kept(path: Path) -> tuple[Plan, Form]:
 def _beside(error: ValueError, path: Path) -> ValueError:
     """What is wrong with a checkpoint, and which other one is whole."""
     whole = last_checkpoint(path.parent.parent, whole=True, but=[path])
-    beside = f"{whole} is whole: train --resume=whole goes on from it, --checkpoint takes it"
+    beside = f"{whole} is whole: train --resume=whole resumes from it, --checkpoint takes it"
     return arguments.amended(error, f"; {beside}") if whole else error
 
 

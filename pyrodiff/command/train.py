@@ -105,7 +105,7 @@ def train(given: Mapping[str, Any], out: Path | None, config: Path | None, resum
 def _interrupted(run: Run, interrupted: Interrupted) -> int:
     again = shlex.join(["pyrodiff", "train", "--out", str(run.folder), "--resume"])
     saved = f"at step {run.svi.num_steps}, which is saved" if run.svi.num_steps else "before the first step"
-    say(f"stopped by {signal.Signals(interrupted.signal).name} {saved}; go on with: {again}")
+    say(f"stopped by {signal.Signals(interrupted.signal).name} {saved}; resume with: {again}")
     return 128 + interrupted.signal
 
 
@@ -196,12 +196,12 @@ def _begin(
         _record(folder, plan, line, None if is_run else locked)
     say(f"data: {data.form.contents}")
     if checkpoint is not None:
-        say(f"going on with {folder} from step {run.svi.num_steps} of {plan.training.train_steps}")
+        say(f"resuming {folder} from step {run.svi.num_steps} of {plan.training.train_steps}")
     return run, data
 
 
 def _restored(run: Run, last: Path, best: Path | None, whole: bool) -> tuple[Path, Path | None]:
-    """The checkpoint that a run now goes on from, and its best one, which has to fit it too.
+    """The checkpoint that a run is resumed from, and its best one, which has to fit it too.
 
     Arguments:
         run: The run.

@@ -665,7 +665,7 @@ class Step(nn.Module):
             yield
 
     def told(self, t: Tensor, where: Tensor) -> Any:
-        """The ``infer`` of a scored site (in the guide, if latent), by which the drawing is told its cost."""
+        """The ``infer`` of a scored site (in the guide, if latent), which passes its cost to the drawing."""
         return {"tell": lambda cost: self.drawing.tell(t, cost, where)}
 
 

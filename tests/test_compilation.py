@@ -9,15 +9,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import bit_diffusion
+from gpu import on_a_gpu
 from loops import adam, level_data, nothing, sgd, still
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import constraints
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pyrodiff
 from pyrodiff import SVI, DiffusionELBO
-from pyrodiff.running.compilation import Compiled
+from pyrodiff.running.compilation import Compiled, captured
 
 X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]], dtype=torch.float64)
 X = torch.tensor([1.0, -2.0, 4.0])
@@ -552,52 +555,235 @@ def test_a_module_of_another_dtype_has_another_graph(interpreted):
     assert len(interpreted) == 2
 
 
-# The whole step as one CUDA graph, with a stand-in for the capture: the function itself, run at each replay
+# The whole step as one CUDA graph, and on a CPU with a stand-in for it
 
 
-@pytest.fixture
-def capturable(monkeypatch):
-    """What was captured; tensors count as the device's, and optimizers as capturable."""
-    captured = []
-    monkeypatch.setattr("pyrodiff.running.compilation.captured", lambda function: captured.append(function) or function)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    return captured
+class Recording(TorchDispatchMode):
+    """A stand-in for a CUDA graph: the operations of a function, repeated on the same memory, without its Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.changed = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value is read")
+        given = [tensor.untyped_storage() for tensor in tensors_of((args, kwargs))]
+        self.changed += [(memory, memory.clone()) for memory in given]  # batch norm changes what it says it does not
+        results = func(*args, **(kwargs or {}))
+        places = {memory.data_ptr() for memory in given}
+        own = [tensor.untyped_storage().data_ptr() not in places for tensor in tensors_of(results)]
+        self.operations.append((functools.partial(func, *args, **(kwargs or {})), results, own))
+        return results
+
+    def undo(self):
+        """A capture is without effect."""
+        for memory, before in reversed(self.changed):
+            memory.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for run, results, own in self.operations:
+            for kept, new, is_own in zip(tensors_of(results), tensors_of(run()), own, strict=True):
+                if is_own:
+                    kept.copy_(new)
 
 
-def momentum(parameters, lr=0.01):
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    optimizer.param_groups[0]["capturable"] = True
-    return optimizer
+def tensors_of(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def test_a_captured_step_is_the_step(interpreted, capturable):
+def recorded(function):
+    random = torch.get_rng_state()
+    try:
+        with Recording() as recording:
+            results = function()
+    finally:
+        recording.undo()
+        torch.set_rng_state(random)
+
+    def replay():
+        recording.replay()
+        return results
+
+    return replay
+
+
+class Captures(list):
+    """What was captured, and where tensors are."""
+
+    device = "cpu"
+
+
+@pytest.fixture(params=["recorded", pytest.param("on a GPU", marks=on_a_gpu)])
+def captures(request, monkeypatch):
+    """What was captured: on a GPU, or with the stand-in, where tensors count as a GPU's."""
+    made, capture = Captures(), recorded
+    if request.param == "recorded":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    else:
+        made.device, capture = "cuda", captured
+    monkeypatch.setattr(
+        "pyrodiff.running.compilation.captured", lambda function: made.append(function) or capture(function)
+    )
+    return made
+
+
+class Momentum(torch.optim.Optimizer):
+    """Gradient descent with momentum; its rate is a tensor, or a number."""
+
+    def __init__(self, parameters, lr=None):
+        parameters = list(parameters)
+        rate = torch.tensor(0.01, dtype=torch.float64, device=parameters[0].device) if lr is None else lr
+        super().__init__(parameters, {"lr": rate, "capturable": True})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                kept = self.state[parameter]
+                if not kept:
+                    kept["sum"] = torch.zeros_like(parameter)
+                kept["sum"].mul_(0.9).add_(parameter.grad)
+                parameter.sub_(group["lr"] * kept["sum"])
+
+
+def placed(captures, optim=Momentum, **options):
+    """The twins, and a batch, where captures are made."""
+    return twins(make(Network(norm=True)).to(captures.device).one_step(), optim, **options), X_0.to(captures.device)
+
+
+def test_a_captured_step_is_the_step(interpreted, captures):
+    """In all that it leaves behind, also where batches of two shapes take turns."""
     average = functools.partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.7))
-    svis = twins(make().one_step(), optim=momentum, clip_norm=5.0, average=average)
-    agree(svis, [[X_0]] * 8)
+    svis, x_0 = placed(captures, clip_norm=5.0, average=average)
+    losses = agree(svis, [[x_0]] * 8)
+    assert len(set(losses)) == 8
     assert svis[0].num_steps == 8
     torch.testing.assert_close(*(dict(svi.average.named_parameters()) for svi in svis), **ROUNDING)
-    assert len(capturable) == 1
-    agree(svis, [[X_0[:2]]] * 8)
-    assert len(capturable) == 2
+    assert len(captures) == 1
+    agree(svis, [[x_0[:2]]] * 8)
+    assert len(captures) == 2
+    agree(svis, [[x_0], [x_0[:2]]] * 3)
+    assert len(captures) == 2
 
 
-def test_a_captured_step_that_cannot_go_on_says_so(interpreted, capturable):
+def elsewhere(svi):
+    for tensor in (*svi.model.parameters(), *svi.model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = 0.9 * tensor.data
+
+
+def changed_state(svi):
+    state = copy.deepcopy(svi.optimizer.state_dict())
+    for kept in state["state"].values():
+        kept["sum"].mul_(-2.0)
+    svi.optimizer.load_state_dict(state)
+
+
+def another_rate(svi):
+    (group,) = svi.optimizer.param_groups
+    group["lr"] = 0.5 * group["lr"]
+
+
+def another_optimizer(svi):
+    svi.optimizer = Momentum(svi.optimizer.param_groups[0]["params"])
+
+
+def hook_of_a_gradient(svi):
+    next(svi.model.parameters()).register_hook(lambda gradient: 3 * gradient)
+
+
+def hook_of_the_optimizer(svi):
+    @torch.no_grad()
+    def shrink(optimizer, args, kwargs):
+        for parameter in svi.model.parameters():
+            parameter.mul_(1 - svi.num_steps / 100)  # a number of this step alone
+
+    svi.optimizer.register_step_post_hook(shrink)
+
+
+def resumed(svi):
+    state = copy.deepcopy(svi.state_dict())
+    svi.step(X_0.to(next(svi.model.parameters()).device))
+    svi.load_state_dict(state)
+
+
+CHANGES = {  # what a program may do between two steps, and how often steps are captured in all
+    "weights in place": (lambda svi: [parameter.data.mul_(0.9) for parameter in svi.model.parameters()], 1),
+    "weights elsewhere": (elsewhere, 2),
+    "another state of the optimizer": (changed_state, 2),
+    "another optimizer": (another_optimizer, 2),
+    "a rate in place": (lambda svi: svi.optimizer.param_groups[0]["lr"].mul_(0.5), 1),
+    "another rate": (another_rate, 2),
+    "another norm": (lambda svi: setattr(svi, "clip_norm", 0.5), 2),
+    "no norm": (lambda svi: setattr(svi, "clip_norm", None), 2),
+    "a hook of a gradient": (hook_of_a_gradient, 1),
+    "a hook of the optimizer": (hook_of_the_optimizer, 1),
+    "gradients that are dropped": (lambda svi: svi.optimizer.zero_grad(), 1),
+    "accumulation": (lambda svi: setattr(svi, "accumulate", 2), 1),
+    "evaluation": (lambda svi: svi.model.eval(), 2),
+    "another dtype of weights and back": (lambda svi: svi.model.float().double(), 2),
+    "a state that is loaded": (resumed, 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_captured_step_sees_what_is_changed(interpreted, captures, change):
+    """A graph knows memory alone: another tensor, number or hook in the place of one would be lost without a word."""
+    svis, x_0 = placed(captures, clip_norm=5.0)
+    make_change, number = CHANGES[change]
+    agree(svis, [[x_0]] * 6)
+    assert len(captures) == 1
+    for svi in svis:
+        pyro.set_rng_seed(4)
+        make_change(svi)
+    agree(svis, [[x_0]] * 8, seed=20)
+    assert len(captures) == number
+
+
+def test_a_captured_step_gives_no_gradient_to_its_data(interpreted, captures):
+    svis, x_0 = placed(captures)
+    agree(svis, [[x_0]] * 6)
+    data = [x_0.clone().requires_grad_() for _ in svis]
+    for svi, x in zip(svis, data, strict=True):
+        pyro.set_rng_seed(1)
+        svi.step(x)
+    torch.testing.assert_close(*(x.grad for x in data), **ROUNDING)
+    assert len(captures) == 1
+
+
+def test_a_captured_step_that_cannot_go_on_says_so(interpreted, captures):
     """A learning rate that is a number is a constant of the graph: it goes on without the capture."""
-    svis = twins(make().one_step(), optim=momentum)
-    agree(svis, [[X_0]] * 7)
+    svis, x_0 = placed(captures, functools.partial(Momentum, lr=0.01))
+    agree(svis, [[x_0]] * 7)
     for svi in svis:
         svi.optimizer.param_groups[0]["lr"] = 0.001
     with pytest.warns(RuntimeWarning, match="give lr as a tensor on the device"):
-        agree(svis, [[X_0]])
-    agree(svis, [[X_0]] * 5)
-    assert len(capturable) == 1
+        agree(svis, [[x_0]])
+    agree(svis, [[x_0]] * 5)
+    assert len(captures) == 1
+
+
+def test_a_step_that_cannot_be_captured_says_so(interpreted, captures):
+    class Reading(Momentum):
+        def step(self, closure=None):
+            assert all(float(parameter.grad.sum()) < 1e9 for parameter in self.param_groups[0]["params"])
+            super().step()
+
+    svis, x_0 = placed(captures, Reading)
+    agree(svis, [[x_0]] * 5)
+    with pytest.warns(RuntimeWarning, match="not as a CUDA graph: capturing it failed: "):
+        agree(svis, [[x_0]])
+    agree(svis, [[x_0]] * 5)
+    assert len(captures) == 1
 
 
 @pytest.mark.parametrize("option", [{"accumulate": 2}, {"nonfinite": "stop"}])
-def test_a_step_in_which_something_is_decided_is_not_captured(interpreted, capturable, option):
-    svis = twins(make().one_step(), optim=momentum, **option)
-    agree(svis, [[X_0]] * 8)
-    assert not capturable
+def test_a_step_in_which_something_is_decided_is_not_captured(interpreted, captures, option):
+    svis, x_0 = placed(captures, **option)
+    agree(svis, [[x_0]] * 8)
+    assert not captures
 
 
 class Running(nn.Module):

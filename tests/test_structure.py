@@ -67,6 +67,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "Compiled",
     "Composition",
     "Gradient",
+    "Graph",
     "Recorder",
     "Replayed",
     "agree",

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..pair.terms import Recorder
 
-__all__ = ["Compiled", "Composition", "Replayed", "as_written", "captured", "kind_of"]
+__all__ = ["Compiled", "Composition", "Graph", "Replayed", "as_written", "captured", "kind_of"]
 
 
 def kind_of(args: Any) -> Hashable:
@@ -83,7 +83,7 @@ class Compiled:
         self.roots = list(modules)
         self.modules = _below(self.roots)  # their modes, training or evaluation, are part of the key
         self.tensors, self.made, self.failure = list(tensors), 0, ""
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
 
     def __call__(self, *args: Any) -> Any:
         key = self._key(args)
@@ -94,7 +94,7 @@ class Compiled:
             self._give_up(f"{self.limit} graphs were made for it, and this would be one more")
         return self.function(*args) if self.failure else self._make(args)
 
-    def graph_for(self, *args: Any) -> Callable | None:
+    def graph_for(self, *args: Any) -> "Graph | None":
         """The graph for arguments of this kind, if there is a valid one: for a loop in which nothing is replaced."""
         graph = self._graphs.get(self._key(args))
         return graph if graph is not None and graph.parts.holds() else None
@@ -110,7 +110,7 @@ class Compiled:
         restore = _snapshot(modules)
         with Recorder() as heard:
             try:
-                graph = _Graph(self.function, args, modules, self.tensors, self.modules)
+                graph = Graph(self.function, args, modules, self.tensors, self.modules)
                 changed = graph.parts.changed()
             except Exception as error:  # whatever a program does that a graph cannot
                 untraced = error
@@ -332,46 +332,74 @@ def as_written() -> Iterator[None]:
 class Replayed:
     """A function of tensors as one CUDA graph, without a launch per kernel from Python.
 
-    What the function writes to tensors of its own is written at each call. It must not synchronise with the device, it
-    must use the same memory each time, and it must have run before, so that all its memory is allocated.
+    The graph reads and writes memory, not tensors: it is right for as long as all that the function reads and writes is
+    where it was, which :meth:`fits` tells. The function must not synchronise with the device, and it must have run
+    before, so that what it keeps between two calls is there.
 
     Arguments:
-        function: Called with tensors, it returns one.
+        function: Called with tensors, it returns a list of tensors and None.
         args: Tensors of the shapes that it will be called with.
+        state: The other tensors that it reads, and those that it changes.
     """
 
-    def __init__(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> None:
-        self.held = [arg.clone() for arg in args]
-        self._run = captured(lambda: function(*self.held))
+    def __init__(
+        self, function: Callable[..., list[Tensor | None]], args: tuple[Tensor, ...], state: list[Tensor]
+    ) -> None:
+        self._args = [arg.clone() for arg in args]
+        self._run = captured(lambda: function(*self._args))
+        self._state, self._places = state, _places(state)  # the tensors too, lest others get their memory
 
-    def __call__(self, *args: Tensor) -> Tensor:
-        for held, arg in zip(self.held, args, strict=True):
+    def fits(self, state: list[Tensor]) -> bool:
+        """Whether these tensors, in their order, are where those of the graph are.
+
+        Arguments:
+            state: What the function would read and change now.
+        """
+        return _places(state) == self._places
+
+    def __call__(self, *args: Tensor) -> list[Tensor | None]:
+        """What the function would return; the next call writes to the same memory."""
+        for held, arg in zip(self._args, args, strict=True):
             held.copy_(arg)
-        return self._run().clone()
+        return self._run()
 
 
-def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A function that replays another's work on the device; its result is in the same memory each time.
+def _places(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def captured(function: Callable[[], list[Tensor | None]]) -> Callable[[], list[Tensor | None]]:
+    """A function that replays another's work on the device; its results are in the same memory each time.
 
     Arguments:
         function: The function, which is run once to be captured, without effect on the device.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = function()
+        results = function()
 
-    def replay() -> Tensor:
+    def replay() -> list[Tensor | None]:
         graph.replay()
-        return result
+        return results
 
     return replay
 
 
-class _Graph:
+class Graph:
     """The graph of a function's tensor operations, for arguments of one kind.
 
     Everything that it reads is an input of the graph, by reference: the arguments, the state of the modules, and any
     other tensor.
+
+    Arguments:
+        function: As of :class:`Compiled`.
+        args: What it is called with.
+        modules: The modules whose state is an input.
+        tensors: Further tensors that are inputs.
+        keyed: As of :class:`Composition`.
+
+    Attributes:
+        inputs: The tensors that it reads besides the arguments.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from ..pair.programs import Generative
 from ..pair.terms import Recorder, is_listened_to
 from ..pair.times import Drawing
 from ..process.forward import GaussianForward
-from ..running.compilation import Compiled, as_written, kind_of
+from ..running.compilation import Compiled, Graph, as_written, kind_of
 
 __all__ = ["Gradient", "Programs"]
 
@@ -288,13 +288,13 @@ class Gradient:
                     parameter.grad.to_local().mul_(ranks.count())  # fully_shard has averaged it
         ranks.agree(self.programs.tensors("_buffers"))
 
-    def graph_for(self, args: tuple) -> Callable | None:
+    def graph_for(self, args: tuple) -> Graph | None:
         """The compiled graph of the gradient, if there is one and the programs are unchanged.
 
         Arguments:
             args: What the programs are called with.
         """
-        if self.compiled is None or not self._is_settled() or is_listened_to():
+        if self.compiled is None or not self._is_settled() or self._is_listened_to():
             return None
         return self.compiled.graph_for(None, None, *args)  # scale and kwargs are None
 
@@ -358,11 +358,15 @@ class Gradient:
             found = iter(_unaliased(torch.autograd.grad(scaled, learned, allow_unused=True)))
         return loss.detach(), *(next(found) if p.requires_grad else None for p in self.parameters)
 
+    def _is_listened_to(self) -> bool:
+        """Whether handlers around the step, or hooks of parameters, would hear of what a graph does not do."""
+        return is_listened_to() or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
+
     def _compilation(self, args: tuple, kwargs: dict) -> Compiled | None:
         """The gradient as a compiled function; None under handlers, hooks or gradients of inputs."""
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             return None
-        if is_listened_to() or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
+        if self._is_listened_to():
             return None
         if any(map(ranks.is_sharded, self.parameters)):  # sharding hides parameters from a graph
             message = "the pair of programs runs without being compiled: a parameter is sharded"

@@ -3,9 +3,9 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from pyro.infer import ELBO
@@ -133,7 +133,7 @@ class SVI:
         self._make_scheduler, self._make_average = scheduler, average
         self._programs = Programs(model, guide)
         self._gradient = Gradient(self._programs, self._learn, loss, autocast, compile, validate)
-        self._replays: dict[Callable, tuple[int, Replayed | None, list[dict]]] = {}
+        self._replays: dict[Hashable, tuple[int, Replayed | None, list[dict]]] = {}
         self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
         self._is_averaged = False
         self._state: dict[str, Any] | None = None  # a loaded state that waits for all parameters to be known
@@ -154,9 +154,7 @@ class SVI:
         self._calls += 1
         replayed = self._replayed(args, kwargs) if self._captures else None
         if replayed is not None:
-            loss = replayed(*args)
-            self._after_step(loss)
-            return loss
+            return self._replay(replayed, args)
         if self._batches == 0:
             self._drop_gradients()
         try:
@@ -320,30 +318,52 @@ class SVI:
         graph = self._gradient.graph_for(args) if self._is_capturable(args, kwargs) else None
         if graph is None:
             return None
-        settings = [
-            {key: value for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
-            for group in self._optimizer.param_groups
-        ]
-        runs, replayed, captured = self._replays.get(graph, (0, None, settings))
+        optimizer, settings = self._optimizer, []
+        state = [*graph.inputs, *(value for kept in optimizer.state.values() for value in kept.values())]
+        for group in optimizer.param_groups:
+            state += (value for value in group.values())
+            settings.append({key: value for key, value in group.items() if key != "params" and not _is_tensor(value)})
+        state = list(filter(_is_tensor, state))
+        key = graph, optimizer, self.clip_norm
+        runs, replayed, captured = self._replays.get(key, (0, None, settings))
         if captured != settings:
-            self._captures = False
-            message = (
-                "the step runs as a compiled graph, not as a CUDA graph: the optimizer's settings change; give lr as a "
-                "tensor on the device, torch.tensor(1e-3, device=...), for a schedule to change it there"
+            return self._capture_no_more(
+                "the optimizer's settings change; give lr as a tensor on the device, torch.tensor(1e-3, device=...), "
+                "for a schedule to change it there"
             )
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-            return None
-        replayed = Replayed(self._whole_step, args) if replayed is None and runs >= 3 else replayed
-        self._replays[graph] = runs + 1, replayed, settings
+        if replayed is not None and not replayed.fits(state):
+            runs, replayed = 0, None  # a tensor was replaced, and others may be yet to be made
+        if replayed is None and runs >= 3:
+            try:
+                replayed = Replayed(self._whole_step, args, state)
+            except RuntimeError as error:
+                return self._capture_no_more(f"capturing it failed: {str(error).splitlines()[0]}")
+        self._replays[key] = runs + 1, replayed, settings
         return replayed
 
-    def _whole_step(self, *args: Tensor) -> Tensor:
-        """A step without decisions in Python, to be captured."""
+    def _capture_no_more(self, reason: str) -> None:
+        self._captures = False
+        self._replays.clear()
+        message = f"the step runs as a compiled graph, not as a CUDA graph: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    def _whole_step(self, *args: Tensor) -> list[Tensor | None]:
+        """A step without decisions in Python, to be captured; returns the loss and the gradients."""
         self._drop_gradients()
         loss = self._gradient.add(args, {}, self._accepts)
         if self.clip_norm is not None:
             self._clip()
         self._optimizer.step()
+        return [loss, *(parameter.grad for parameter in self._gradient.parameters)]
+
+    def _replay(self, replayed: Replayed, args: tuple) -> Tensor:
+        """The step by its CUDA graph; returns the loss."""
+        loss, *gradients = replayed(*args)
+        for parameter, gradient in zip(self._gradient.parameters, gradients, strict=True):
+            if parameter.grad is not gradient:  # but of a step with other arguments, say
+                parameter.grad = gradient
+        loss = loss.clone()
+        self._after_step(loss)
         return loss
 
     def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
@@ -355,8 +375,9 @@ class SVI:
             and self.nonfinite is None
             and ranks.count() == 1
             and not kwargs
-            and all(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+            and all(isinstance(arg, Tensor) and arg.is_cuda and not arg.requires_grad for arg in args)
             and all(group.get("capturable", False) for group in self.optimizer.param_groups)
+            and not (self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
         )
 
     # The state
@@ -456,7 +477,6 @@ class SVI:
                 drawing.share.drawn.fill_(share[1])
         self.num_steps, self._calls = state["counts"]["num_steps"], state["counts"]["calls"]
         self._batches = 0
-        self._replays.clear()
 
     def _refuse_shards(self) -> None:
         parameters = [p for module in self._programs.roots().values() for p in module.parameters()]
@@ -505,6 +525,10 @@ def _made(name: str, make: Callable, given: object, kind: type) -> Any:
 
 _KEEPERS = ("optimizer", "scheduler", "average", "scaler")  # attributes with a state_dict of their own
 _PARTS = {"modules", "stored", "names", "groups", "schedules", "shares", "counts", "optimizer"}
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -337,14 +337,12 @@ class Replayed:
     before, so that what it keeps between two calls is there.
 
     Arguments:
-        function: Called with tensors, it returns a list of tensors and None.
+        function: Called with tensors, it returns tensors, in any nesting.
         args: Tensors of the shapes that it will be called with.
         state: The other tensors that it reads, and those that it changes.
     """
 
-    def __init__(
-        self, function: Callable[..., list[Tensor | None]], args: tuple[Tensor, ...], state: list[Tensor]
-    ) -> None:
+    def __init__(self, function: Callable, args: tuple[Tensor, ...], state: list[Tensor]) -> None:
         self._args = [arg.clone() for arg in args]
         self._run = captured(lambda: function(*self._args))
         self._state, self._places = state, _places(state)  # the tensors too, lest others get their memory
@@ -357,7 +355,7 @@ class Replayed:
         """
         return _places(state) == self._places
 
-    def __call__(self, *args: Tensor) -> list[Tensor | None]:
+    def __call__(self, *args: Tensor) -> Any:
         """What the function would return; the next call writes to the same memory."""
         for held, arg in zip(self._args, args, strict=True):
             held.copy_(arg)
@@ -368,7 +366,7 @@ def _places(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def captured(function: Callable[[], list[Tensor | None]]) -> Callable[[], list[Tensor | None]]:
+def captured(function: Callable[[], Any]) -> Callable[[], Any]:
     """A function that replays another's work on the device; its results are in the same memory each time.
 
     Arguments:
@@ -378,7 +376,7 @@ def captured(function: Callable[[], list[Tensor | None]]) -> Callable[[], list[T
     with torch.cuda.graph(graph):
         results = function()
 
-    def replay() -> list[Tensor | None]:
+    def replay() -> Any:
         graph.replay()
         return results
 

@@ -267,7 +267,7 @@ class Sampler(ABC):
         yield T, x
         times = torch.arange(T + 1, device=x.device)[:, None].expand(-1, num_samples).unbind()
         context = tuple(values.expand(num_samples, *values.shape[1:]) for values in context)
-        step: Callable[..., Sequence[Tensor]] = self._as_a_function
+        step: Callable[..., Any] = self._as_a_function
         memory: Sequence[Tensor] = ()
         start, compiled, self._contexts = x, self._compiled, len(context)
         for t in range(T, 1, -1):

@@ -327,17 +327,19 @@ class SVI:
         key = graph, optimizer, self.clip_norm
         runs, replayed, captured = self._replays.get(key, (0, None, settings))
         if captured != settings:
-            return self._capture_no_more(
+            self._capture_no_more(
                 "the optimizer's settings change; give lr as a tensor on the device, torch.tensor(1e-3, device=...), "
                 "for a schedule to change it there"
             )
+            return None
         if replayed is not None and not replayed.fits(state):
             runs, replayed = 0, None  # a tensor was replaced, and others may be yet to be made
         if replayed is None and runs >= 3:
             try:
                 replayed = Replayed(self._whole_step, args, state)
             except RuntimeError as error:
-                return self._capture_no_more(f"capturing it failed: {str(error).splitlines()[0]}")
+                self._capture_no_more(f"capturing it failed: {str(error).splitlines()[0]}")
+                return None
         self._replays[key] = runs + 1, replayed, settings
         return replayed
 
@@ -347,18 +349,18 @@ class SVI:
         message = f"the step runs as a compiled graph, not as a CUDA graph: {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
-    def _whole_step(self, *args: Tensor) -> list[Tensor | None]:
+    def _whole_step(self, *args: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """A step without decisions in Python, to be captured; returns the loss and the gradients."""
         self._drop_gradients()
         loss = self._gradient.add(args, {}, self._accepts)
         if self.clip_norm is not None:
             self._clip()
         self._optimizer.step()
-        return [loss, *(parameter.grad for parameter in self._gradient.parameters)]
+        return loss, [parameter.grad for parameter in self._gradient.parameters]
 
     def _replay(self, replayed: Replayed, args: tuple) -> Tensor:
         """The step by its CUDA graph; returns the loss."""
-        loss, *gradients = replayed(*args)
+        loss, gradients = replayed(*args)
         for parameter, gradient in zip(self._gradient.parameters, gradients, strict=True):
             if parameter.grad is not gradient:  # but of a step with other arguments, say
                 parameter.grad = gradient

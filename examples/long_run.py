@@ -41,6 +41,8 @@ def options(description: str, out: str, num_steps: int, batch_size: int) -> argp
 def make_svi(diffusion: pyrodiff.Diffusion, arguments: argparse.Namespace, lr: float, average: float) -> pyrodiff.SVI:
     """SVI for a long run: warm-up and a cosine, clipping, a weight average, bfloat16 and a fused AdamW."""
     cuda, warm_up = arguments.device.type == "cuda", min(1000, arguments.steps // 10)
+    options = {"fused": True, "capturable": True} if cuda else {}  # so that a compiled step is one CUDA graph
+    initial = torch.tensor(lr, device=arguments.device) if cuda else lr
     pair = diffusion.one_step(drawing=pyrodiff.LossSecondMoment(diffusion.num_steps))
 
     def rate(step: int) -> float:
@@ -49,7 +51,7 @@ def make_svi(diffusion: pyrodiff.Diffusion, arguments: argparse.Namespace, lr: f
     return pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=cuda),
+        lambda parameters: torch.optim.AdamW(parameters, lr=initial, weight_decay=0.01, **options),
         pyrodiff.DiffusionELBO(),
         clip_norm=1000.0 * arguments.batch,
         scheduler=lambda optimizer: LambdaLR(optimizer, rate),

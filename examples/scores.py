@@ -25,7 +25,7 @@ class Size(NamedTuple):
     memory: int  # bytes that the network calls of an evaluation may take at a time
 
 
-FULL = Size((96, 192, 256), 2, 1000, 5000, 10000, 100, 500, 48, 2**35)
+FULL = Size((96, 192, 256), 2, 1000, 5000, 10000, 40, 50, 48, 2**35)
 SMALL = Size((16, 32, 64), 1, 200, 1000, 10000, 20, 50, 48, 2**28)
 
 

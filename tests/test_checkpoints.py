@@ -495,6 +495,34 @@ OTHERS = {
 }
 
 
+def fused(parameters, lr):
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+
+RATES = {"a number": lambda: 1e-2, "a tensor": lambda: torch.tensor(1e-2)}
+
+
+@pytest.mark.parametrize("there", RATES)
+@pytest.mark.parametrize("here", RATES)
+def test_a_rate_is_a_number_or_a_tensor_as_the_program_that_resumes_has_it(here, there):
+    """And the optimizer computes in the way that this program asks for: the other machine's may not be there."""
+    falls = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 0.5**step)
+    before = of_pair(optim=partial(fused, lr=RATES[there]()), scheduler=falls)
+    steps(before, [4] * 3)
+    plain = partial(torch.optim.Adam, lr=RATES[here]())
+    svi = of_pair(optim=plain if here == "a number" else partial(fused, lr=RATES[here]()), scheduler=falls)
+    svi.load_state_dict(copy.deepcopy(before.state_dict()))
+    losses = []
+    for one in (before, svi):
+        torch.manual_seed(5)
+        losses.append([float(loss) for loss in steps(one, [4] * 3, seed=7)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    (group,) = svi.optimizer.param_groups
+    assert type(group["lr"]) is type(RATES[here]())
+    assert float(group["lr"]) == pytest.approx(1e-2 * 0.5**6)
+    assert group["fused"] is (True if here == "a tensor" else None)
+
+
 class Bare(pyrodiff.Schedule):
     """A schedule without a table."""
 

@@ -58,6 +58,18 @@ class Apart(TorchDispatchMode):
         return results
 
 
+class Unfed(TorchFunctionMode):
+    """Nothing is copied to an accelerator from Python's numbers or from the CPU, for which both would wait."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        makes = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.to, torch.Tensor.copy_)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        was_there = any(tensor.is_meta for tensor in given) and func is not torch.Tensor.new_tensor
+        assert not makes or was_there or not results.is_meta, f"{func} of {args}"
+        return results
+
+
 def elsewhere(kind):
     """A model and its data on the meta device; the model's tables are where they can be."""
     diffusion, pair = kind.pair()
@@ -127,6 +139,9 @@ def takes_steps(pair, x_0, has_float64, **options):
         for _ in range(4):
             is_there(svi.step(x_0))
     assert svi.num_steps == 4 // options.get("accumulate", 1)
+    if has_float64:  # else times go to the table, on the CPU
+        with Unfed():
+            svi.step(x_0)
     for parameter in pair.parameters():
         assert parameter.grad is None or parameter.grad.is_meta
 

@@ -125,7 +125,8 @@ def test_captured_steps_draw_anew_each_time_as_the_steps_do(name):
 @every_kind
 def test_a_step_does_not_wait_for_the_gpu(name):
     _, pair, x_0 = placed(name, "cuda", torch.float32)
-    svi = pyrodiff.SVI(pair.model, pair.guide, adam, pyrodiff.DiffusionELBO(), clip_norm=5.0)
+    options = {"clip_norm": 5.0, "average": pyrodiff.exponential_average()}
+    svi = pyrodiff.SVI(pair.model, pair.guide, adam, pyrodiff.DiffusionELBO(), **options)
     for _ in range(3):
         svi.step(x_0)
     mode = torch.cuda.get_sync_debug_mode()
@@ -195,7 +196,7 @@ def test_data_elsewhere_are_refused_by_name():
     for call in (
         lambda: pyrodiff.bound(diffusion, x_0.cpu()),
         lambda: svi.step(x_0.cpu()),
-        lambda: pyrodiff.importance_bound(diffusion, x_0.cpu()),
+        lambda: pyrodiff.importance_bound(diffusion, x_0.cpu(), num_particles=2),
         lambda: pyrodiff.ode_log_prob(diffusion, x_0.cpu()),
     ):
         with pytest.raises(ValueError, match="cuda"):

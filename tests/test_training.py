@@ -252,19 +252,24 @@ def test_a_scaled_gradient_is_clipped_by_the_norm_that_it_has_unscaled(accumulat
 # Averages
 
 
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_averaged_weights_are_those_of_the_recursion_and_the_others_come_back(use_buffers):
-    """m_1 = w_1, m_k = 0.7 m_{k-1} + 0.3 w_k, of the buffer too if asked for, else it is the model's own."""
+@pytest.mark.parametrize("kind", ["torch's", "torch's with buffers", "exponential"])
+def test_averaged_weights_are_those_of_the_recursion_and_the_others_come_back(kind):
+    """m_1 = w_1, m_k = d_k m_{k-1} + (1 - d_k) w_k, of the buffer too if asked for, else it is the model's own.
+
+    torch's with d_k = 0.7; ours with d_k = min(0.2, k / (9 + k)): 2/11, then 0.2.
+    """
+    use_buffers, ours = kind.endswith("buffers"), pyrodiff.exponential_average(0.2)
 
     def average(model):
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=use_buffers)
 
-    svi = line(optim=lambda parameters: torch.optim.SGD(parameters, lr=0.01), average=average)
+    optim = functools.partial(torch.optim.SGD, lr=0.01)
+    svi = line(optim=optim, average=ours if kind == "exponential" else average)
     means = None
-    for _ in range(4):
+    for d in (0.0, 2 / 11, 0.2, 0.2) if kind == "exponential" else (0.7,) * 4:
         svi.step(X, Y)
         now = [*values(svi.model), svi.model.seen.clone()]
-        means = now if means is None else [0.7 * mean + 0.3 * value for mean, value in zip(means, now, strict=True)]
+        means = now if means is None else [d * mean + (1 - d) * value for mean, value in zip(means, now, strict=True)]
     expected = means if use_buffers else [*means[:2], now[2]]
 
     def found():

@@ -142,11 +142,13 @@ class Run:
     def _svi(self) -> SVI:
         training = self.plan.training
         programs = models.pair(self.plan, self.diffusion).to(self.device)
-        fused = self.device.type == "cuda"
+        options: dict[str, Any] = {"lr": training.lr, "weight_decay": training.weight_decay}
+        if self.device.type == "cuda":  # so that a compiled step is one CUDA graph
+            options |= {"lr": torch.tensor(training.lr, device=self.device), "fused": True, "capturable": True}
         return SVI(
             programs.model,
             programs.guide,
-            partial(torch.optim.AdamW, lr=training.lr, weight_decay=training.weight_decay, fused=fused),
+            partial(torch.optim.AdamW, **options),
             DiffusionELBO(),
             training.clip_norm * training.batch_size * training.accumulate * ranks.count(),
             scheduler=partial(LambdaLR, lr_lambda=partial(_rate, steps=training.train_steps, warmup=training.warmup)),

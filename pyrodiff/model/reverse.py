@@ -178,7 +178,7 @@ class BinomialReverse(nn.Module):
 
     def _log_odds(self, logits: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The log odds of x_{t-1} = 1, given those of the bit of the data."""
-        odds = [self.forward_process.posterior_logits(x_t, x_t.new_tensor(x_0), t, t - 1) for x_0 in (1, 0)]
+        odds = [self.forward_process.posterior_logits(x_t, x_t.new_full((), x_0), t, t - 1) for x_0 in (1, 0)]
 
         def log_prob(sign: int) -> Tensor:  # log p_θ(x_{t-1} = 1), with sign = -1 log p_θ(x_{t-1} = 0)
             return torch.logaddexp(

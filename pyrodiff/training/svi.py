@@ -327,27 +327,30 @@ class SVI:
         key = graph, optimizer, self.clip_norm
         runs, replayed, captured = self._replays.get(key, (0, None, settings))
         if captured != settings:
-            self._capture_no_more(
-                "the optimizer's settings change; give lr as a tensor on the device, torch.tensor(1e-3, device=...), "
-                "for a schedule to change it there"
+            self._captures = False
+            self._replays.clear()
+            warnings.warn(
+                "the step runs as a compiled graph, not as a CUDA graph: the optimizer's settings change; give lr as a "
+                "tensor on the device, torch.tensor(1e-3, device=...), for a schedule to change it there",
+                RuntimeWarning,
+                stacklevel=3,
             )
             return None
         if replayed is not None and not replayed.fits(state):
             runs, replayed = 0, None  # a tensor was replaced, and others may be yet to be made
         if replayed is None and runs >= 3:
-            try:
-                replayed = Replayed(self._whole_step, args, state)
-            except RuntimeError as error:
-                self._capture_no_more(f"capturing it failed: {str(error).splitlines()[0]}")
-                return None
+            replayed = self._captured(args, state)
         self._replays[key] = runs + 1, replayed, settings
         return replayed
 
-    def _capture_no_more(self, reason: str) -> None:
-        self._captures = False
-        self._replays.clear()
-        message = f"the step runs as a compiled graph, not as a CUDA graph: {reason}"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    def _captured(self, args: tuple, state: list[Tensor]) -> Replayed:
+        try:
+            return Replayed(self._whole_step, args, state)
+        except RuntimeError as error:  # for good, as torch then draws no more on the device
+            raise RuntimeError(
+                "a step must not read values from the device to be captured as a CUDA graph: let the optimizer have "
+                f"capturable=False for steps that are compiled and not captured ({str(error).splitlines()[0]})"
+            ) from error
 
     def _whole_step(self, *args: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """A step without decisions in Python, to be captured; returns the loss and the gradients."""
@@ -455,7 +458,7 @@ class SVI:
             "groups": [[found.get(p, "") for p in group["params"]] for group in self._optimizer.param_groups],
             "shares": drawn,  # with several ranks, the shared draws of times: a key and a counter
             "counts": {"num_steps": self.num_steps, "calls": self._calls},
-            **{name: [type(kept).__name__, kept.state_dict()] for name, kept in keepers.items() if kept is not None},
+            **{name: [_kind(kept), kept.state_dict()] for name, kept in keepers.items() if kept is not None},
         }
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -465,14 +468,11 @@ class SVI:
         for name, module in programs.roots().items():
             module.load_state_dict(state["modules"][name])
         _put(programs.stored(), state["stored"])
-        settings = [dict(group) for group in self._optimizer.param_groups]
         for name in _KEEPERS:
             if name in state:
-                getattr(self, name).load_state_dict(state[name][1])
-        for group, before in zip(self._optimizer.param_groups, settings, strict=True):
-            for key, value in before.items():  # a learning rate may have been a tensor on the device
-                if isinstance(value, Tensor) and isinstance(group[key], Tensor):
-                    group[key] = group[key].to(value.device)
+                kept, saved = getattr(self, name), state[name][1]
+                adapts = name in ("optimizer", "scheduler")
+                kept.load_state_dict(_adapted(saved, kept.state_dict()) if adapts else saved)
         for drawing, share in zip(programs.drawings(), state["shares"], strict=True):
             if drawing.share is not None and share is not None:
                 drawing.share.key = share[0]
@@ -527,6 +527,23 @@ def _made(name: str, make: Callable, given: object, kind: type) -> Any:
 
 _KEEPERS = ("optimizer", "scheduler", "average", "scaler")  # attributes with a state_dict of their own
 _PARTS = {"modules", "stored", "names", "groups", "schedules", "shares", "counts", "optimizer"}
+
+
+def _adapted(saved: Any, own: Any) -> Any:
+    """Saved settings as this machine has them: the way an optimizer computes, and rates as numbers or on a device."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        ways = {name: own[name] for name in ("capturable", "foreach", "fused") if name in saved and name in own}
+        return {name: _adapted(value, own.get(name)) for name, value in saved.items()} | ways
+    if isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own):
+        return [_adapted(value, other) for value, other in zip(saved, own, strict=True)]
+    if isinstance(own, Tensor) and isinstance(saved, Tensor | float):
+        return torch.as_tensor(saved, dtype=own.dtype, device=own.device)
+    return float(saved) if isinstance(own, float) and isinstance(saved, Tensor) else saved
+
+
+def _kind(kept: object) -> str:
+    """The name of a class in a state; averages of all classes are alike in what they keep."""
+    return "AveragedModel" if isinstance(kept, AveragedModel) else type(kept).__name__
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:
@@ -614,9 +631,6 @@ def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
 def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedModel]:
     r"""An exponential moving average of the weights, with a warm-up of the decay: an ``average`` for :class:`SVI`.
 
@@ -639,13 +653,25 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
         0
     """
     decay = arguments.probability("decay", decay)
+    return lambda model: _ExponentialAverage(checks.instance("model", model, nn.Module), decay)
 
-    def update(means: _Tensors, weights: _Tensors, number: Tensor | int) -> None:
-        if not isinstance(number, Tensor) or number.device.type == "cpu":
-            torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + int(number)) / (10 + int(number))))
-        else:  # the number is on the device: not read, which would synchronise
-            changes = torch._foreach_sub(weights, means)
-            torch._foreach_mul_(changes, 1 - ((1 + number) / (10 + number)).clamp(max=decay))
-            torch._foreach_add_(means, changes)
 
-    return lambda model: AveragedModel(checks.instance("model", model, nn.Module), multi_avg_fn=update)
+class _ExponentialAverage(AveragedModel):
+    """torch's average, without its copy of a number to the device at every step, for which the step would wait."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        number = int(self.n_averaged)  # on the CPU
+        means: list[Tensor] = [*self.module.parameters()]
+        weights: list[Tensor] = [*model.parameters()]
+        if number == 0:
+            torch._foreach_copy_(means, weights)
+        else:
+            torch._foreach_lerp_(means, weights, 1 - min(self.decay, (1 + number) / (10 + number)))
+        for mean, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            mean.copy_(buffer)
+        self.n_averaged += 1

@@ -6,7 +6,7 @@
 FOLDER holds the four IDX files, from https://github.com/zalandoresearch/fashion-mnist (or MNIST's, whose format is the
 same). The last 5,000 pictures of the train set are held out for the curve; the test set is looked at once, at the end.
 
-Made for an H100 and 25 minutes in all; no figure of a GPU has been measured yet. On a CPU the second command with
+Made for a GPU, where it has not been run yet. On a CPU the second command with
 ``--batch 16 --steps 160`` took eight minutes of a busy core, and came to 4.35 ± 0.14 bits/dim on 100 test pictures.
 
 The network predicts the level of each pixel from the others (:class:`pyrodiff.LevelPrediction`), and starts at the

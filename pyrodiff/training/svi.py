@@ -638,6 +638,8 @@ def exponential_average(decay: float = 0.999) -> Callable[[nn.Module], AveragedM
         d_n = \min\left(d, \frac{1 + n}{10 + n}\right) \text{ after step } n + 1, \qquad
         \bar\theta = \theta \text{ after the first}
 
+    Unlike torch's own averages, it does not wait for the device at each step.
+
     Arguments:
         decay: :math:`d`, in [0, 1): the average is over about the last 1 / (1 - d) steps.
 

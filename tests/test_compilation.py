@@ -593,7 +593,7 @@ def tensors_of(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def recorded(function):
+def recorded(function, device):
     random = torch.get_rng_state()
     try:
         with Recording() as recording:
@@ -623,9 +623,7 @@ def captures(request, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     else:
         made.device, capture = "cuda", captured
-    monkeypatch.setattr(
-        "pyrodiff.running.compilation.captured", lambda function: made.append(function) or capture(function)
-    )
+    monkeypatch.setattr("pyrodiff.running.compilation.captured", lambda *args: made.append(args) or capture(*args))
     return made
 
 
@@ -764,6 +762,17 @@ def test_a_captured_step_that_cannot_go_on_says_so(interpreted, captures):
         agree(svis, [[x_0]])
     agree(svis, [[x_0]] * 5)
     assert len(captures) == 1
+
+
+def test_a_step_that_reads_what_is_on_another_device_is_not_captured(interpreted, captures):
+    """A graph would keep the value that it had, and not see it change in place."""
+    svis, x_0 = placed(captures)
+    agree(svis, [[x_0]] * 2)
+    for svi in svis:
+        svi.optimizer.param_groups[0]["elsewhere"] = torch.zeros((), device="meta")
+    with pytest.warns(RuntimeWarning, match="on several devices; give lr as a tensor on the device"):
+        agree(svis, [[x_0]] * 8)
+    assert not captures
 
 
 @pytest.mark.parametrize("captures", ["recorded"], indirect=True)  # after it, torch draws no more on a GPU

@@ -122,6 +122,16 @@ def test_captured_steps_draw_anew_each_time_as_the_steps_do(name):
     assert abs((together[1:] * together[:-1]).mean() / together.var()) < 5 / len(together) ** 0.5
 
 
+def test_a_rate_on_the_cpu_is_followed():
+    """Where it is part of a graph it would stay what it was."""
+    svis = twins(make().one_step().to("cuda"), lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-2), capturable=True))
+    with pytest.warns(RuntimeWarning, match="on several devices"):
+        agree(svis, [[torch.randn(6, 2).double().to("cuda")]] * 8, tolerance=EXACT)
+    for svi in svis:
+        svi.optimizer.param_groups[0]["lr"].mul_(0.1)
+    agree(svis, [[torch.randn(6, 2).double().to("cuda")]] * 8, tolerance=EXACT)
+
+
 @every_kind
 def test_a_step_does_not_wait_for_the_gpu(name):
     _, pair, x_0 = placed(name, "cuda", torch.float32)

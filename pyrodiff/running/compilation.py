@@ -339,12 +339,12 @@ class Replayed:
     Arguments:
         function: Called with tensors, it returns tensors, in any nesting.
         args: Tensors of the shapes that it will be called with.
-        state: The other tensors that it reads, and those that it changes.
+        state: The other tensors that it reads, and those that it changes, all on one device.
     """
 
     def __init__(self, function: Callable, args: tuple[Tensor, ...], state: list[Tensor]) -> None:
         self._args = [arg.clone() for arg in args]
-        self._run = captured(lambda: function(*self._args))
+        self._run = captured(lambda: function(*self._args), state[0].device)
         self._state, self._places = state, _places(state)  # the tensors too, lest others get their memory
 
     def fits(self, state: list[Tensor]) -> bool:
@@ -366,15 +366,17 @@ def _places(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """A function that replays another's work on the device; its results are in the same memory each time.
 
     Arguments:
         function: The function, which is run once to be captured, without effect on the device.
+        device: The device, whichever is the current one: work on others would not be captured.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            results = function()
 
     def replay() -> Any:
         graph.replay()

@@ -326,12 +326,13 @@ class SVI:
         state = list(filter(_is_tensor, state))
         key = graph, optimizer, self.clip_norm
         runs, replayed, captured = self._replays.get(key, (0, None, settings))
-        if captured != settings:
+        if captured != settings or len({tensor.device for tensor in state}) > 1:
             self._captures = False
             self._replays.clear()
+            why = "its tensors are on several devices" if captured == settings else "the optimizer's settings change"
             warnings.warn(
-                "the step runs as a compiled graph, not as a CUDA graph: the optimizer's settings change; give lr as a "
-                "tensor on the device, torch.tensor(1e-3, device=...), for a schedule to change it there",
+                f"the step runs as a compiled graph, not as a CUDA graph: {why}; give lr as a tensor on the device, "
+                "torch.tensor(1e-3, device=...), for a schedule to change it there",
                 RuntimeWarning,
                 stacklevel=3,
             )

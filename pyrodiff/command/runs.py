@@ -445,13 +445,17 @@ def _no_run(path: Path) -> ArgumentError:
 
 
 def _refuse_sizes(model: Model, form: Form, path: Path) -> None:
-    """Refuse a model too large for the checkpoint file, before it is built."""
+    """Refuse a model too large for the checkpoint file, before it is built: a file of forged options could ask for any.
+
+    ``least`` numbers, of four bytes each, are in the file of any such model; there are more.
+    """
     shape, widths = form.event_shape, model.channels or (model.hidden,)
-    size, area = math.prod(shape), math.prod(shape[-2:]) >> 2 * len(widths[1:])
-    inner = model.hidden * widths[-1] * area if model.channels else widths[0] * size
+    size, area = math.prod(shape), math.prod(shape[-2:]) >> 2 * len(widths[1:])  # each width but the first halves sides
+    inner = model.hidden * widths[-1] * area if model.channels else widths[0] * size  # to the hidden units
     outputs = form.levels if model.prediction == "level" and form.levels is not None else 1
-    least = model.T + size * outputs + inner + model.blocks * sum(250 + width**2 for width in widths)
-    least += (form.classes or 0) * (64 if model.channels else widths[0])
+    blocks = model.blocks * sum(250 + width**2 for width in widths)  # each a square matrix, and more than 250 beside
+    labels = (form.classes or 0) * (64 if model.channels else widths[0])  # their embedding
+    least = model.T + size * outputs + inner + blocks + labels
     units = [one.shape for one in (form.shift, form.scale) if one is not None]
     if min(shape, default=1) < 1 or 4 * least > path.stat().st_size or any(unit != shape for unit in units):
         raise _no_run(path)

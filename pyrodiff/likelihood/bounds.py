@@ -452,7 +452,7 @@ class _Draws:
         self, first: Tensor, size: Tensor, draw: Tensor, is_random: bool, group: _Group, seed: int
     ) -> tuple[Tensor, ...]:
         """For each row of a block: the index of the datum, t, the size of the part that t is drawn from, the number of
-        the draw of the datum, x_t and maybe x_s."""
+        the draw of the datum, x_t and maybe x_s. The rows of a datum, one for each part, are neighbours."""
         device, q, parts, data = self.x_0.device, self.model.forward_process, len(first), len(group.indices)
         i = group.indices.repeat_interleave(parts)
         t, size, draw = first.repeat(data), size.repeat(data), draw.repeat(data)

@@ -259,25 +259,23 @@ class LossSecondMoment(Drawing):
 
     @torch.no_grad()
     def tell(self, t: Tensor, cost: Tensor, scored: Tensor) -> None:
-        """Keep the last costs of each t in a ring buffer, without reading a value from the device."""
-        history = self.costs.shape[1]
-        device = self.costs.device
-        index, cost = (t - 1).flatten().to(device), cost.detach().flatten().to(device).double()
-        keep = scored.flatten().to(device) & cost.isfinite()
-        index = torch.where(keep, index, len(self.counts))  # what does not count goes to an extra row, dropped below
-        order = index.argsort(stable=True)
-        index, cost = index[order], cost[order]
-        place = torch.arange(len(index), device=index.device)
-        rank = place - torch.searchsorted(index, index)  # the how many-th of this t in the batch
-        number = torch.zeros(len(self.counts) + 1, dtype=torch.long, device=index.device)
-        number.index_add_(0, index, torch.ones_like(index))
-        stale = rank < number[index] - history  # more of one t in a batch than are kept: the last ones are
-        index = torch.where(stale, len(self.counts), index)
-        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
+        """Keep the last costs of each t. Row t - 1 of the table is a ring: the n-th cost ever is in column n % history.
+
+        No value is read from the device: so what does not count is not left out, but goes to an extra row T.
+        """
+        (T, history), device = self.costs.shape, self.costs.device
+        row, cost = (t - 1).flatten().to(device), cost.detach().flatten().to(device).double()
+        row = torch.where(scored.flatten().to(device) & cost.isfinite(), row, T)
+        order = row.argsort(stable=True)
+        row, cost = row[order], cost[order]
+        nth = torch.arange(len(row), device=device) - torch.searchsorted(row, row)  # of its t in this batch, from 0 on
+        new = torch.zeros(T + 1, dtype=torch.long, device=device).index_add_(0, row, torch.ones_like(row))
+        column = (torch.cat([self.counts, new.new_zeros(1)])[row] + nth) % history
+        row = torch.where(nth < new[row] - history, T, row)  # more than a ring holds: the last stay
         table = torch.cat([self.costs, self.costs.new_zeros(1, history)])
-        table[index, (counts[index] + rank) % history] = cost
-        self.costs.copy_(table[:-1])
-        self.counts.add_(number[:-1])
+        table[row, column] = cost
+        self.costs.copy_(table[:T])
+        self.counts.add_(new[:T])
 
 
 def _least_variance(moments: Tensor, uniform: float) -> Tensor:

@@ -658,6 +658,27 @@ def test_there_is_a_state_after_a_whole_step_only():
     svi.load_state_dict(state)
 
 
+@pytest.mark.parametrize(("saved", "own"), [(0.5, torch.tensor(1.0)), (torch.tensor(0.5), 1.0), (1, torch.tensor(1.0))])
+def test_a_resumed_rate_is_a_number_or_a_tensor_as_it_was_made(saved, own):
+    """And what a scheduler keeps is of its class."""
+
+    def make(lr):
+        optim = partial(torch.optim.SGD, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)
+        return of_pair(optim=optim, scheduler=lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [1, 3], gamma=0.5))
+
+    svi, again = make(saved), make(own)
+    svi.step(data(8))
+    again.load_state_dict(svi.state_dict())
+    (ours,), (theirs,) = again.optimizer.param_groups, svi.optimizer.param_groups
+    assert type(ours["lr"]) is type(own)
+    assert float(ours["lr"]) == float(theirs["lr"]) == float(saved) / 2
+    assert type(again.scheduler.milestones) is type(svi.scheduler.milestones)
+    for one in (svi, again):
+        for _ in range(2):
+            one.scheduler.step()
+    assert float(ours["lr"]) == float(theirs["lr"]) == float(saved) / 4
+
+
 def test_there_is_no_state_of_sharded_parameters(monkeypatch, tmp_path):
     svi, other = of_pair(), of_pair()
     svi.step(data(8))

@@ -289,6 +289,20 @@ def test_averaged_weights_are_those_of_the_recursion_and_the_others_come_back(ki
     assert not same(found(), now)
 
 
+def test_an_exponential_average_has_the_integers_of_its_model_and_may_be_empty():
+    model = torch.nn.Linear(1, 1)
+    model.table = torch.nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    average = pyrodiff.exponential_average(0.5)(model)
+    for _ in range(3):
+        model.table.add_(1)
+        average.update_parameters(model)
+    assert average.module.table.tolist() == [4, 5]
+    empty = torch.nn.Identity()
+    average = pyrodiff.exponential_average(0.5)(empty)
+    average.update_parameters(empty)
+    assert int(average.n_averaged) == 1
+
+
 @pytest.mark.parametrize("one_step", [False, True])
 def test_the_bound_of_averaged_weights_is_that_of_a_model_with_them(one_step):
     diffusion = make()

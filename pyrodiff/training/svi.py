@@ -533,11 +533,16 @@ _PARTS = {"modules", "stored", "names", "groups", "schedules", "shares", "counts
 def _adapted(saved: Any, own: Any) -> Any:
     """Saved settings as this machine has them: the way an optimizer computes, and rates as numbers or on a device."""
     if isinstance(saved, dict) and isinstance(own, dict):
-        ways = {name: own[name] for name in ("capturable", "foreach", "fused") if name in saved and name in own}
-        return {name: _adapted(value, own.get(name)) for name, value in saved.items()} | ways
+        ways = [name for name in ("capturable", "foreach", "fused") if name in saved and name in own]
+        adapted = copy.copy(saved)  # of its class: a Counter of milestones, say
+        for name, value in saved.items():
+            adapted[name] = _adapted(value, own.get(name))
+        for name in ways:
+            adapted[name] = own[name]
+        return adapted
     if isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own):
         return [_adapted(value, other) for value, other in zip(saved, own, strict=True)]
-    if isinstance(own, Tensor) and isinstance(saved, Tensor | float):
+    if isinstance(own, Tensor) and isinstance(saved, Tensor | float | int):
         return torch.as_tensor(saved, dtype=own.dtype, device=own.device)
     return float(saved) if isinstance(own, float) and isinstance(saved, Tensor) else saved
 
@@ -669,12 +674,17 @@ class _ExponentialAverage(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         number = int(self.n_averaged)  # on the CPU
-        means: list[Tensor] = [*self.module.parameters()]
-        weights: list[Tensor] = [*model.parameters()]
-        if number == 0:
-            torch._foreach_copy_(means, weights)
-        else:
+        means: list[Tensor] = []
+        weights: list[Tensor] = []
+        pairs: Iterable[tuple[Tensor, Tensor]] = zip(self.module.parameters(), model.parameters(), strict=True)
+        for mean, weight in pairs:
+            if number > 0 and (mean.is_floating_point() or mean.is_complex()):
+                means.append(mean)
+                weights.append(weight)
+            else:  # integers have no average
+                mean.copy_(weight)
+        if means:
             torch._foreach_lerp_(means, weights, 1 - min(self.decay, (1 + number) / (10 + number)))
-        for mean, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            mean.copy_(buffer)
+        for held, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            held.copy_(buffer)
         self.n_averaged += 1

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..pair.terms import Recorder
@@ -65,6 +65,7 @@ class Compiled:
         tensors: Further tensors that it reads and changes.
         limit: The largest number of graphs.
         name: A name for the function in warnings.
+        options: Called at each call, it returns what else a graph is for, beside the kind of the arguments.
 
     Attributes:
         made: How many graphs were made.
@@ -78,8 +79,9 @@ class Compiled:
         tensors: Iterable[Tensor] = (),
         limit: int = 8,
         name: str = "the program",
+        options: Callable[[], Hashable] = tuple,
     ) -> None:
-        self.function, self.limit, self.name = function, limit, name
+        self.function, self.limit, self.name, self.options = function, limit, name, options
         self.roots = list(modules)
         self.modules = _below(self.roots)  # their modes, training or evaluation, are part of the key
         self.tensors, self.made, self.failure = list(tensors), 0, ""
@@ -102,7 +104,7 @@ class Compiled:
     def _key(self, args: tuple) -> Hashable:
         modes = tuple(module.training for module in self.modules)
         autocast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        return kind_of(args), modes, torch.is_grad_enabled(), torch.get_default_dtype(), *autocast
+        return kind_of(args), modes, torch.is_grad_enabled(), torch.get_default_dtype(), self.options(), *autocast
 
     def _make(self, args: tuple) -> Any:
         """Make the graph for these arguments; returns what the function returned while it was traced."""
@@ -155,7 +157,7 @@ class Composition:
 
     Tensors and other objects are compared by identity, numbers and strings by value. Lists, tuples, dicts, sets,
     dataclasses, namespaces, distributions and modules are searched recursively, and the modules' classes too; objects
-    of other classes are not. Of ``tensors``, dtype, device, strides and ``requires_grad`` are recorded.
+    of other classes are not. Of ``tensors``, dtype, device, shape, strides and ``requires_grad`` are recorded.
 
     Arguments:
         modules: The modules.
@@ -181,11 +183,11 @@ class Composition:
         self._keyed = {id(module) for module in keyed}
         for module in modules:
             self._look_into(module)
-        for hooks in (_global_forward_hooks, _global_forward_pre_hooks):
-            self._watch(hooks)
+        for hooks in _GLOBAL_HOOKS:
+            self._watch(getattr(nn_module, hooks))
         self._empty = [mapping for mapping, keys in self._keys if not keys]
         self._keys = [(mapping, keys) for mapping, keys in self._keys if keys]
-        self._kinds = [(x, x.requires_grad, x.dtype, x.device, x.stride()) for x in tensors]
+        self._kinds = [(x, _laid_out(x)) for x in tensors]
 
     def _watch(self, mapping: dict, ignored: Iterable[str] = (), grows: bool = False) -> None:
         if not grows:
@@ -236,10 +238,7 @@ class Composition:
 
     def holds(self) -> bool:
         """Whether nothing was replaced since."""
-        return not self.changed() and all(
-            x.requires_grad is flag and x.dtype is dtype and x.device == device and x.stride() == stride
-            for x, flag, dtype, device, stride in self._kinds
-        )
+        return not self.changed() and all(_laid_out(x) == kind for x, kind in self._kinds)
 
     def changed(self) -> str:
         """The name of the first part that was replaced; empty if none was."""
@@ -267,9 +266,14 @@ class Composition:
 _GONE = object()
 _PARTS: tuple[str, ...] = ("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 _PARTS += ("_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{part}" for part in _PARTS if part.endswith("hooks"))
 _IGNORED = {*vars(nn.Module()), "_pyro_context", "_pyro_name"}
 _LIBRARIES = {"torch", "pyro", "pyrodiff", "abc", "typing", "builtins"}
 _PLAIN = (int, float, complex, str, bytes, bool)
+
+
+def _laid_out(tensor: Tensor) -> tuple:
+    return tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _is_equal(ours: Any, theirs: Any) -> bool:

@@ -375,8 +375,12 @@ class Gradient:
             return None
         if self.compiled is None:
             modules, name = self.programs.modules(), "the pair of programs"
-            self.compiled = Compiled(self._as_a_function, modules, self.parameters, name=name)
+            self.compiled = Compiled(self._as_a_function, modules, self.parameters, name=name, options=self._options)
         return self.compiled
+
+    def _options(self) -> Hashable:
+        """What attributes of the loss are numbers or strings, ``num_particles`` say."""
+        return tuple((k, v) for k, v in vars(self.loss).items() if isinstance(v, int | float | str) and k[0] != "_")
 
     def _device(self, args: tuple = ()) -> torch.device:
         tensors = (tensor for tensor in (*args, *self.parameters) if isinstance(tensor, Tensor))

@@ -14,13 +14,15 @@ from loops import adam, level_data, nothing, sgd, still
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import constraints
+from torch.nn.modules.module import register_module_full_backward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyrodiff
 from pyrodiff import SVI, DiffusionELBO
-from pyrodiff.running.compilation import Compiled, captured
+from pyrodiff.running.compilation import Compiled, Composition, Graph, captured
 
 X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]], dtype=torch.float64)
 X = torch.tensor([1.0, -2.0, 4.0])
@@ -707,6 +709,90 @@ def resumed(svi):
     svi.load_state_dict(state)
 
 
+def network_of(svi):
+    return svi.model.reverse.denoiser.network
+
+
+def parameters_in_another_order(svi):
+    parameters = svi.optimizer.param_groups[0]["params"]
+    parameters.insert(0, parameters.pop())
+
+
+def another_step_of_the_optimizer(svi):
+    step = svi.optimizer.step
+
+    @torch.no_grad()
+    def stepped():
+        step()
+        for parameter in svi.model.parameters():
+            parameter.mul_(0.9)
+
+    svi.optimizer.step = stepped
+
+
+def step(svi, *args):
+    pyro.set_rng_seed(8)
+    svi.step(*args or (X_0.to(next(svi.model.parameters()).device),))
+
+
+def learned_again(svi):
+    parameter = next(svi.model.parameters())
+    parameter.requires_grad_(False)
+    step(svi)
+    parameter.requires_grad_(True)
+
+
+def another_layer(svi):
+    pyro.set_rng_seed(5)
+    network_of(svi).first = nn.Linear(3, 6).to(network_of(svi).last.weight)
+
+
+def another_buffer(svi):
+    norm = network_of(svi).norm
+    norm.running_mean = norm.running_mean + 1
+
+
+def assigned(svi):
+    state = {name: value.clone().mul_(2) for name, value in svi.model.state_dict().items()}
+    svi.model.load_state_dict(state, assign=True)
+
+
+def waiting_gradient(svi):
+    svi.accumulate = 2
+    step(svi)
+    svi.accumulate = 1
+
+
+def gradients_of_ones_own(svi):
+    for parameter in svi.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def steps_of_another(svi):
+    other = SVI(svi.model, svi.guide, adam, DiffusionELBO())
+    for _ in range(2):
+        step(other, X_0.to(next(svi.model.parameters()).device))
+
+
+def step_that_fails(svi):
+    handle = network_of(svi).register_forward_pre_hook(lambda *args: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not compiled
+        with pytest.raises(ZeroDivisionError):
+            step(svi)
+    handle.remove()
+
+
+def step_under_a_handler(svi):
+    with pyro.poutine.scale(scale=3.0):
+        step(svi)
+
+
+def step_under_autocast(svi):
+    with torch.autocast(next(svi.model.parameters()).device.type, torch.bfloat16):
+        step(svi)
+
+
 CHANGES = {  # what a program may do between two steps, and how often steps are captured in all
     "weights in place": (lambda svi: [parameter.data.mul_(0.9) for parameter in svi.model.parameters()], 1),
     "weights elsewhere": (elsewhere, 2),
@@ -724,6 +810,26 @@ CHANGES = {  # what a program may do between two steps, and how often steps are 
     "evaluation": (lambda svi: svi.model.eval(), 2),
     "another dtype of weights and back": (lambda svi: svi.model.float().double(), 2),
     "a state that is loaded": (resumed, 2),
+    "a parameter that the optimizer has no more": (lambda svi: svi.optimizer.param_groups[0]["params"].pop(0), 2),
+    "parameters in another order": (parameters_in_another_order, 2),
+    "another step of the optimizer": (another_step_of_the_optimizer, 2),
+    "a copy of the optimizer": (lambda svi: setattr(svi, "optimizer", copy.deepcopy(svi.optimizer)), 1),
+    "no state of the optimizer": (lambda svi: svi.optimizer.state.clear(), 2),
+    "no state of one parameter": (lambda svi: svi.optimizer.state[next(svi.model.parameters())].clear(), 2),
+    "a weight that is learned again": (learned_again, 1),
+    "another layer": (another_layer, 2),
+    "another buffer": (another_buffer, 2),
+    "weights that are assigned": (assigned, 2),
+    "dropout": (lambda svi: setattr(network_of(svi).dropout, "p", 0.5), 2),
+    "statistics that are kept": (lambda svi: network_of(svi).norm.eval(), 2),
+    "more particles": (lambda svi: setattr(svi.loss, "num_particles", 3), 2),
+    "a gradient that waits": (waiting_gradient, 1),
+    "gradients of one's own": (gradients_of_ones_own, 1),
+    "steps of another SVI": (steps_of_another, 1),
+    "a step that fails": (step_that_fails, 1),
+    "a step under a handler": (step_under_a_handler, 1),
+    "a step under autocast": (step_under_autocast, 1),
+    "a copy of the model": (lambda svi: copy.deepcopy(svi.model), 1),
 }
 
 
@@ -739,6 +845,196 @@ def test_a_captured_step_sees_what_is_changed(interpreted, captures, change):
         make_change(svi)
     agree(svis, [[x_0]] * 8, seed=20)
     assert len(captures) == number
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+@pytest.mark.parametrize("change", ["no state of the optimizer", "a gradient that waits", "another rate"])
+def test_a_step_sees_what_is_changed_before_it_is_captured(interpreted, captures, change, steps):
+    svis, x_0 = placed(captures, clip_norm=5.0)
+    make_change, _ = CHANGES[change]
+    agree(svis, [[x_0]] * steps)
+    for svi in svis:
+        make_change(svi)
+    agree(svis, [[x_0]] * 8, seed=20)
+    assert captures
+
+
+def test_a_captured_step_hears_the_hooks_of_every_optimizer(interpreted, captures):
+    svis, x_0 = placed(captures)
+    agree(svis, [[x_0]] * 6)
+
+    @torch.no_grad()
+    def shrink(optimizer, args, kwargs):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.mul_(0.9)
+
+    handle = register_optimizer_step_post_hook(shrink)
+    try:
+        agree(svis, [[x_0]] * 3)
+    finally:
+        handle.remove()
+    agree(svis, [[x_0]] * 3)
+    assert len(captures) == 1
+
+
+def test_a_compiled_step_hears_the_backward_hooks_of_every_module(interpreted):
+    svis = twins(make().one_step())
+    agree(svis, [[X_0]] * 4)
+
+    def triple(module, given, found):
+        return tuple(None if one is None else 3 * one for one in given) if isinstance(module, nn.Linear) else None
+
+    handle = register_module_full_backward_hook(triple)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of modules that return no tensors
+            agree(svis, [[X_0]] * 3)
+    finally:
+        handle.remove()
+    agree(svis, [[X_0]] * 3)
+
+
+def test_a_compiled_loss_has_the_options_that_it_has_now(interpreted):
+    svis = twins(make().one_step())
+    for number in (1, 3, 1):
+        for svi in svis:
+            svi.loss.num_particles = number
+        agree(svis, [[X_0]] * 4)
+
+
+def test_a_captured_step_sees_that_a_parameter_is_in_another_group(interpreted, captures):
+    """Where rates are numbers, and the parameters of all groups together in the same order."""
+
+    def grouped(parameters):
+        first, *others = parameters
+        return Momentum([{"params": [first]}, {"params": others, "lr": 0.1}], lr=0.01)
+
+    svis, x_0 = placed(captures, grouped)
+    agree(svis, [[x_0]] * 6)
+    for svi in svis:
+        first, second = svi.optimizer.param_groups
+        first["params"].append(second["params"].pop(0))
+    agree(svis, [[x_0]] * 6)
+    assert len(captures) == 2
+
+
+class Decaying(Momentum):
+    """Its steps shrink by what it keeps in one place or another."""
+
+    def __init__(self, parameters, where):
+        super().__init__(parameters)
+        self.where, self.decay, self.count = where, 0.9, 0
+        (group,) = self.param_groups
+        group["pair"], group["list"] = (torch.full_like(group["lr"], 0.9), 0.5), [0.9]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        self.count += self.where == "a counter"
+        for parameter in group["params"]:
+            kept = self.state[parameter]
+            kept.setdefault("sums", [torch.ones_like(parameter)])
+            kept["count"] = kept.get("count", 0) + (self.where == "a counter of each parameter")
+            parameter.sub_(0.01 * kept["sums"][0].mul_(group["pair"][0]))
+            parameter.mul_(1 - 0.01 * (self.decay + group["list"][0] + self.count + kept["count"]))
+
+
+def other_sums(svi):
+    for kept in svi.optimizer.state.values():
+        kept["sums"][0] = 3 * kept["sums"][0]
+
+
+def other_pair(svi):
+    """First one of the same value, and then another value in place."""
+    (group,) = svi.optimizer.param_groups
+    group["pair"] = (group["pair"][0].clone(), 0.5)
+    step(svi)
+    group["pair"][0].mul_(0.5)
+
+
+READ = {  # where an optimizer may keep what it reads, how it changes, and whether a step then captured goes on
+    "a tensor in a tuple": (other_pair, True),
+    "tensors in a list": (other_sums, True),
+    "a number in a list": (lambda svi: svi.optimizer.param_groups[0]["list"].__setitem__(0, 5.0), False),
+    "an attribute": (lambda svi: setattr(svi.optimizer, "decay", 5.0), False),
+    "a counter": (lambda svi: None, None),
+    "a counter of each parameter": (lambda svi: None, None),
+}
+
+
+@pytest.mark.parametrize("where", READ)
+def test_a_captured_step_sees_what_an_optimizer_of_ones_own_reads(interpreted, captures, where):
+    svis, x_0 = placed(captures, functools.partial(Decaying, where=where))
+    change, goes_on = READ[where]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        agree(svis, [[x_0]] * 6)
+        assert len(captures) == (goes_on is not None)
+        for svi in svis:
+            change(svi)
+        agree(svis, [[x_0]] * 6)
+    assert len(captures) == (0 if goes_on is None else 1 + goes_on)
+    assert len(record) == (not goes_on)
+    assert all("the optimizer's settings change" in str(warning.message) for warning in record)
+
+
+LAYOUTS = {  # of a batch of shape (3, 2), and whether a step with it is captured
+    "columns of a wider one": (lambda x: torch.cat([x, x], 1)[:, :2], True),
+    "every other row": (lambda x: torch.cat([x, x])[::2], True),
+    "transposed": (lambda x: x.T.contiguous().T, True),
+    "overlapping rows": (lambda x: x.flatten()[:4].unfold(0, 2, 1), True),
+    "expanded": (lambda x: x[:1].expand(3, 2), False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_captured_step_has_its_data_as_they_are_laid_out(interpreted, captures, layout):
+    svis, x_0 = placed(captures)
+    laid_out, is_captured = LAYOUTS[layout]
+    agree(svis, [[laid_out(number * x_0)] for number in range(1, 9)])
+    assert len(captures) == is_captured
+
+
+class Pairs(nn.Module):
+    """Two data, of which the second may be halved in place."""
+
+    def __init__(self, halves=False):
+        super().__init__()
+        self.w, self.halves = nn.Parameter(torch.tensor(0.5, dtype=torch.float64)), halves
+
+    def forward(self, x, y):
+        for name, value in (("x", x), ("y", y)):
+            pyro.sample(name, dist.Normal(self.w, 2.0).expand(value.shape).to_event(2), obs=value)
+        if self.halves:
+            y.mul_(0.5)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_captured_step_with_one_tensor_twice_or_one_that_it_changes(interpreted, captures, halves):
+    found, x_0 = [], X_0.to(captures.device)
+    for compiled in (True, False):
+        svi = SVI(Pairs(halves).to(x_0.device), nothing, Momentum, DiffusionELBO(), compile=compiled)
+        y = x_0.clone()
+        found.append([(svi.step(x_0 if halves else y, y), y.clone()) for _ in range(8)])
+    torch.testing.assert_close(*found, **ROUNDING)
+    assert len(captures) == (not halves)
+
+
+def test_a_graph_tells_where_it_draws():
+    """A draw elsewhere than on the device would be made once, as a step is captured."""
+    x, found = torch.zeros(2, device="meta"), []
+    for draw in (lambda: torch.rand(()), lambda: torch.rand(2, device="meta"), lambda: torch.ones(())):
+        graph = Graph(lambda x, draw=draw: (x * draw(),), (x,), [], [], [])
+        found.append([device.type for device in graph.draws_on])
+    assert found == [["cpu"], ["meta"], []]
+
+
+def test_a_tensor_of_another_shape_in_the_same_place_is_seen():
+    layer = nn.BatchNorm1d(4)
+    parts = Composition([layer], list(layer.buffers()))
+    assert parts.holds()
+    layer.running_mean.data = layer.running_mean.data[:2]
+    assert not parts.holds()
 
 
 def test_a_captured_step_gives_no_gradient_to_its_data(interpreted, captures):

@@ -7,6 +7,7 @@ is compiled by inductor, one graph for each shape of the arguments.
 """
 
 import functools
+import operator
 import re
 import traceback
 import warnings
@@ -342,22 +343,23 @@ class Replayed:
 
     Arguments:
         function: Called with tensors, it returns tensors, in any nesting.
-        args: Tensors of the shapes that it will be called with.
+        args: Tensors of the kind that it will be called with, as :func:`kind_of` tells; none is expanded.
         state: The other tensors that it reads, and those that it changes, all on one device.
     """
 
     def __init__(self, function: Callable, args: tuple[Tensor, ...], state: list[Tensor]) -> None:
-        self._args = [arg.clone() for arg in args]
+        held = {arg: torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device) for arg in args}
+        self._args = [held[arg].copy_(arg) for arg in args]  # one tensor may be given twice
         self._run = captured(lambda: function(*self._args), state[0].device)
         self._state, self._places = state, _places(state)  # the tensors too, lest others get their memory
 
     def fits(self, state: list[Tensor]) -> bool:
-        """Whether these tensors, in their order, are where those of the graph are.
+        """Whether these tensors, in their order, are those of the graph, and where they were.
 
         Arguments:
             state: What the function would read and change now.
         """
-        return _places(state) == self._places
+        return _places(state) == self._places and all(map(operator.is_, state, self._state))
 
     def __call__(self, *args: Tensor) -> Any:
         """What the function would return; the next call writes to the same memory."""
@@ -404,6 +406,8 @@ class Graph:
 
     Attributes:
         inputs: The tensors that it reads besides the arguments.
+        draws_on: Where it makes random draws.
+        changes_arguments: Whether it writes into an argument.
     """
 
     def __init__(
@@ -425,7 +429,10 @@ class Graph:
                 self.results = function(*args)
             return self.results
 
+        versions = _versions(given)
         self.module = make_fx(run)(*given, *known)
+        self.changes_arguments = _versions(given) != versions
+        self.draws_on = _drawing_devices(self.module.graph)
         self.inputs, constants = _lifted(self.module, len(given), known)
         held = {id(tensor) for tensor in self.parts.held}
         self.unknown = [tensor for tensor in constants if id(tensor) not in held]
@@ -500,6 +507,16 @@ def _tensors(args: tuple) -> list[Tensor]:
     if _is_flat(args):
         return [arg for arg in args if arg is not None]
     return [leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor)]
+
+
+def _drawing_devices(graph: fx.Graph) -> set[torch.device]:
+    draws = [node for node in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+    drawn = tree_flatten([node.meta.get("val") for node in draws])[0]
+    return {tensor.device for tensor in drawn if isinstance(tensor, Tensor)}
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _copied(args: tuple, taken: set[int]) -> tuple:

@@ -12,7 +12,9 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 
 from ..base import arguments, checks, ranks
 from ..base.arguments import ArgumentError
@@ -133,7 +135,7 @@ class SVI:
         self._make_scheduler, self._make_average = scheduler, average
         self._programs = Programs(model, guide)
         self._gradient = Gradient(self._programs, self._learn, loss, autocast, compile, validate)
-        self._replays: dict[Hashable, tuple[int, Replayed | None, list[dict]]] = {}
+        self._replays: dict[Hashable, tuple[int, Replayed | None, list]] = {}
         self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
         self._is_averaged = False
         self._state: dict[str, Any] | None = None  # a loaded state that waits for all parameters to be known
@@ -316,20 +318,19 @@ class SVI:
     def _replayed(self, args: tuple, kwargs: dict) -> Replayed | None:
         """The whole step as a CUDA graph, from the fourth compiled step on; None if there is none yet, or cannot be."""
         graph = self._gradient.graph_for(args) if self._is_capturable(args, kwargs) else None
-        if graph is None:
+        if graph is None or graph.changes_arguments:
             return None
-        optimizer, settings = self._optimizer, []
-        state = [*graph.inputs, *(value for kept in optimizer.state.values() for value in kept.values())]
-        for group in optimizer.param_groups:
-            state += (value for value in group.values())
-            settings.append({key: value for key, value in group.items() if key != "params" and not _is_tensor(value)})
-        state = list(filter(_is_tensor, state))
-        key = graph, optimizer, self.clip_norm
+        optimizer = self._optimizer
+        held, settings = _read_by(optimizer)
+        state = [*graph.inputs, *held]
+        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+        key = graph, optimizer, optimizer.step, sizes, self.clip_norm
         runs, replayed, captured = self._replays.get(key, (0, None, settings))
-        if captured != settings or len({tensor.device for tensor in state}) > 1:
+        is_settled = len(captured) == len(settings) and all(map(_is_same, captured, settings))
+        if not is_settled or len({*graph.draws_on, *(tensor.device for tensor in state)}) > 1:
             self._captures = False
             self._replays.clear()
-            why = "its tensors are on several devices" if captured == settings else "the optimizer's settings change"
+            why = "its tensors are on several devices" if is_settled else "the optimizer's settings change"
             warnings.warn(
                 f"the step runs as a compiled graph, not as a CUDA graph: {why}; give lr as a tensor on the device, "
                 "torch.tensor(1e-3, device=...), for a schedule to change it there",
@@ -377,13 +378,17 @@ class SVI:
         return (
             self.optimizer is not None
             and self.accumulate == 1
+            and self._batches == 0
             and self.scaler is None
             and self.nonfinite is None
             and ranks.count() == 1
             and not kwargs
             and all(isinstance(arg, Tensor) and arg.is_cuda and not arg.requires_grad for arg in args)
+            and not any(map(_is_expanded, args))
             and all(group.get("capturable", False) for group in self.optimizer.param_groups)
+            and all(p in self._gradient.parameters for group in self.optimizer.param_groups for p in group["params"])
             and not (self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
+            and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
         )
 
     # The state
@@ -550,6 +555,34 @@ def _adapted(saved: Any, own: Any) -> Any:
 def _kind(kept: object) -> str:
     """The name of a class in a state; averages of all classes are alike in what they keep."""
     return "AveragedModel" if isinstance(kept, AveragedModel) else type(kept).__name__
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _read_by(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list]:
+    """What a step of an optimizer reads: tensors, and all else (numbers, mostly), each in a fixed order.
+
+    That is its parameters, their state, the settings of its groups, and its own attributes, other than private ones.
+    """
+    attributes = [vars(optimizer)[name] for name in vars(optimizer) if not name.startswith("_") and name not in _KNOWN]
+    values = [value for value in attributes if not callable(value)]
+    for group in optimizer.param_groups:
+        values += group["params"]
+        values += [value for name, value in group.items() if name != "params"]
+    for kept in optimizer.state.values():
+        values += kept.values() if isinstance(kept, dict) else [kept]
+    leaves = [leaf for value in values for leaf in ([value] if _is_tensor(value) else tree_leaves(value))]
+    return list(filter(_is_tensor, leaves)), [leaf for leaf in leaves if not _is_tensor(leaf)]
+
+
+_KNOWN = {"defaults", "state", "param_groups", "step"}  # attributes of every optimizer
+
+
+def _is_same(ours: object, theirs: object) -> bool:
+    plain = type(ours) is type(theirs) and isinstance(ours, int | float | complex | str)
+    return ours is theirs or (plain and ours == theirs)
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

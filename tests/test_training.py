@@ -289,6 +289,17 @@ def test_averaged_weights_are_those_of_the_recursion_and_the_others_come_back(ki
     assert not same(found(), now)
 
 
+def test_a_copy_of_a_run_learns_what_is_put_into_its_own_programs():
+    svi = line()
+    svi.step(X, Y)
+    other = copy.deepcopy(svi)
+    name, parameter = next(other.model.named_parameters())
+    replaced = torch.nn.Parameter(parameter.detach().clone())
+    setattr(other.model, name, replaced)
+    other.step(X, Y)
+    assert not torch.equal(replaced, parameter)
+
+
 def test_an_exponential_average_has_the_integers_of_its_model_and_may_be_empty():
     model = torch.nn.Linear(1, 1)
     model.table = torch.nn.Parameter(torch.tensor([1, 2]), requires_grad=False)

@@ -40,7 +40,7 @@ class Programs:
         self.model, self.guide = model, guide
         self._roots = dict.fromkeys(program for program in (model, guide) if isinstance(program, nn.Module))
         self._stored: dict[str, Tensor] = {}  # parameters outside of all modules, by their names in Pyro's store
-        self._is_unchanged: Callable[[], bool] = lambda: False
+        self._snapshot: tuple[list[dict], list[Tensor], list, list] | None = None
 
     def modules(self) -> list[nn.Module]:
         """All modules, each once."""
@@ -90,22 +90,17 @@ class Programs:
         self._stored = {name: value for name, value in self.stored().items() if value not in own}
         tensors = list(own | dict.fromkeys(self._stored.values()))
         tables = [table for module in self.modules() for table in (module._parameters, module._modules)]
-
-        def snapshot() -> tuple[list, list]:
-            return list(chain.from_iterable(map(_VALUES, tables))), list(map(_KIND, tensors))
-
-        parts, kinds = snapshot()
-
-        def is_unchanged() -> bool:
-            parts_now, kinds_now = snapshot()
-            return kinds_now == kinds and len(parts_now) == len(parts) and all(map(operator.is_, parts_now, parts))
-
-        self._is_unchanged = is_unchanged
+        self._snapshot = tables, tensors, *_found_in(tables, tensors)
         return [parameter for parameter in tensors if _can_be_learned(parameter)]
 
     def are_unchanged(self) -> bool:
         """Whether modules, parameters and what of them is learned are the same as when they were collected."""
-        return self._is_unchanged() and len(self.stored()) == len(self._stored)
+        if self._snapshot is None:
+            return False
+        tables, tensors, parts, kinds = self._snapshot
+        parts_now, kinds_now = _found_in(tables, tensors)
+        is_same = kinds_now == kinds and len(parts_now) == len(parts) and all(map(operator.is_, parts_now, parts))
+        return is_same and len(self.stored()) == len(self._stored)
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -455,6 +450,11 @@ class Gradient:
 
 _MOST = 100  # kinds of arguments that have a dry run
 _KIND, _VALUES = operator.attrgetter("requires_grad", "dtype", "device"), operator.methodcaller("values")
+
+
+def _found_in(tables: list[dict], tensors: list[Tensor]) -> tuple[list, list]:
+    """What these tables of modules hold, and whether and how tensors are learned."""
+    return list(chain.from_iterable(map(_VALUES, tables))), list(map(_KIND, tensors))
 
 
 def _kind(args: tuple, kwargs: dict) -> Hashable:

@@ -859,6 +859,19 @@ def test_a_step_sees_what_is_changed_before_it_is_captured(interpreted, captures
     assert captures
 
 
+def test_a_captured_step_computes_in_the_precision_that_is_set(interpreted, captures):
+    """Its kernels are those of another setting: it is captured once for each."""
+    svis, x_0 = placed(captures)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            agree(svis, [[x_0]] * 6)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(captures) == 2
+
+
 def test_a_captured_step_hears_the_hooks_of_every_optimizer(interpreted, captures):
     svis, x_0 = placed(captures)
     agree(svis, [[x_0]] * 6)

@@ -324,7 +324,7 @@ class SVI:
         held, settings = _read_by(optimizer)
         state = [*graph.inputs, *held]
         sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
-        key = graph, optimizer, optimizer.step, sizes, self.clip_norm
+        key = graph, optimizer, optimizer.step, sizes, self.clip_norm, _precision()
         runs, replayed, captured = self._replays.get(key, (0, None, settings))
         is_settled = len(captured) == len(settings) and all(map(_is_same, captured, settings))
         if not is_settled or len({*graph.draws_on, *(tensor.device for tensor in state)}) > 1:
@@ -578,6 +578,15 @@ def _read_by(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list]:
 
 
 _KNOWN = {"defaults", "state", "param_groups", "step"}  # attributes of every optimizer
+
+
+def _precision() -> Hashable:
+    """By which of torch's settings kernels are chosen that compute the same to another precision."""
+    backends: Any = torch.backends  # Any, as torch declares not all of them
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    precisions = (one.fp32_precision for one in (backends, matmul, cudnn, cudnn.conv))
+    sums = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    return *precisions, *sums, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
 
 
 def _is_same(ours: object, theirs: object) -> bool:

@@ -1084,16 +1084,27 @@ def test_a_step_that_reads_what_is_on_another_device_is_not_captured(interpreted
     assert not captures
 
 
-@pytest.mark.parametrize("captures", ["recorded"], indirect=True)  # after it, torch draws no more on a GPU
-def test_a_step_that_cannot_be_captured_says_so(interpreted, captures):
-    class Reading(Momentum):
-        def step(self, closure=None):
-            assert all(float(parameter.grad.sum()) < 1e9 for parameter in self.param_groups[0]["params"])
-            super().step()
+class Reading(Momentum):
+    def step(self, closure=None):
+        assert all(float(parameter.grad.sum()) < 1e9 for parameter in self.param_groups[0]["params"])
+        super().step()
 
-    svis, x_0 = placed(captures, Reading)
+
+class Moving(Momentum):
+    """It puts other tensors in the place of weights, which a graph would go on to read where they were."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter.data - 0.01 * parameter.grad
+
+
+@pytest.mark.parametrize("captures", ["recorded"], indirect=True)  # after it, torch draws no more on a GPU
+@pytest.mark.parametrize(("optim", "why"), [(Reading, "a value is read"), (Moving, "a tensor is moved")])
+def test_a_step_that_cannot_be_captured_says_so(interpreted, captures, optim, why):
+    svis, x_0 = placed(captures, optim)
     agree(svis, [[x_0]] * 5)
-    with pytest.raises(RuntimeError, match=r"must not read values .* capturable=False .* captured \(a value is read"):
+    with pytest.raises(RuntimeError, match=rf"must not read values .* capturable=False .* captured \({why}"):
         svis[0].step(x_0)
 
 

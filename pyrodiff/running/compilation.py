@@ -350,8 +350,10 @@ class Replayed:
     def __init__(self, function: Callable, args: tuple[Tensor, ...], state: list[Tensor]) -> None:
         held = {arg: torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device) for arg in args}
         self._args = [held[arg].copy_(arg) for arg in args]  # one tensor may be given twice
-        self._run = captured(lambda: function(*self._args), state[0].device)
         self._state, self._places = state, _places(state)  # the tensors too, lest others get their memory
+        self._run = captured(lambda: function(*self._args), state[0].device)
+        if not self.fits(state):
+            raise RuntimeError("a tensor is moved to other memory")
 
     def fits(self, state: list[Tensor]) -> bool:
         """Whether these tensors, in their order, are those of the graph, and where they were.

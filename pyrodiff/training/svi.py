@@ -350,8 +350,9 @@ class SVI:
             return Replayed(self._whole_step, args, state)
         except RuntimeError as error:  # for good, as torch then draws no more on the device
             raise RuntimeError(
-                "a step must not read values from the device to be captured as a CUDA graph: let the optimizer have "
-                f"capturable=False for steps that are compiled and not captured ({str(error).splitlines()[0]})"
+                "a step must not read values from the device, or move weights in memory, to be captured as a CUDA "
+                "graph: let the optimizer have capturable=False for steps that are compiled and not captured "
+                f"({str(error).splitlines()[0]})"
             ) from error
 
     def _whole_step(self, *args: Tensor) -> tuple[Tensor, list[Tensor | None]]:

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
@@ -574,8 +574,15 @@ def _read_by(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list]:
         values += [value for name, value in group.items() if name != "params"]
     for kept in optimizer.state.values():
         values += kept.values() if isinstance(kept, dict) else [kept]
-    leaves = [leaf for value in values for leaf in ([value] if _is_tensor(value) else tree_leaves(value))]
-    return list(filter(_is_tensor, leaves)), [leaf for leaf in leaves if not _is_tensor(leaf)]
+    held: list[Tensor] = []
+    others: list = []
+    for value in values:
+        if isinstance(value, Tensor):  # most are
+            held.append(value)
+        else:
+            for leaf in tree_leaves(value):
+                (held if isinstance(leaf, Tensor) else others).append(leaf)
+    return held, others
 
 
 _KNOWN = {"defaults", "state", "param_groups", "step"}  # attributes of every optimizer
@@ -593,10 +600,6 @@ def _precision() -> Hashable:
 def _is_same(ours: object, theirs: object) -> bool:
     plain = type(ours) is type(theirs) and isinstance(ours, int | float | complex | str)
     return ours is theirs or (plain and ours == theirs)
-
-
-def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor)
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -102,7 +102,7 @@ def test_a_step_that_is_compiled_and_captured_is_the_step(name):
     losses = agree(svis, [[x_0.double().to("cuda")]] * 10, tolerance=EXACT)
     assert len(set(losses)) == 10
     torch.testing.assert_close(*(dict(svi.average.named_parameters()) for svi in svis), **EXACT)
-    assert [replayed is not None for _, replayed, _ in svis[0]._replays.values()] == [True]
+    assert [replayed is not None for _, replayed, _ in svis[0]._captures._replays.values()] == [True]
 
 
 @pytest.mark.parametrize("name", [*COMPILED, "bits"])

@@ -47,6 +47,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "resampled",
     "systematic",
     "Batch",
+    "Captures",
     "Drawn",
     "Flow",
     "Generative",

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,9 +12,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_leaves
 
 from ..base import arguments, checks, ranks
 from ..base.arguments import ArgumentError
@@ -22,6 +20,7 @@ from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..process.schedules import Schedule
 from ..running.compilation import Replayed
+from .captures import Captures
 from .gradients import Gradient, Programs
 
 __all__ = ["SVI", "exponential_average"]
@@ -135,8 +134,8 @@ class SVI:
         self._make_scheduler, self._make_average = scheduler, average
         self._programs = Programs(model, guide)
         self._gradient = Gradient(self._programs, self._learn, loss, autocast, compile, validate)
-        self._replays: dict[Hashable, tuple[int, Replayed | None, list]] = {}
-        self._captures, self._batches, self._calls, self._skipped = compile, 0, 0, ""
+        self._captures = Captures(self._gradient, self._whole_step, compile)
+        self._batches, self._calls, self._skipped = 0, 0, ""
         self._is_averaged = False
         self._state: dict[str, Any] | None = None  # a loaded state that waits for all parameters to be known
 
@@ -154,9 +153,10 @@ class SVI:
             self._gradient.dry_run(args, kwargs)
             self._resume(self._state)
         self._calls += 1
-        replayed = self._replayed(args, kwargs) if self._captures else None
-        if replayed is not None:
-            return self._replay(replayed, args)
+        if self._captures.is_on and self.optimizer is not None and self._is_capturable(args, kwargs):
+            replayed = self._captures.of(args, self.optimizer, self.clip_norm)
+            if replayed is not None:
+                return self._replay(replayed, args)
         if self._batches == 0:
             self._drop_gradients()
         try:
@@ -315,45 +315,17 @@ class SVI:
 
     # The step as one CUDA graph
 
-    def _replayed(self, args: tuple, kwargs: dict) -> Replayed | None:
-        """The whole step as a CUDA graph, from the fourth compiled step on; None if there is none yet, or cannot be."""
-        graph = self._gradient.graph_for(args) if self._is_capturable(args, kwargs) else None
-        if graph is None or graph.changes_arguments:
-            return None
-        optimizer = self._optimizer
-        held, settings = _read_by(optimizer)
-        state = [*graph.inputs, *held]
-        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
-        key = graph, optimizer, optimizer.step, sizes, self.clip_norm, _precision()
-        runs, replayed, captured = self._replays.get(key, (0, None, settings))
-        is_settled = len(captured) == len(settings) and all(map(_is_same, captured, settings))
-        if not is_settled or len({*graph.draws_on, *(tensor.device for tensor in state)}) > 1:
-            self._captures = False
-            self._replays.clear()
-            why = "its tensors are on several devices" if is_settled else "the optimizer's settings change"
-            warnings.warn(
-                f"the step runs as a compiled graph, not as a CUDA graph: {why}; give lr as a tensor on the device, "
-                "torch.tensor(1e-3, device=...), for a schedule to change it there",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return None
-        if replayed is not None and not replayed.fits(state):
-            runs, replayed = 0, None  # a tensor was replaced, and others may be yet to be made
-        if replayed is None and runs >= 3:
-            replayed = self._captured(args, state)
-        self._replays[key] = runs + 1, replayed, settings
-        return replayed
-
-    def _captured(self, args: tuple, state: list[Tensor]) -> Replayed:
-        try:
-            return Replayed(self._whole_step, args, state)
-        except RuntimeError as error:  # for good, as torch then draws no more on the device
-            raise RuntimeError(
-                "a step must not read values from the device, or move weights in memory, to be captured as a CUDA "
-                "graph: let the optimizer have capturable=False for steps that are compiled and not captured "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+    def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
+        """Whether every step does the same on the device, without reading a value from it."""
+        return (
+            self.accumulate == 1
+            and self._batches == 0
+            and self.scaler is None
+            and self.nonfinite is None
+            and ranks.count() == 1
+            and not kwargs
+            and all(isinstance(arg, Tensor) and arg.is_cuda and not arg.requires_grad for arg in args)
+        )
 
     def _whole_step(self, *args: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """A step without decisions in Python, to be captured; returns the loss and the gradients."""
@@ -373,24 +345,6 @@ class SVI:
         loss = loss.clone()
         self._after_step(loss)
         return loss
-
-    def _is_capturable(self, args: tuple, kwargs: dict) -> bool:
-        """Whether every step does the same on the device, without reading a value from it."""
-        return (
-            self.optimizer is not None
-            and self.accumulate == 1
-            and self._batches == 0
-            and self.scaler is None
-            and self.nonfinite is None
-            and ranks.count() == 1
-            and not kwargs
-            and all(isinstance(arg, Tensor) and arg.is_cuda and not arg.requires_grad for arg in args)
-            and not any(map(_is_expanded, args))
-            and all(group.get("capturable", False) for group in self.optimizer.param_groups)
-            and all(p in self._gradient.parameters for group in self.optimizer.param_groups for p in group["params"])
-            and not (self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
-            and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        )
 
     # The state
 
@@ -556,50 +510,6 @@ def _adapted(saved: Any, own: Any) -> Any:
 def _kind(kept: object) -> str:
     """The name of a class in a state; averages of all classes are alike in what they keep."""
     return "AveragedModel" if isinstance(kept, AveragedModel) else type(kept).__name__
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _read_by(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list]:
-    """What a step of an optimizer reads: tensors, and all else (numbers, mostly), each in a fixed order.
-
-    That is its parameters, their state, the settings of its groups, and its own attributes, other than private ones.
-    """
-    attributes = [vars(optimizer)[name] for name in vars(optimizer) if not name.startswith("_") and name not in _KNOWN]
-    values = [value for value in attributes if not callable(value)]
-    for group in optimizer.param_groups:
-        values += group["params"]
-        values += [value for name, value in group.items() if name != "params"]
-    for kept in optimizer.state.values():
-        values += kept.values() if isinstance(kept, dict) else [kept]
-    held: list[Tensor] = []
-    others: list = []
-    for value in values:
-        if isinstance(value, Tensor):  # most are
-            held.append(value)
-        else:
-            for leaf in tree_leaves(value):
-                (held if isinstance(leaf, Tensor) else others).append(leaf)
-    return held, others
-
-
-_KNOWN = {"defaults", "state", "param_groups", "step"}  # attributes of every optimizer
-
-
-def _precision() -> Hashable:
-    """By which of torch's settings kernels are chosen that compute the same to another precision."""
-    backends: Any = torch.backends  # Any, as torch declares not all of them
-    matmul, cudnn = backends.cuda.matmul, backends.cudnn
-    precisions = (one.fp32_precision for one in (backends, matmul, cudnn, cudnn.conv))
-    sums = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
-    return *precisions, *sums, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
-
-
-def _is_same(ours: object, theirs: object) -> bool:
-    plain = type(ours) is type(theirs) and isinstance(ours, int | float | complex | str)
-    return ours is theirs or (plain and ours == theirs)
 
 
 def _is_lazy(module: nn.Module) -> bool:

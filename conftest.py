@@ -2,13 +2,34 @@
 
 And what tests of graphs share."""
 
+import gc
+import traceback
+import types
 from collections.abc import Iterator
 
 import pyro
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 
 import pyrodiff
+
+# Whenever it is seeded, and for every tensor of a graph, torch notes the stack, for a message should something
+# fail later. Below pytest the stack is deep: a third of a millisecond each time, much of what tests cost. So it is
+# told that the stack is empty.
+for _module in (torch.cuda, torch.xpu, torch.mtia, fake_tensor):
+    _module.traceback = types.SimpleNamespace(**vars(traceback) | {"format_stack": list, "extract_stack": list})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Look for no garbage among what is collected, all of which stays; nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..base import arguments, checks, ranks
@@ -331,12 +330,22 @@ class _Results(TorchDispatchMode):
     nbytes = 0
 
     def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        results = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(results):
-            if isinstance(leaf, Tensor) and _storage(leaf) not in given:
-                self.nbytes += leaf.nbytes
+        kwargs = kwargs or {}
+        given = {_storage(tensor) for tensor in _tensors((*args, *kwargs.values()))}
+        results = func(*args, **kwargs)
+        for tensor in _tensors((results,)):
+            if _storage(tensor) not in given:
+                self.nbytes += tensor.nbytes
         return results
+
+
+def _tensors(values: Iterable) -> Iterator[Tensor]:
+    """The tensors that an operation takes or returns, alone or in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _storage(x: Tensor) -> int:

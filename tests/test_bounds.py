@@ -472,6 +472,42 @@ class Same(nn.Module):
         return x_t
 
 
+class Opened(nn.Module):
+    """A network that returns what it is given, and does something more with it."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.more = more
+
+    def forward(self, x_t, t):
+        self.more(x_t)
+        return x_t
+
+
+@pytest.mark.parametrize(
+    ("more", "numbers"),
+    [
+        (lambda x: x[:, 2:].view(-1), 0),  # views, alone and in a list, and what is written in place
+        (lambda x: torch.ops.aten.split.Tensor(x, 20, 1), 0),
+        (lambda x: x.add_(0.0), 0),
+        (lambda x: x + 1, 50),
+        (lambda x: torch.cat([x, x]), 100),
+        (lambda x: torch.ops.aten.stack([x, x])[0], 100),
+        (lambda x: torch.ops.aten.split_copy.Tensor(x, 20, 1), 50),  # a list of new tensors
+        (lambda x: x.sort(), 100),  # two: numbers and their places
+        (lambda x: torch._foreach_add([x, x], 1.0), 100),
+        (lambda x: torch._foreach_add_([x], 0.0), 0),
+    ],
+)
+def test_a_row_takes_the_bytes_of_new_tensors(more, numbers):
+    forward, x_0 = pyrodiff.GaussianForward(SCHEDULE), torch.ones(1, 50, dtype=torch.float64)
+    plain, opened = (
+        bytes_per_row(pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, denoiser), (50,)), x_0)
+        for denoiser in (pyrodiff.DataPrediction(network, forward) for network in (Same(), Opened(more)))
+    )
+    assert opened - plain == 8 * numbers
+
+
 def test_the_memory_of_a_decoder_counts():
     forward = pyrodiff.GaussianForward(SCHEDULE)
     reverse = pyrodiff.GaussianReverse(forward, pyrodiff.DataPrediction(Same(), forward))

@@ -76,17 +76,18 @@ def test_a_deterministic_sampler_of_ones_own_converges_with_its_order(kind, orde
     assert abs(found - order) < 0.15, (errors, found)
 
 
-def test_a_sampler_of_ones_own_has_the_loop_of_all():
+def test_a_sampler_of_ones_own_has_the_loop_of_all(interpreted):
     diffusion = exact(64)
     eager, compiled = Heun(diffusion, num_steps=16), Heun(diffusion, compile=True, num_steps=16)
     torch.testing.assert_close(compiled(3, generator=2), eager(3, generator=2), rtol=1e-9, atol=1e-9)
     states = eager.trajectory(3, generator=2)
     assert states.shape == (11, 3, 2)
     assert torch.equal(states[-1], eager(3, generator=2))
+    assert len(interpreted) == 1
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_sampler_of_fewer_steps_has_the_parts_that_the_diffusion_has_now(compiled):
+def test_a_sampler_of_fewer_steps_has_the_parts_that_the_diffusion_has_now(compiled, interpreted):
     """Written in place, replaced, put back: the samples are those of a sampler newly made."""
     diffusion = exact(32)
     sampler = pyrodiff.AncestralSampler(diffusion, compile=compiled, num_steps=8)

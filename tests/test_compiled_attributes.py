@@ -474,7 +474,7 @@ X_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 2.0]], dtype=torch.float64)
 
 
 def network(dtype=torch.float64):
-    return pyrodiff.networks.MLP((2,), hidden=4).to(dtype)
+    return pyrodiff.networks.MLP((2,), hidden=4, num_blocks=1).to(dtype)
 
 
 def diffusion_of(kind):

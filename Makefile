@@ -4,7 +4,9 @@
 # PYTHON chooses the interpreter that the virtual environment is made from, VENV its folder.
 PYTHON ?= python3
 VENV ?= .venv
-# --no-compile: most of torch is never imported here, so its modules are compiled as they are asked for.
+# --no-compile: most of torch is never imported here, so its modules are compiled as they are asked for, once: what is
+# compiled is kept, whatever the environment says, or each of the many processes of the tests would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile -c constraints.txt
 NEEDED = pyproject.toml constraints.txt | $(VENV)/bin/python
 

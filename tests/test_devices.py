@@ -160,6 +160,20 @@ def test_steps_are_taken_on_any_device(kind, has_float64):
     takes_steps(pair, x_0, has_float64)
 
 
+@every_kind
+def test_a_graph_of_a_step_reads_nothing_elsewhere(kind, interpreted):
+    """No number of the CPU, which a CUDA graph would keep, and for which a step would not be captured."""
+    _, pair, x_0 = elsewhere(kind)
+    with pyro.validation_enabled(False):
+        options = {"compile": True, "validate": False, "clip_norm": 5.0}
+        svi = pyrodiff.SVI(pair.model, pair.guide, slowly, pyrodiff.DiffusionELBO(), **options)
+        for _ in range(3):
+            svi.step(x_0)
+    (graph,) = svi._gradient.compiled._graphs.values()
+    assert {tensor.device.type for tensor in graph.inputs} | {device.type for device in graph.draws_on} == {"meta"}
+    assert not graph.changes_arguments
+
+
 @pytest.mark.parametrize("name", ["MLP prediction", "bits of a sub-chain", "second moment drawing"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_steps_are_taken_on_any_device_with_every_option(option, name, has_float64):

@@ -117,11 +117,13 @@ def _steps(x: Tensor, error: float, span: float) -> int | None:
     """The fewest even steps from 0 to 1 that contain all numbers up to an error; decimal steps are tried further."""
     most = min(2**20, int(1 / (4 * error)))
     decimals = [round(span * 10**n) for n in range(7)]
-    candidates = [*range(1, min(most, 2**16) + 1), *(n for n in decimals if 2**16 < n <= most)]
-    few = x[:: len(x) // 8 + 1]
-    for steps in torch.tensor(candidates, dtype=torch.float64).split(4096):
-        off = (few * steps[:, None] - (few * steps[:, None]).round()).abs()
-        for n in steps[(off <= error * steps[:, None]).all(1)]:
-            if bool(((x * n - (x * n).round()).abs() <= error * n).all()):
-                return int(n)
-    return None
+    beyond = torch.tensor([n for n in decimals if 2**16 < n <= most], dtype=torch.float64)
+    candidates = torch.cat((torch.arange(1, min(most, 2**16) + 1, dtype=torch.float64), beyond))
+    for number in x[:: len(x) // 8 + 1]:  # a few numbers leave few candidates
+        candidates = candidates[_off(number * candidates) <= error * candidates]
+    return next((int(n) for n in candidates if bool((_off(x * n) <= error * n).all())), None)
+
+
+def _off(x: Tensor) -> Tensor:
+    """The distance to the nearest whole number."""
+    return (x - x.round()).abs()

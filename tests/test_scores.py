@@ -118,7 +118,7 @@ def test_the_denoising_loss_is_the_explicit_one_of_the_noisy_data_and_a_constant
     score, noisy = network(D), Mixture(D, sigma)
     x, weight = Mixture(D).grid()
     x, weight = x[weight > 1e-13], weight[weight > 1e-13]
-    line = torch.linspace(-7.5, 7.5, 91 if D == 1 else 41, dtype=torch.float64)
+    line = torch.linspace(-7.5, 7.5, 91 if D == 1 else 21, dtype=torch.float64)
     noise = torch.cartesian_prod(*[line] * D).reshape(-1, D)
     normal = (-(noise**2).sum(1) / 2).exp()
     normal, mean, slope = normal / normal.sum(), 0.0, 0.0

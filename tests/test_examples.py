@@ -25,7 +25,7 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 @pytest.fixture
 def example(monkeypatch):
-    """Imports an example, on few data, at most 1000 to train on and 16 to be scored, and with pictures of few pixels."""
+    """Imports an example, on few data, at most 1000 to train on and 16 to score, and with pictures of few pixels."""
     monkeypatch.syspath_prepend(str(FOLDER))
     kept = {name: getattr(datasets, name) for name in ("swiss_roll", "checkerboard", "eight_gaussians", "heartbeat")}
     for name, draw in kept.items():

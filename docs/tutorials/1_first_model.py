@@ -96,14 +96,14 @@ pair = diffusion.one_step()
 svi = pyrodiff.SVI(
     pair.model,
     pair.guide,
-    lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
+    lambda parameters: torch.optim.AdamW(parameters, lr=4e-3),
     pyrodiff.DiffusionELBO(),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=1000
+        optimizer, T_max=600
     ),
 )
 losses = []
-for _ in range(1000):
+for _ in range(600):
     batch = x_0[torch.randint(len(x_0), (256,))]
     losses.append(svi.step(batch) / len(batch))
 losses = torch.stack(losses)
@@ -112,7 +112,7 @@ figure = Figure(figsize=(6, 2.6), layout="constrained")
 axes = figure.subplots()
 axes.plot(losses, color="#1f4e79", alpha=0.3, linewidth=0.8, label="a step")
 axes.plot(
-    range(50, 1050, 50),
+    range(50, 650, 50),
     losses.view(-1, 50).mean(1),
     color="#b5452c",
     label="mean of 50",

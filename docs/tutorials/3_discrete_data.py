@@ -66,7 +66,7 @@ denoiser = pyrodiff.LogitPrediction(networks.MLP(event_shape=(20,), hidden=64), 
 diffusion = pyrodiff.Diffusion(
     forward, pyrodiff.BinomialReverse(forward, denoiser), event_shape=(20,)
 )
-train(diffusion, heartbeats, num_steps=600, lr=6e-3)
+train(diffusion, heartbeats, num_steps=400, lr=8e-3)
 
 bound = pyrodiff.bound(diffusion, datasets.heartbeat(200, seed=2), generator=0)
 print(bound)
@@ -132,7 +132,7 @@ reverse = pyrodiff.GaussianReverse(forward, denoiser, pyrodiff.PosteriorVariance
 digits = pyrodiff.Diffusion(
     forward, reverse, event_shape=(8, 8), decoder=pyrodiff.DiscretizedDecoder(LEVELS)
 )
-train(digits, x_0, num_steps=120, lr=5e-3, drawing=pyrodiff.LossSecondMoment(1000))
+train(digits, x_0, num_steps=80, lr=6e-3, drawing=pyrodiff.LossSecondMoment(1000))
 
 # %%
 # With T = 1000 and a hundred pictures the bound has 100 000 terms. ``num_times=30`` computes 30 random ones of the 999

@@ -208,7 +208,7 @@ for name, prior in (("default prior", None), ("learned prior", LearnedPrior())):
     )
     reverse = pyrodiff.GaussianReverse(early, denoiser, BetweenVariance(T))
     bound = train(
-        pyrodiff.Diffusion(early, reverse, event_shape=(2,), prior=prior), num_steps=300
+        pyrodiff.Diffusion(early, reverse, event_shape=(2,), prior=prior), num_steps=200
     )
     line(name, bound)
     print(f"   of which L_T {float(bound.prior.mean()):7.3f}")
@@ -296,7 +296,7 @@ elbo = pyrodiff.DiffusionELBO()
 svi = pyrodiff.SVI(
     model, guide, lambda parameters: torch.optim.AdamW(parameters, lr=5e-3), elbo
 )
-for _ in range(150):
+for _ in range(100):
     svi.step(data[torch.randint(len(data), (256,))])
 with torch.no_grad():
     terms = elbo.terms(model, guide, x_0)

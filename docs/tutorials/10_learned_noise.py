@@ -446,12 +446,12 @@ def with_v(variance, schedule=fixed):
     )
 
 
-def train(diffusion, num_steps=300, weighting=None):
+def train(diffusion, num_steps=200, weighting=None):
     pair = diffusion.one_step(weighting=weighting)
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda p: torch.optim.AdamW(p, lr=6e-3),
+        lambda p: torch.optim.AdamW(p, lr=8e-3),
         elbo,
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, num_steps),
     )
@@ -564,9 +564,9 @@ def network_of(schedule):
     return pyrodiff.Diffusion(forward, reverse, (2,))
 
 
-chains("network, by the bound", train(network_of(fixed), 400))
+chains("network, by the bound", train(network_of(fixed), 300))
 hybrid = pyrodiff.HybridWeighting()
-_ = chains("network, by the hybrid loss", train(network_of(fixed), 400, hybrid))
+_ = chains("network, by the hybrid loss", train(network_of(fixed), 300, hybrid))
 
 # %%
 # Both

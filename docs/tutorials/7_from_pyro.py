@@ -131,7 +131,7 @@ svi = pyro.infer.SVI(
     pyro.optim.Adam({"lr": 3e-3}),
     TraceMeanField_ELBO(),
 )
-losses = [svi.step(data[torch.randint(len(data), (128,))]) / 128 for _ in range(150)]
+losses = [svi.step(data[torch.randint(len(data), (128,))]) / 128 for _ in range(80)]
 first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
 print(f"first 10 steps {first:.3f}, last 10 steps {last:.3f} nats per datum")
 
@@ -181,7 +181,7 @@ svi = pyrodiff.SVI(
     lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
     pyrodiff.DiffusionELBO(),
 )
-for _ in range(500):
+for _ in range(300):
     loss = svi.step(data[torch.randint(len(data), (128,))])
 print(repr(loss.detach()))
 print(pyrodiff.bound(diffusion, x_0, generator=0))

@@ -496,7 +496,7 @@ def fit(diffusion, data, num_steps, batch, learning_rate, average=None):
 
 pyro.set_rng_seed(0)
 ncsn = diffusion_of(ScoreNetwork(schedule), forward, (2,))
-fit(ncsn, draw(50000), num_steps=1000, batch=512, learning_rate=6e-3)
+fit(ncsn, draw(50000), num_steps=700, batch=512, learning_rate=6e-3)
 
 # %%
 # Why :math:`\sigma^2`: 002 says that the length of the score goes as :math:`1 / \sigma`, so that :math:`\sigma^2 \ell`
@@ -533,7 +533,7 @@ for t in (1, 8, 16, 24, 32, 40):
 learned = pyrodiff.AnnealedLangevinSampler(
     ncsn, step_size=0.2 * 0.025**2, num_updates=60
 )
-share = small_mode(learned(2000, generator=0))
+share = small_mode(learned(1000, generator=0))
 print(f"annealed, NCSN: {mean(share)} in the small mode")
 
 cost = -log_shares(x_0).logsumexp(1)

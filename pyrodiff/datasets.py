@@ -121,7 +121,7 @@ def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
         ValueError: If ``x`` has another shape or dtype, or ``noise`` is not above 0.
 
     Example:
-        >>> x = pyrodiff.datasets.swiss_roll(10000, seed=1)
+        >>> x = pyrodiff.datasets.swiss_roll(2000, seed=1)
         >>> print(f"{float(-pyrodiff.datasets.swiss_roll_log_prob(x).mean()):.1f}")
         1.0
     """

@@ -246,13 +246,14 @@ if done.returncode:
 # A small run on the CPU, as a shell would start it:
 
 with tempfile.TemporaryDirectory() as folder:
-    command = "train swiss-roll --train-steps 100 --hidden 32 --average 0 --device cpu --final-times 10".split()
+    command = "train swiss-roll --train-steps 100 --evaluate-every 50 --hidden 32 --average 0".split()
     done = subprocess.run(
         [
             sys.executable,
             "-m",
             "pyrodiff",
             *command,
+            *"--device cpu --threads 1 --final-times 10".split(),
             "--samples",
             "200",
             "--out",

@@ -146,7 +146,7 @@ def ode_log_prob(
         >>> flow.log_prob.shape, flow.is_bound
         (torch.Size([5]), False)
         >>> x_0 = torch.randn(5, 2, requires_grad=True)
-        >>> pyrodiff.ode_log_prob(diffusion, x_0, differentiable=True).log_prob.sum().backward()
+        >>> pyrodiff.ode_log_prob(diffusion, x_0, tolerance=1e-3, differentiable=True).log_prob.sum().backward()
         >>> x_0.grad.shape
         torch.Size([5, 2])
     """

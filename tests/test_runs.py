@@ -320,6 +320,29 @@ def test_more_steps(home, tmp_path):
     assert notes(folder)[:6] == notes(home / "alone")[:6]
 
 
+def as_on_a_gpu(rate, device):
+    """The optimizer's options there, but for those that a CPU does not have."""
+    return {"lr": torch.tensor(rate), "fused": True}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["on a GPU", "on a CPU"])
+@pytest.mark.parametrize("here", [True, False], ids=["on a GPU", "on a CPU"])
+def test_a_run_goes_on_where_its_rate_is_a_tensor_or_a_number(home, tmp_path, monkeypatch, here, there):
+    folder, ways = tmp_path / "moved", {True: as_on_a_gpu, False: runs._ways}
+    monkeypatch.setattr(runs, "_ways", ways[there])
+    assert train(home / "x.npy", folder).code == 0
+    monkeypatch.setattr(runs, "_ways", ways[here])
+    assert resumed(folder, train_steps=9).code == 0
+    plain = copied(home, tmp_path)
+    monkeypatch.setattr(runs, "_ways", ways[False])
+    assert resumed(plain, train_steps=9).code == 0
+    for ours, theirs in zip(notes(folder), notes(plain), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert call("bound", folder).code == 0
+
+
 def test_fewer_steps_than_were_made_are_refused(home, tmp_path):
     folder = copied(home, tmp_path)
     assert resumed(folder, train_steps=5).is_refused("--train-steps", "5", "6")

@@ -142,9 +142,7 @@ class Run:
     def _svi(self) -> SVI:
         training = self.plan.training
         programs = models.pair(self.plan, self.diffusion).to(self.device)
-        options: dict[str, Any] = {"lr": training.lr, "weight_decay": training.weight_decay}
-        if self.device.type == "cuda":  # so that a compiled step is one CUDA graph
-            options |= {"lr": torch.tensor(training.lr, device=self.device), "fused": True, "capturable": True}
+        options = {"lr": training.lr, "weight_decay": training.weight_decay} | _ways(training.lr, self.device)
         return SVI(
             programs.model,
             programs.guide,
@@ -216,9 +214,12 @@ class Run:
             if not all(_is_as_made(settings.get(name), optimizer.defaults[name]) for name in _SETTINGS):
                 raise _no_run(path)
             # the saved scheduler has the rate of the earlier train_steps
-            now = scheduler.lr_lambdas[0](scheduler.last_epoch)
-            optimizer.param_groups[0]["lr"] = self.plan.training.lr * now
-            scheduler._last_lr = [optimizer.param_groups[0]["lr"]]
+            rate = self.plan.training.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+            if isinstance(settings["lr"], Tensor):
+                settings["lr"].fill_(rate)
+            else:
+                settings["lr"] = rate
+            scheduler._last_lr = [rate]
             for parameter, moments in optimizer.state.items():
                 if any(one.shape != (() if name == "step" else parameter.shape) for name, one in moments.items()):
                     raise _no_run(path)
@@ -281,6 +282,13 @@ class Run:
 def _rate(step: int, steps: int, warmup: int) -> float:
     """The learning rate as a fraction of its maximum: a linear warm-up, then a cosine decay."""
     return min(1.0, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+
+
+def _ways(rate: float, device: torch.device) -> dict[str, Any]:
+    """The options by which an optimizer computes on a device: on a GPU, so that a compiled step is one CUDA graph."""
+    if device.type != "cuda":
+        return {}
+    return {"lr": torch.tensor(rate, device=device), "fused": True, "capturable": True}
 
 
 _SETTINGS = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable")  # of AdamW

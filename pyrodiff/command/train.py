@@ -401,7 +401,7 @@ class Trainer:
             raise FloatingPointError(f"the loss is {loss} between steps {run.state['logged']} and {step}")
         run.state.update(logged=step, loss=torch.zeros((), device=run.device), drawn=0)
         if self.metrics is not None:
-            rate = run.svi.optimizer.param_groups[0]["lr"] if run.svi.optimizer is not None else 0.0
+            rate = float(run.svi.optimizer.param_groups[0]["lr"]) if run.svi.optimizer is not None else 0.0
             name = "loss" if is_bound else "simple_loss"  # the simple loss is no likelihood
             self.metrics.note(step, **{name: loss}, lr=rate, seconds=round(run.state["seconds"], 3))
         self._loss = f"loss {run.form.per_unit(loss):.3f} {run.form.unit}" if is_bound else f"simple loss {loss:.3f}"

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrodiff
 from pyrodiff import datasets
+from pyrodiff.command.plans import prepare
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -228,6 +229,37 @@ def test_a_model_may_be_made_without_memory_and_filled(kind):
         torch.manual_seed(3)
         losses.append(pyrodiff.SVI(one.model, one.guide, slowly, pyrodiff.DiffusionELBO()).step(x_0))
     assert torch.equal(*losses)
+
+
+READINGS = {
+    "digits": {"data": "digits"},
+    "digits, strokes": {"data": "digits", "augment": "strokes"},
+    "points": {"data": "swiss-roll"},
+    "numbers": {"data": "numbers.npy"},
+    "bits": {"data": "pictures.npy", "binarize": "threshold"},
+    "bits, drawn once": {"data": "pictures.npy", "binarize": "static"},
+    "bits, drawn anew": {"data": "pictures.npy", "binarize": "dynamic"},
+    "levels, flipped": {"data": "pictures.npy", "augment": "flip"},
+    "levels, streamed": {"data": "pictures.npy", "stream": True},
+    "levels with labels": {"data": "labelled.npz", "labels": True},
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_the_command_draws_its_data_on_any_device(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = np.random.default_rng(0)
+    pictures = source.integers(0, 256, size=(40, 8, 8)).astype(np.uint8)
+    np.save("numbers.npy", source.normal(size=(40, 2)))
+    np.save("pictures.npy", pictures)
+    np.savez("labelled.npz", x=pictures, y=np.arange(40) % 3)
+    _, data = prepare(READINGS[name], torch.device("meta"))
+    with Apart(copies=True):
+        drawn = next(data.drawn(6, 0, 0, 0))
+        held_out = next(iter(data.batches("validation", 4)))
+    assert len(drawn) == len(held_out) == (2 if name == "levels with labels" else 1)
+    assert all(values.is_meta and len(values) == 6 for values in drawn)
+    assert all(values.is_meta and len(values) == 4 for values in held_out)
 
 
 # torch's default device and default dtype

@@ -205,7 +205,7 @@ HEAD = f"{'':24}{'L_T':>7} {'ΣL_t-1':>7} {'L_0':>7} {'bound':>8}          {'λ_
 
 
 def row(name, diffusion):
-    found = pyrodiff.bound(diffusion, x_0, num_particles=3, generator=0)
+    found = pyrodiff.bound(diffusion, x_0, num_particles=2, generator=0)
     parts = found.prior, found.denoising.sum(0), found.reconstruction
     three = " ".join(f"{float(part.mean()):7.3f}" for part in parts)
     ends = diffusion.forward_process.schedule.log_snr(torch.tensor([1, T]))
@@ -346,7 +346,7 @@ for name, (seed, last) in {
     for steps in (T, MILLION):
         schedule = thrown_about(seed, steps, last=last)
         estimates = at_random_times(
-            known(schedule, pyrodiff.PosteriorVariance()), x_0, 20
+            known(schedule, pyrodiff.PosteriorVariance()), x_0, 10
         )
         row_of.append(mean(estimates))
     print(f"{name:18} {row_of[0]}  {row_of[1]}   {float(estimates.std()):.2f}")
@@ -375,8 +375,8 @@ for when in ("before", "after"):
     estimates = at_random_times(steady, x_0, 20)
     print(f"{when:7} {mean(estimates)}, spread {float(estimates.std()):.2f}")
     if when == "before":
-        for _ in range(100):
-            svi.step(data[torch.randint(len(data), (256,))])
+        for _ in range(80):
+            svi.step(data[torch.randint(len(data), (128,))])
 
 # %%
 # 2015: the betas, and frozen noise
@@ -397,7 +397,7 @@ for name in ("fresh noise", "frozen noise"):
     losses[name], of_betas[name] = [], diffusion
     for number in range(60):
         pyro.set_rng_seed(0 if name == "frozen noise" else number)
-        losses[name].append(float(svi.step(data[:512])) / 512)
+        losses[name].append(float(svi.step(data[:256])) / 256)
     rises = sum(b > a for a, b in pairwise(losses[name]))
     print(f"{name:12} {rises:2} of 59 steps raise the bound of the batch")
 
@@ -564,9 +564,9 @@ def network_of(schedule):
     return pyrodiff.Diffusion(forward, reverse, (2,))
 
 
-chains("network, by the bound", train(network_of(fixed), 300))
+chains("network, by the bound", train(network_of(fixed), 250))
 hybrid = pyrodiff.HybridWeighting()
-_ = chains("network, by the hybrid loss", train(network_of(fixed), 300, hybrid))
+_ = chains("network, by the hybrid loss", train(network_of(fixed), 250, hybrid))
 
 # %%
 # Both

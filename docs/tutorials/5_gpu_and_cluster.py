@@ -189,10 +189,10 @@ pair = diffusion.one_step()
 svi = pyrodiff.SVI(pair.model, pair.guide, partial(torch.optim.AdamW, lr=3e-3), pyrodiff.DiffusionELBO())
 
 x_0 = datasets.swiss_roll(20000, seed=1).to(device)
-for _ in range(100):
+for _ in range(50):
     loss = svi.step(x_0[torch.randint(len(x_0), (256 // count,), device=device)])  # summed over all processes
 
-test_set = datasets.swiss_roll(200, seed=2).to(device)
+test_set = datasets.swiss_roll(100, seed=2).to(device)
 shared = pyrodiff.bound(diffusion, test_set, generator=0, sharded=True)
 alone = pyrodiff.bound(diffusion, test_set, generator=0)
 if number == 0:

@@ -169,7 +169,7 @@ class StandIn(torch.nn.Module):
 # The loop that everybody has written, on the Swiss roll:
 
 data, test_set = datasets.swiss_roll(20000, seed=1), datasets.swiss_roll(200, seed=2)
-steps = 400
+steps = 300
 network = FromTheirs(StandIn())
 optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 table = alphas_cumprod.float()

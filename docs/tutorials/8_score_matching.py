@@ -313,7 +313,7 @@ print(f"least possible with noise: {floor:.1f}")
 # A loss is a mean over data, so that it does not constrain a score where there are none. Figure 5 has the true score of
 # the two Gaussians, and the learned one.
 
-learned, _ = match(draw(20000))
+learned, _ = match(draw(20000), num_steps=600)
 line = torch.linspace(-2, 2, 17)
 grid = torch.cartesian_prod(line, line)
 fine = torch.linspace(-2, 2, 200)
@@ -346,7 +346,7 @@ with torch.no_grad():
 
 # %%
 # Where there are data the two nearly agree. Between the modes and in the corners the learned score is far too short,
-# and points elsewhere; taken everywhere, the loss is about a hundred times as large. A chain that starts there goes
+# and points elsewhere; taken everywhere, the loss is more than a hundred times as large. A chain that starts there goes
 # astray.
 #
 # Slow mixing
@@ -394,7 +394,7 @@ annealed = pyrodiff.AnnealedLangevinSampler(
 )
 samples = {
     "(a) exact draws": draw(3000),
-    "(b) Langevin": langevin(start, num_updates=1000, generator=0),
+    "(b) Langevin": langevin(start, num_updates=500, generator=0),
     "(c) annealed Langevin": annealed(3000, generator=0),
 }
 
@@ -539,7 +539,7 @@ print(f"annealed, NCSN: {mean(share)} in the small mode")
 cost = -log_shares(x_0).logsumexp(1)
 print(f"truth        {mean(cost)} nats")
 for name, diffusion in (("true score", exact), ("NCSN", ncsn)):
-    nats = pyrodiff.bound(diffusion, x_0, num_particles=4, generator=0).nats
+    nats = pyrodiff.bound(diffusion, x_0, num_particles=2, generator=0).nats
     print(f"{name:12} {mean(nats)} nats, {mean(nats - cost)} above the truth")
 
 # %%
@@ -642,13 +642,13 @@ network = networks.DividedByNoise(Unconditional(), schedule)
 improved = diffusion_of(network, forward, (D,))
 average = pyrodiff.exponential_average(0.995)
 svi = fit(
-    improved, digits, num_steps=600, batch=128, learning_rate=3e-3, average=average
+    improved, digits, num_steps=400, batch=128, learning_rate=3e-3, average=average
 )
 
 with torch.no_grad():
-    raw = pyrodiff.bound(improved, test, num_particles=4, generator=0).nats
+    raw = pyrodiff.bound(improved, test, num_particles=2, generator=0).nats
     with svi.averaged():
-        nats = pyrodiff.bound(improved, test, num_particles=4, generator=0).nats
+        nats = pyrodiff.bound(improved, test, num_particles=2, generator=0).nats
         sampler = pyrodiff.AnnealedLangevinSampler(improved, 2 * size, num_updates)
         pictures = sampler(36, generator=0)
 print(f"bound of {len(test)} test digits {mean(nats, 2)} nats")

@@ -180,7 +180,7 @@ class Run:
             run = cls(folder, plan, form, device_of(device))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise _no_run(path) from error
-        run.restore(path)
+        run._restore(path)
         if run.svi.average is not None:
             run.svi.adopt_average()
         run.diffusion.eval()
@@ -198,10 +198,7 @@ class Run:
         plan, form = _kept(path)
         self.refuse_other_data(form, path)
         _refuse_other_options(self.plan, plan, path)
-        try:
-            self._restore(path)
-        except ValueError as error:
-            raise _beside(error, path) from error
+        self._restore(path)
 
     def _restore(self, path: Path) -> None:
         self.svi = self._svi()  # one that another checkpoint was put into has an optimizer already
@@ -223,8 +220,10 @@ class Run:
             for parameter, moments in optimizer.state.items():
                 if any(one.shape != (() if name == "step" else parameter.shape) for name, one in moments.items()):
                     raise _no_run(path)
+        except ValueError as error:
+            raise _beside(error, path) from error
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            raise _no_run(path) from error
+            raise _beside(_no_run(path), path) from error
         ours = {name: state[name] for name in self.state.keys() & state.keys()}
         self.state = {**self.state, **ours, "loss": state["loss"].to(self.device)}
 

@@ -151,7 +151,7 @@ def test_a_step_does_not_wait_for_the_gpu(name):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_steps_under_autocast_are_near(dtype, compiled):
-    """The mean of many losses at weights that stay: within 2 % of that in single precision."""
+    """The mean of many losses at weights that stay, of other draws: within a tenth of that in single precision."""
     network = pyrodiff.networks.UNet((8, 8), (8, 16), hidden=32).cuda()
     x_0, means = torch.randn(32, 8, 8, device="cuda"), []
     for autocast in (None, dtype):
@@ -164,7 +164,9 @@ def test_steps_under_autocast_are_near(dtype, compiled):
         assert losses.isfinite().all()
         assert losses.dtype == torch.float32
         means.append(float(losses.mean()))
-        assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+        gradients = [parameter.grad for parameter in pair.model.parameters() if parameter.requires_grad]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
     assert means[1] == pytest.approx(means[0], rel=0.1)
 
 

@@ -327,7 +327,7 @@ def as_on_a_gpu(rate, device):
 
 @pytest.mark.parametrize("there", [True, False], ids=["on a GPU", "on a CPU"])
 @pytest.mark.parametrize("here", [True, False], ids=["on a GPU", "on a CPU"])
-def test_a_run_goes_on_where_its_rate_is_a_tensor_or_a_number(home, tmp_path, monkeypatch, here, there):
+def test_a_run_resumes_where_its_rate_is_a_tensor_or_a_number(home, tmp_path, monkeypatch, here, there):
     folder, ways = tmp_path / "moved", {True: as_on_a_gpu, False: runs._ways}
     monkeypatch.setattr(runs, "_ways", ways[there])
     assert train(home / "x.npy", folder).code == 0

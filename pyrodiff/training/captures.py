@@ -21,7 +21,7 @@ __all__ = ["Captures"]
 
 
 class Captures:
-    """The captured steps of one SVI, one for each graph of the gradient and each way that the optimizer goes on.
+    """The captured steps of one SVI: one for each graph of the gradient, optimizer, norm and precision.
 
     Arguments:
         gradient: The gradient.

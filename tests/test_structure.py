@@ -371,3 +371,12 @@ def test_the_tests_that_the_docs_name_are_there():
     assert len(named) > 50
     for file, name in sorted(named):
         assert f"def {name}(" in (FOLDER.parent / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_the_files_that_the_way_in_names_are_there():
+    root = FOLDER.parent
+    for page in ("CONTRIBUTING.md", "README.md"):
+        named = set(re.findall(r"`([\w/]+\.(?:py|md))`", (root / page).read_text(encoding="utf-8")))
+        assert named, page
+        for file in sorted(named):
+            assert (root / file).is_file() or (FOLDER / file).is_file(), f"{page} names {file}"

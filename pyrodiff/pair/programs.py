@@ -343,14 +343,7 @@ class Generative(nn.Module):
 
     def of_pyro(self) -> list[PyroModule]:
         """The submodules that are ``PyroModule``, and so send messages when they are called."""
-        found: list[PyroModule] = []
-        waiting: list[nn.Module] = [self]
-        while waiting:  # as torch's modules(), but faster
-            module = waiting.pop()
-            if isinstance(module, PyroModule) and module not in found:
-                found.append(module)
-            waiting += [part for part in reversed(module._modules.values()) if part is not None]
-        return found
+        return [module for module in self.modules() if isinstance(module, PyroModule)]
 
     def is_random(self) -> bool:
         """Whether there are random weights, each a ``PyroSample``."""

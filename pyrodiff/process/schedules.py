@@ -175,7 +175,7 @@ def _at(table: Tensor, t: int | Tensor) -> Tensor:
     if checks.validating() or not isinstance(t, Tensor):
         checks.time("t", t, table.shape[-1] - 1)
     if not isinstance(t, Tensor):
-        return table[..., int(t)]
+        return table.select(-1, int(t))
     if t.device != table.device:
         if checks.validating() and home(t.device) != table.device:
             raise ArgumentError("t", f"must be on the schedule's device {table.device}, but it is on {t.device}")

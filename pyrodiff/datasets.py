@@ -112,13 +112,13 @@ def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
 
     Arguments:
         x: Points with shape (B, 2), floats.
-        noise: The noise of the roll; above 0.
+        noise: The noise of the roll; at least 1e-4.
 
     Returns:
         Nats in float64, with shape (B,).
 
     Raises:
-        ValueError: If ``x`` has another shape or dtype, or ``noise`` is not above 0.
+        ValueError: If ``x`` has another shape or dtype, or ``noise`` is below 1e-4.
 
     Example:
         >>> x = pyrodiff.datasets.swiss_roll(2000, seed=1)
@@ -129,8 +129,8 @@ def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
         raise ArgumentError("x", f"must be floats with shape (B, 2), but it is {arguments.described(x)}")
     if not checks.holds(x.isfinite()):
         raise ArgumentError("x", f"must be finite, but {int((~x.isfinite()).sum())} of its values are not")
-    if not (arguments.is_number(noise) and 0 < noise < math.inf):
-        raise ArgumentError("noise", f"must be a number above 0 for a density, but it is {noise!r}")
+    if not (arguments.is_number(noise) and 1e-4 <= noise < math.inf):
+        raise ArgumentError("noise", f"must be a number of at least 1e-4 for a density, but it is {noise!r}")
     scale = math.sqrt(1 + noise**2)
     pieces = math.ceil(3 * math.pi * 2.2 * max(1.0, 1 / noise) / 4)  # the spiral moves at most 2.2 per unit of r
     node, weight = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(16))
@@ -261,8 +261,7 @@ def digits(split: str = "train", binary: bool = False) -> Tensor:
     """
     bounds = {"train": (0, 1000), "validation": (1000, 1350), "test": (1350, 1797)}
     arguments.one_of("binary", binary, (False, True))
-    if split not in bounds:
-        raise ArgumentError("split", f"must be one of {', '.join(bounds)}, but it is {split!r}")
+    arguments.one_of("split", split, tuple(bounds))
     with resources.files(__package__).joinpath("data/digits.npz").open("rb") as file:
         images = np.load(file)["images"]
     levels = torch.from_numpy(images[slice(*bounds[split])]).float()

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _DATA, _MODEL = "#1f4e79", "#b5452c"
+_SQUARE = (4.0, 4.3)  # of the figure of points, whose titles stand above
 _GAP = 0.8  # the grey between pictures, which differs from black and white edges
 
 
@@ -68,7 +69,7 @@ def diffusion_process(
         Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), Fig. 1,
         https://arxiv.org/abs/1503.03585
     """
-    T = diffusion.num_steps
+    T = checks.instance("diffusion", diffusion, Diffusion).num_steps
     times = (0, T // 2, T) if times is None else times
     if diffusion.event_shape != (2,):
         raise ArgumentError("diffusion", f"must have event_shape (2,), but it is {tuple(diffusion.event_shape)}")
@@ -132,7 +133,7 @@ def terms(bound: Bound, axes: Axes | None = None) -> Axes:
         ValueError: If ``bound`` is something else.
     """
     checks.instance("bound", bound, Bound)
-    axes = Figure(figsize=(5, 3.2), layout="constrained").subplots() if axes is None else axes
+    axes = _axes(axes, (5, 3.2))
     means = bound.denoising_mean.cpu().numpy()
     label = f"$L_0$ = {float(bound.reconstruction.mean()):.3f}, $L_T$ = {float(bound.prior.mean()):.3f}"
     axes.plot(np.arange(2, len(means) + 2), means, color=_MODEL, label=label)
@@ -195,12 +196,12 @@ def bits(x: Tensor, axes: Axes | None = None, columns: int | None = None) -> Axe
     Raises:
         ValueError: If ``x`` has another number of dimensions.
     """
-    if x.dim() not in (2, 3):
+    if not isinstance(x, Tensor) or x.is_complex() or x.dim() not in (2, 3):
         raise ArgumentError(
-            "x", f"must have shape (B, length) or (B, height, width), but its shape is {tuple(x.shape)}"
+            "x", f"must have shape (B, length) or (B, height, width), but it is {arguments.described(x)}"
         )
     columns = None if columns is None else arguments.positive_int("columns", columns)
-    axes = Figure(figsize=(4, 4), layout="constrained").subplots() if axes is None else axes
+    axes = _axes(axes, (4, 4))
     numbers = x.detach().cpu().numpy()
     if x.dim() == 3:
         numbers = _tiled(numbers, columns, gap=0.5)
@@ -242,7 +243,7 @@ def pictures(x: Tensor, axes: Axes | None = None, columns: int | None = None) ->
         )
     columns = None if columns is None else arguments.positive_int("columns", columns)
     tiles = _tiled(_enlarged(x), columns, gap=_GAP)
-    axes = _axes_for(tiles) if axes is None else axes
+    axes = _axes(axes, _size_for(tiles))
     _light(axes, tiles)
     return axes
 
@@ -272,11 +273,11 @@ def samples(x: Tensor, axes: Axes | None = None, limits: tuple[float, float] | N
     form = _checked_form("x", x, "B", 1)
     limits = _limits(x, limits)
     if form == "points":
-        axes = _square_axes() if axes is None else axes
+        axes = _axes(axes, _SQUARE)
         _scatter(axes, x.detach(), _MODEL, _extent(x))
         return axes
     tiles = _drawn(x, form, limits)
-    axes = _axes_for(tiles) if axes is None else axes
+    axes = _axes(axes, _size_for(tiles))
     _show(axes, tiles, form)
     return axes
 
@@ -456,11 +457,11 @@ def animation(
     arguments.positive_int("interval", interval)
     limits = _limits(states[-1], limits)
     if form == "points":
-        axes = _square_axes()
+        axes = _axes(None, _SQUARE)
         _scatter(axes, states[0].detach(), _MODEL, _extent(states))
     else:
         frames = [_drawn(x, form, limits) for x in states]
-        axes = _axes_for(frames[0])
+        axes = _axes(None, _size_for(frames[0]))
         _show(axes, frames[0], form)
     title = axes.set_title(f"t = {times[0]}")
 
@@ -508,7 +509,7 @@ def curves(
     bounds[:, 1:] *= scale
     if not (len(losses) or len(bounds)):
         raise ArgumentError("records", f"must hold a step with a loss or a bound, but none of the {len(records)} does")
-    axes = Figure(figsize=(6, 3.4), layout="constrained").subplots() if axes is None else axes
+    axes = _axes(axes, (6, 3.4))
     if len(losses):
         half = len(losses) // 40
         axes.plot(*losses.T[:2], color=_DATA, linewidth=0.6, alpha=0.45 if half else 1, label="loss")
@@ -534,6 +535,8 @@ def curves(
 def _column(records: Sequence[Mapping[str, float]], *keys: str) -> np.ndarray:
     """Rows of the step and the values of some keys, for records with a step and the first key; others may be NaN."""
     rows = []
+    if not isinstance(records, Sequence) or isinstance(records, str):
+        raise ArgumentError("records", f"must be a list of mappings, but it is {arguments.described(records)}")
     for number, record in enumerate(records):
         if not isinstance(record, Mapping):
             raise ArgumentError("records", f"must be mappings, but number {number} is {arguments.described(record)}")
@@ -566,7 +569,8 @@ def _form(event_shape: Sequence[int]) -> str | None:
 
 def _checked_form(name: str, x: Tensor, before: str, dims: int) -> str:
     """The form in which ``x`` is drawn, checked; its first ``dims`` dimensions are called ``before`` in the error."""
-    form = _form(x.shape[dims:]) if isinstance(x, Tensor) and x.numel() and x.dim() > dims else None
+    is_drawable = isinstance(x, Tensor) and x.numel() > 0 and x.dim() > dims
+    form = _form(x.shape[dims:]) if is_drawable and not (x.is_complex() or x.dtype == torch.bool) else None
     if form is None:
         raise ArgumentError(
             name,
@@ -625,9 +629,11 @@ def _tiled(tiles: np.ndarray, columns: int | None, gap: float) -> np.ndarray:
     return np.concatenate(rows, axis=0)[:-1, :-1]
 
 
-def _axes_for(tiles: np.ndarray) -> Axes:
-    """Axes of a new figure, about as wide and high as an array is to be drawn."""
-    return Figure(figsize=_size_for(tiles), layout="constrained").subplots()
+def _axes(axes: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes that are given, or those of a new figure of this size."""
+    if axes is None:
+        return Figure(figsize=size, layout="constrained").subplots()
+    return checks.instance("axes", axes, Axes)
 
 
 def _size_for(tiles: np.ndarray) -> tuple[float, float]:
@@ -635,10 +641,6 @@ def _size_for(tiles: np.ndarray) -> tuple[float, float]:
     height, width = tiles.shape[:2]
     scale = min(max(4.5, max(height, width) / 100), 10) / max(height, width)
     return max(scale * width, 1), max(scale * height, 1) + 0.3
-
-
-def _square_axes() -> Axes:
-    return Figure(figsize=(4, 4.3), layout="constrained").subplots()
 
 
 def _extent(x: Tensor) -> float:

@@ -308,9 +308,9 @@ def minus_gradient(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _check(function: object, x: object, name: str = "score") -> None:
-    """Check for data that are floats, and for a function, unless that is None."""
+    """Check for data that are floats, and for a function."""
     checks.data(x)
-    if function is not None and not callable(function):
+    if not callable(function):
         raise ArgumentError(
             name,
             f"must be a function of x, as a network or minus_gradient(energy) is, but it is "

@@ -448,6 +448,15 @@ TABLE["times"] = [
             (torch.tensor(True), torch.bool),
         )
     ],
+    *[
+        (part(call, one), f"{name} ... 4 ... {one!r}")
+        for schedule in (pyrodiff.LearnedLogSNRSchedule(4, 5.0, -5.0), pyrodiff.SubSchedule(LINEAR, (1, 2, 3, 4)))
+        for name, call in {
+            "t must": schedule.posterior,
+            "s must": part(schedule.step, 2),
+        }.items()
+        for one in (None, "3", 2.5, True, 5)
+    ],
     (lambda: DIFFUSION.subchain((2, 3, 4)).reverse(X, 4), "t ... 1..3 ... 4"),
     *[(part(LOG_SNR, torch.tensor([1, t])), f"t must lie in ... {t}") for t in (0, 5)],
 ]
@@ -468,6 +477,16 @@ TABLE["states"] = [
     (lambda: BITS.transition(X.bool(), 2), "x_s ... torch.bool"),
     (lambda: Q.transition([[0.7, 0.7]], 2), "x_s ... [[0.7, 0.7]]"),
     (lambda: Q.posterior(X, torch.zeros(3, 2), 2), "x_0 ... (5, 2) ... (3, 2)"),
+    *[
+        (part(getattr(Q, name), *states, t), said)
+        for name in ("noise", "score", "velocity")
+        for states, t, said in (
+            ((X, torch.zeros(3, 2)), 2, "x_0 ... (5, 2) ... (3, 2)"),
+            ((X, 0.7), 2, "x_0 must be a tensor with a floating dtype ... 0.7"),
+            ((X.long(), X), 2, "x_t ... torch.int64"),
+            ((X, X), 0, "t must lie in 1..4, but it is 0"),
+        )
+    ],
 ]
 
 TABLE["schedules"] = [
@@ -768,6 +787,8 @@ TABLE["diffusions, drawings and weightings"] = [
         for make in (shaped, networks.MLP, networks.UNet, pyrodiff.GaussianImputer)
         for shape in (2, (2, 0), (-1,), (2.5,), (True, 8, 8), {2, 3}, {2: 1}, None, "2", "", b"ab")
     ],
+    (part(shaped, torch.tensor([True, True])), "event_shape ... torch.bool"),
+    (part(shaped, torch.tensor(2)), "event_shape ... ()"),
     (lambda: gaussian(prior=torch.zeros(2)), "prior ... tensor"),
     (lambda: gaussian(prior=normal(1, 3)), "prior ... (2,) ... (3,)"),
     (lambda: gaussian(prior=normal(2)), "prior ... (2,) ... ()"),
@@ -814,6 +835,7 @@ TABLE["diffusions, drawings and weightings"] = [
 TABLE["training"] = [
     (lambda: pyrodiff.exponential_average()(3), "model must be a torch.nn"),
     (lambda: svi(model=3), "model ... 3"),
+    *each(pyrodiff.DiffusionELBO, "num_particles", *COUNTS),
     (lambda: svi(guide=None), "guide ... None"),
     (lambda: svi(optim=adam([torch.zeros(1)])), "optim ... Adam"),
     (lambda: svi(loss=nothing), "loss ... nothing"),
@@ -1181,6 +1203,7 @@ def per_number(x):
 
 TABLE["observations and inference"] = [
     *each(part(pyrodiff.Linear, torch.ones(1, 2), torch.ones(1)), "noise", INF),
+    (lambda: pyrodiff.Conditioned(REVERSE, torch.sum), "diffusion must be a pyrodiff.Diffusion, ... GaussianReverse"),
     *each(part(pyrodiff.DiffusionDistribution(DIFFUSION).log_prob), "value", 3, None),
     *each(POSTERIOR.draw, "num_samples", *COUNTS),
     *[
@@ -1413,6 +1436,7 @@ TABLE["networks"] = [
     (lambda: networks.UNet((8,)), "event_shape must be (H, W) or (C, H, W)"),
     (lambda: networks.UNet((6, 8), (4, 4, 4)), "event_shape ... divisible by 4 for 2 halvings"),
     (lambda: networks.UNet((8, 8), (3,)), "channels must be an int of at least 1, even"),
+    (lambda: networks.UNet((8, 8), attention=""), "attention must be a sequence of heights ... ''"),
     (lambda: networks.UNet((8, 8), attention=(4,), heads=3), "heads must divide the channels (64,), but it is 3"),
     (lambda: networks.UNet((8, 8), time=LAYER), "time.features must be an int"),
     (lambda: networks.LogSNREmbedding(10, 8), "schedule must be a pyrodiff.Schedule, but it is 10"),
@@ -1512,7 +1536,8 @@ TABLE["data sets and levels"] = [
     *each(part(datasets.heartbeat, 5), "length", 7, *COUNTS),
     *each(part(datasets.heartbeat, 5), "period", *COUNTS),
     *each(datasets.digits, "binary", "no"),
-    *each(datasets.digits, "split", "valid", None),
+    *each(datasets.digits, "split", "valid", None, ["test"]),
+    *each(part(datasets.swiss_roll_log_prob, X), "noise", 0, 1e-9, INF),
     (lambda: datasets.swiss_roll_log_prob(filled(NAN)), "x ... 1 of its values"),
     (lambda: datasets.Strokes(torch.zeros(3, 64)), "k must have shape (n, 8, 8), ... (3, 64)"),
     (lambda: datasets.Strokes(torch.zeros(0, 8, 8)), "k must have shape"),
@@ -1612,6 +1637,11 @@ TABLE["plots"] = [
         ),
         (lambda: plots.histograms(X, None), "data must be a torch.Tensor, but it is None"),
         (lambda: plots.bits(torch.zeros(3)), "x must have shape ... (3,)"),
+        (lambda: plots.bits(None), "x must have shape ... None"),
+        (lambda: plots.samples(X, axes="left"), "axes must be a matplotlib.axes._axes.Axes, but it is 'left'"),
+        (lambda: plots.samples(X > 0), "x must be points ... torch.bool"),
+        (lambda: plots.diffusion_process(REVERSE, X), "diffusion must be a pyrodiff.Diffusion"),
+        (lambda: plots.curves(None), "records must be a list of mappings, but it is None"),
         (lambda: plots.diffusion_process(DIFFUSION, X, times=(7,)), "times must be ints in 0..4, but they are (7,)"),
         (
             lambda: plots.diffusion_process(gaussian(shape=(4,)), X),
@@ -1680,6 +1710,7 @@ TABLE["scores and noise levels"] = [
             (SCORE, torch.tensor(1.0), "x must be a tensor of floats ... shape ()"),
             (SCORE, CLOUD.half(), "x must be float32 or float64"),
             (CLOUD, CLOUD, "score must be a function of x"),
+            (None, CLOUD, "score must be a function of x ... None"),
         )
     ],
     (lambda: scores.explicit(SCORE, [1.0], CLOUD), "x must be a tensor of floats ... [1.0]"),

@@ -59,16 +59,16 @@ def numbers(name: str, value: object) -> Tensor:
 
 def event_shape(value: Sequence[int]) -> torch.Size:
     """The shape of one datum, a sequence of ints of at least 1."""
-    try:
-        shape = torch.Size(value)
-    except TypeError:
-        shape = None
     is_ordered = isinstance(value, Sequence | Tensor | np.ndarray) and not isinstance(value, str | bytes)
-    if shape is None or not is_ordered or any(isinstance(n, bool) for n in value) or any(n < 1 for n in shape):
+    try:
+        found = list(value) if is_ordered else None
+    except TypeError:  # a tensor without dimensions
+        found = None
+    if found is None or not all(arguments.is_int(n) and 1 <= n < 2**63 for n in found):
         raise ArgumentError(
             "event_shape", f"must be a sequence of ints of at least 1, but it is {arguments.described(value)}"
         )
-    return shape
+    return torch.Size(map(int, found))
 
 
 def increasing(name: str, value: Any, high: int) -> tuple[int, ...]:

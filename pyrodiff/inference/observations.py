@@ -171,6 +171,7 @@ class Conditioned:
     """
 
     def __init__(self, diffusion: Diffusion, observation: Callable, obs: Tensor | None = None) -> None:
+        checks.instance("diffusion", diffusion, Diffusion)
         if not callable(observation):
             raise ArgumentError(
                 "observation", f"must be called with data, but it is {arguments.described(observation)}"

@@ -163,7 +163,8 @@ def _check_unet(
 
 def _check_parts(sizes: dict[int, int], attention: Sequence[int], heads: int, groups: int) -> None:
     """``sizes`` maps each height to the channels there."""
-    if not isinstance(attention, Sequence) or any(high not in tuple(sizes) for high in attention):
+    is_sequence = isinstance(attention, Sequence) and not isinstance(attention, str)
+    if not is_sequence or any(high not in tuple(sizes) for high in attention):
         there = ", ".join(map(str, sizes))
         raise ArgumentError(
             "attention", f"must be a sequence of heights of the network, of {there}, but it is {attention!r}"

@@ -51,6 +51,9 @@ class DiffusionELBO(TraceMeanField_ELBO):
     Arguments:
         *args, **kwargs: Pyro's: ``num_particles``, ``vectorize_particles``, and ``max_plate_nesting`` with it.
 
+    Raises:
+        ValueError: If ``num_particles`` is not an int of at least 1.
+
     Example:
         >>> forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(num_steps=3))
         >>> reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP(event_shape=(2,)))
@@ -62,6 +65,7 @@ class DiffusionELBO(TraceMeanField_ELBO):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.num_particles = arguments.positive_int("num_particles", self.num_particles)
         self._has_warned = False
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -230,9 +230,11 @@ def event_dim(x: Tensor, t: int | Tensor) -> int:
     return x.dim() - max(t.dim() if isinstance(t, Tensor) else 0, 1)
 
 
-def check_posterior(x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None, num_steps: int) -> None:
-    """Check the arguments of a posterior q(x_s | x_t, x_0), while Pyro validates."""
-    checks.step("x_t", x_t, t, s, num_steps, first=1)
+def check_states(
+    x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None, num_steps: int, first: int = 0
+) -> None:
+    """Check, while Pyro validates, a state, the data that it came from, and times first <= s < t."""
+    checks.step("x_t", x_t, t, s, num_steps, first)
     if not checks.validating():
         return
     checks.state("x_0", x_0)
@@ -315,7 +317,7 @@ class GaussianForward(Forward):
     def posterior(
         self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None
     ) -> dist.TorchDistribution:
-        check_posterior(x_t, x_0, t, s, self.num_steps)
+        check_states(x_t, x_0, t, s, self.num_steps, first=1)
         weight_t, weight_0, noise = coefficients(self.schedule.posterior(t, s), x_t)
         return dist.Normal(torch.addcmul(weight_t * x_t, weight_0, x_0), noise).to_event(event_dim(x_t, t))
 
@@ -338,16 +340,19 @@ class GaussianForward(Forward):
 
     def noise(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The noise :math:`\epsilon = (x_t - a_t x_0) / b_t` that leads from ``x_0`` to ``x_t``, of their shape."""
+        check_states(x_t, x_0, t, 0, self.num_steps)
         signal, noise = self.scales(x_t, t)
         return (x_t - signal * x_0) / noise
 
     def score(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The score :math:`\nabla_{x_t} \log q(x_t | x_0) = (a_t x_0 - x_t) / b_t^2`, with the shape of ``x_t``."""
+        check_states(x_t, x_0, t, 0, self.num_steps)
         signal, noise = self.scales(x_t, t)
         return (signal * x_0 - x_t) / noise**2
 
     def velocity(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> Tensor:
         r"""The velocity :math:`v = a_t \epsilon - b_t x_0`, with the shape of ``x_t``."""
+        check_states(x_t, x_0, t, 0, self.num_steps)
         signal, noise = self.scales(x_t, t)
         return (signal * x_t - (signal**2 + noise**2) * x_0) / noise
 
@@ -434,7 +439,7 @@ class BinomialForward(Forward):
     def posterior(
         self, x_t: Tensor, x_0: Tensor, t: int | Tensor, s: int | Tensor | None = None
     ) -> dist.TorchDistribution:
-        check_posterior(x_t, x_0, t, s, self.num_steps)
+        check_states(x_t, x_0, t, s, self.num_steps, first=1)
         s = t - 1 if s is None else s
         return Bits(logits=self.posterior_logits(x_t, x_0, t, s)).to_event(event_dim(x_t, t))
 

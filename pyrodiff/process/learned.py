@@ -72,12 +72,13 @@ class _Learned(Schedule):
         return signal_t / signal_s, noise_t * _lost(now, before).sqrt()
 
     def posterior(self, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
-        now, before = self._both(t, t - 1 if s is None else s)
+        now, before = self._both(t, self._before(t) if s is None else s)
         (signal_t, noise_t), (signal_s, noise_s), lost = _scales(now), _scales(before), _lost(now, before)
         return torch.stack([signal_t / signal_s * (noise_s / noise_t) ** 2, signal_s * lost, noise_s * lost.sqrt()])
 
     def _both(self, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
         """The log SNR at t and at s, in one evaluation."""
+        checks.time("s", s, self.num_steps)
         now, before = self.log_snr(torch.stack(torch.broadcast_tensors(self._times(t), self._times(s))))
         return now, before
 

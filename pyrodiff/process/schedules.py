@@ -150,6 +150,7 @@ class Schedule(Float64Module, ABC):
 
         The second form does not cancel where the noise is small. With s = t - 1 it is :math:`b_{t|s}^2 = \beta_t`.
         """
+        checks.time("s", s, self.num_steps)
         remaining = -torch.expm1(self.log_snr(t) - self.log_snr(s))
         return self.signal(t) / self.signal(s), self.noise(t) * remaining.sqrt()
 
@@ -163,11 +164,16 @@ class Schedule(Float64Module, ABC):
         References:
             Variational Diffusion Models (Kingma et al., 2021), Eqs. 25-26, https://arxiv.org/abs/2107.00630
         """
-        s = t - 1 if s is None else s
+        s = self._before(t) if s is None else s
         (signal, noise), noise_s, noise_t = self.step(t, s), self.noise(s), self.noise(t)
         return torch.stack(
             [signal * (noise_s / noise_t) ** 2, self.signal(s) * (noise / noise_t) ** 2, noise_s * noise / noise_t]
         )
+
+    def _before(self, t: int | Tensor) -> int | Tensor:
+        """The time t - 1."""
+        checks.time("t", t, self.num_steps, low=1)
+        return t - 1
 
 
 def _at(table: Tensor, t: int | Tensor) -> Tensor:

@@ -353,6 +353,7 @@ def test_with_what_a_kill_left_before_the_first_checkpoint(home, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".settings.toml.part").write_text("da")
+    (folder / "commands.txt").touch()
     assert train(home / "x.npy", folder, "--resume").code == 0
     assert is_as_alone(folder, home / "alone")
 

@@ -135,7 +135,7 @@ def _given(
                 f"must be a run's folder where no data are given, but {folder} holds none: give data, one of {known}, "
                 "or a path",
             )
-        if folder.exists() and (not folder.is_dir() or any(f.name[0] != "." for f in folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and all(map(_is_left_by_a_kill, folder.iterdir()))):
             raise ArgumentError(
                 "--out", f"must be a new folder, an empty one or a run's, but {folder} is something else"
             )
@@ -152,6 +152,11 @@ def _given(
                 "another run",
             )
     return folder, {**recorded, **values}
+
+
+def _is_left_by_a_kill(path: Path) -> bool:
+    """Whether a file may be what is left of a start that was killed before the run was recorded."""
+    return path.name[0] == "." or (path.name == "commands.txt" and path.is_file() and path.stat().st_size == 0)
 
 
 def _refuse_links(folder: Path) -> None:

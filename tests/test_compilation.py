@@ -84,6 +84,19 @@ def agree(svis, batches, seed=0, tolerance=ROUNDING):
     return [float(loss) for loss, _ in found[0]]
 
 
+def test_a_copy_of_a_compiled_run_makes_graphs_of_its_own(interpreted):
+    svi, _ = twins(make().one_step())
+    x_0 = torch.randn(5, 2, dtype=torch.float64)
+    svi.step(x_0)
+    svi.step(x_0)
+    other, before = copy.deepcopy(svi), left(svi.model)
+    assert (graphs(svi), graphs(other)) == (1, 0)
+    agree([svi, other], [(x_0,)] * 3)
+    assert graphs(other) == 1
+    pairs = list(zip(svi.model.named_parameters(), other.model.parameters(), strict=True))
+    assert not any(ours is theirs or torch.equal(ours, before[name]) for (name, ours), theirs in pairs)
+
+
 def fails(svi, *args, match):
     """Take a step that says in one warning why it is not compiled."""
     with warnings.catch_warnings(record=True) as record:

@@ -88,6 +88,9 @@ class Compiled:
         self.tensors, self.made, self.failure = list(tensors), 0, ""
         self._graphs: dict[Hashable, Graph] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "made": 0, "failure": "", "_graphs": {}}  # a copy makes graphs of its own
+
     def __call__(self, *args: Any) -> Any:
         key = self._key(args)
         graph = self._graphs.get(key)

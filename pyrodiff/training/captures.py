@@ -36,6 +36,9 @@ class Captures:
         self.gradient, self.step, self.is_on = gradient, step, is_on
         self._replays: dict[Hashable, tuple[int, Replayed | None, list]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_replays": {}}  # a copy captures steps of its own
+
     def of(self, args: tuple[Tensor, ...], optimizer: Optimizer, clip_norm: float | None) -> Replayed | None:
         """The step as a CUDA graph, from the fourth compiled step on; None if there is none yet, or cannot be.
 

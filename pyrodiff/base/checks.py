@@ -61,7 +61,7 @@ def event_shape(value: Sequence[int]) -> torch.Size:
     """The shape of one datum, a sequence of ints of at least 1."""
     is_ordered = isinstance(value, Sequence | Tensor | np.ndarray) and not isinstance(value, str | bytes)
     try:
-        found = list(value) if is_ordered else None
+        found = [arguments.plain(n) for n in value] if is_ordered else None
     except TypeError:  # a tensor without dimensions
         found = None
     if found is None or not all(arguments.is_int(n) and 1 <= n < 2**63 for n in found):

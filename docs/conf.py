@@ -3,6 +3,7 @@
 The programs in `docs/tutorials` run meanwhile (a few minutes), and an error in one of them is an error of the build.
 """
 
+import gc
 import re
 import sys
 from pathlib import Path
@@ -103,6 +104,8 @@ def no_empty_arguments(app: Sphinx, what: str, name: str, obj: object, options: 
 
 
 def setup(app: Sphinx) -> None:
+    gc.freeze()  # what is imported stays
+    gc.disable()  # sphinx-gallery looks for garbage after each tutorial, and there is little in the pages
     app.connect("source-read", gallery.plain_page)
     app.connect("source-read", pages.trimmed)
     app.connect("build-finished", pages.check_built)

@@ -187,9 +187,9 @@ for name, found in {
 # from the same start, one by the sum of the :math:`L_{t-1}` only, the other by the whole bound:
 
 
-def learn(diffusion, terms=("x_T", "x_s", "x_0"), num_steps=150, lr=0.06):
+def learn(diffusion, terms=("x_T", "x_s", "x_0"), num_steps=100, lr=0.09):
     pair, schedule = diffusion.one_step(), diffusion.forward_process.schedule
-    optimizer = torch.optim.Adam(schedule.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(schedule.parameters(), lr=lr, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in range(num_steps):
         batch = data[torch.randint(len(data), (512,))]
@@ -432,7 +432,10 @@ print("β after: ", numbers(betas, 4))
 class GuessAndV(torch.nn.Module):
     def __init__(self, forward):
         super().__init__()
-        self.guess, self.v = BestGuess(forward), networks.MLP((2,), hidden=64)
+        self.guess, self.v = (
+            BestGuess(forward),
+            networks.MLP((2,), hidden=64, num_blocks=1),
+        )
 
     def forward(self, x_t, t):
         return torch.stack([self.guess(x_t, t), self.v(x_t, t)], -1)
@@ -451,12 +454,12 @@ def train(diffusion, num_steps=200, weighting=None):
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda p: torch.optim.AdamW(p, lr=8e-3),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
         elbo,
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, num_steps),
     )
     for _ in range(num_steps):
-        svi.step(data[torch.randint(len(data), (256,))])
+        svi.step(data[torch.randint(len(data), (512,))])
     return diffusion
 
 
@@ -558,15 +561,15 @@ right.legend(frameon=False, fontsize=8)
 def network_of(schedule):
     forward = pyrodiff.GaussianForward(schedule)
     denoiser = pyrodiff.VelocityPrediction(
-        networks.MLP((2,), hidden=64, outputs=2), forward
+        networks.MLP((2,), hidden=64, num_blocks=1, outputs=2), forward
     )
     reverse = pyrodiff.GaussianReverse(forward, denoiser, pyrodiff.DiagonalVariance())
     return pyrodiff.Diffusion(forward, reverse, (2,))
 
 
-chains("network, by the bound", train(network_of(fixed), 250))
+chains("network, by the bound", train(network_of(fixed), 200))
 hybrid = pyrodiff.HybridWeighting()
-_ = chains("network, by the hybrid loss", train(network_of(fixed), 250, hybrid))
+_ = chains("network, by the hybrid loss", train(network_of(fixed), 200, hybrid))
 
 # %%
 # Both

@@ -63,7 +63,7 @@ for axes, t in zip(figure.subplots(1, 5), (1, 10, 20, 30, 40), strict=True):
 # into an estimate of the data, and the *reverse process* turns the estimate into a distribution of the state one step
 # earlier.
 
-network = networks.MLP(event_shape=(2,), hidden=64)
+network = networks.MLP(event_shape=(2,), hidden=64, num_blocks=1)
 denoiser = pyrodiff.VelocityPrediction(network, forward)
 reverse = pyrodiff.GaussianReverse(forward, denoiser)
 diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
@@ -96,15 +96,15 @@ pair = diffusion.one_step()
 svi = pyrodiff.SVI(
     pair.model,
     pair.guide,
-    lambda parameters: torch.optim.AdamW(parameters, lr=4e-3),
+    lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
     pyrodiff.DiffusionELBO(),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=600
+        optimizer, T_max=400
     ),
 )
 losses = []
-for _ in range(600):
-    batch = x_0[torch.randint(len(x_0), (256,))]
+for _ in range(400):
+    batch = x_0[torch.randint(len(x_0), (512,))]
     losses.append(svi.step(batch) / len(batch))
 losses = torch.stack(losses)
 
@@ -112,7 +112,7 @@ figure = Figure(figsize=(6, 2.6), layout="constrained")
 axes = figure.subplots()
 axes.plot(losses, color="#1f4e79", alpha=0.3, linewidth=0.8, label="a step")
 axes.plot(
-    range(50, 650, 50),
+    range(50, 450, 50),
     losses.view(-1, 50).mean(1),
     color="#b5452c",
     label="mean of 50",

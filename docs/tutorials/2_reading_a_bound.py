@@ -35,7 +35,7 @@ forward = pyrodiff.GaussianForward(
     pyrodiff.LogSNRSchedule(num_steps=100, first=8.0, last=-8.0)
 )
 denoiser = pyrodiff.VelocityPrediction(
-    networks.MLP(event_shape=(2,), hidden=64), forward
+    networks.MLP(event_shape=(2,), hidden=64, num_blocks=1), forward
 )
 diffusion = pyrodiff.Diffusion(
     forward, pyrodiff.GaussianReverse(forward, denoiser), event_shape=(2,)
@@ -44,14 +44,14 @@ pair = diffusion.one_step()
 svi = pyrodiff.SVI(
     pair.model,
     pair.guide,
-    lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
+    lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
     pyrodiff.DiffusionELBO(),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=500
+        optimizer, T_max=300
     ),
 )
-for _ in range(500):
-    svi.step(data[torch.randint(len(data), (256,))])
+for _ in range(300):
+    svi.step(data[torch.randint(len(data), (512,))])
 
 bound = pyrodiff.bound(diffusion, x_0, generator=0)
 print(bound)

@@ -50,7 +50,7 @@ def train(diffusion, data, num_steps, lr=3e-3, drawing=None):
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+        lambda parameters: torch.optim.AdamW(parameters, lr=lr, fused=True),
         pyrodiff.DiffusionELBO(),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, T_max=num_steps
@@ -62,11 +62,13 @@ def train(diffusion, data, num_steps, lr=3e-3, drawing=None):
     diffusion.eval()
 
 
-denoiser = pyrodiff.LogitPrediction(networks.MLP(event_shape=(20,), hidden=64), forward)
+denoiser = pyrodiff.LogitPrediction(
+    networks.MLP(event_shape=(20,), hidden=64, num_blocks=1), forward
+)
 diffusion = pyrodiff.Diffusion(
     forward, pyrodiff.BinomialReverse(forward, denoiser), event_shape=(20,)
 )
-train(diffusion, heartbeats, num_steps=400, lr=8e-3)
+train(diffusion, heartbeats, num_steps=400, lr=1e-2)
 
 bound = pyrodiff.bound(diffusion, datasets.heartbeat(200, seed=2), generator=0)
 print(bound)

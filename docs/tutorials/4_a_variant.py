@@ -36,12 +36,12 @@ forward = pyrodiff.GaussianForward(
 )
 
 
-def train(diffusion, num_steps=400):
+def train(diffusion, num_steps=250):
     pair = diffusion.one_step()
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        lambda parameters: torch.optim.AdamW(parameters, lr=8e-3, fused=True),
         pyrodiff.DiffusionELBO(),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, T_max=num_steps
@@ -59,7 +59,7 @@ def line(name, bound):
 
 
 denoiser = pyrodiff.VelocityPrediction(
-    networks.MLP(event_shape=(2,), hidden=64), forward
+    networks.MLP(event_shape=(2,), hidden=64, num_blocks=1), forward
 )
 plain = pyrodiff.Diffusion(
     forward, pyrodiff.GaussianReverse(forward, denoiser), event_shape=(2,)
@@ -95,7 +95,7 @@ class BetweenVariance(pyrodiff.Variance):
 
 variance = BetweenVariance(T)
 denoiser = pyrodiff.VelocityPrediction(
-    networks.MLP(event_shape=(2,), hidden=64), forward
+    networks.MLP(event_shape=(2,), hidden=64, num_blocks=1), forward
 )
 learned = pyrodiff.Diffusion(
     forward, pyrodiff.GaussianReverse(forward, denoiser, variance), event_shape=(2,)
@@ -204,11 +204,11 @@ early = pyrodiff.GaussianForward(
 )
 for name, prior in (("default prior", None), ("learned prior", LearnedPrior())):
     denoiser = pyrodiff.VelocityPrediction(
-        networks.MLP(event_shape=(2,), hidden=64), early
+        networks.MLP(event_shape=(2,), hidden=64, num_blocks=1), early
     )
     reverse = pyrodiff.GaussianReverse(early, denoiser, BetweenVariance(T))
     bound = train(
-        pyrodiff.Diffusion(early, reverse, event_shape=(2,), prior=prior), num_steps=150
+        pyrodiff.Diffusion(early, reverse, event_shape=(2,), prior=prior), num_steps=120
     )
     line(name, bound)
     print(f"   of which L_T {float(bound.prior.mean()):7.3f}")
@@ -294,7 +294,10 @@ def guide(x_0):
 
 elbo = pyrodiff.DiffusionELBO()
 svi = pyrodiff.SVI(
-    model, guide, lambda parameters: torch.optim.AdamW(parameters, lr=5e-3), elbo
+    model,
+    guide,
+    lambda parameters: torch.optim.AdamW(parameters, lr=5e-3, fused=True),
+    elbo,
 )
 for _ in range(100):
     svi.step(data[torch.randint(len(data), (256,))])

@@ -16,6 +16,8 @@ the lines that need a GPU or a compiler's patience are shown and not run, and sa
 # A diffusion is a ``torch.nn.Module`` and moves like one, its schedule's tables with it. Data have to be where the
 # model is. Make the pair after the move.
 
+import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import pyrodiff
 from pyrodiff import checkpoints, datasets, networks
+from pyrodiff.command.cli import main
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pyro.set_rng_seed(0)
@@ -43,7 +46,7 @@ def build():
         pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0)
     )
     denoiser = pyrodiff.VelocityPrediction(
-        networks.MLP(event_shape=(2,), hidden=32), forward
+        networks.MLP(event_shape=(2,), hidden=32, num_blocks=1), forward
     )
     reverse = pyrodiff.GaussianReverse(forward, denoiser)
     return pyrodiff.Diffusion(forward, reverse, event_shape=(2,)).to(device)
@@ -182,7 +185,7 @@ number, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
 torch.manual_seed(number)
 
 forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(num_steps=40, first=7.5, last=-6.0))
-denoiser = pyrodiff.VelocityPrediction(networks.MLP(event_shape=(2,), hidden=32), forward)
+denoiser = pyrodiff.VelocityPrediction(networks.MLP(event_shape=(2,), hidden=32, num_blocks=1), forward)
 reverse = pyrodiff.GaussianReverse(forward, denoiser)
 diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,)).to(device)
 pair = diffusion.one_step()
@@ -243,27 +246,16 @@ if done.returncode:
 #    pyrodiff bound runs/digits
 #    pyrodiff sample runs/digits
 #
-# A small run on the CPU, as a shell would start it:
+# A small run on the CPU, by ``main``, which the shell's ``pyrodiff`` calls. What it says meanwhile is not shown.
 
 with tempfile.TemporaryDirectory() as folder:
+    roll = Path(folder, "roll")
     command = "train swiss-roll --train-steps 100 --evaluate-every 50 --hidden 32 --average 0".split()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pyrodiff",
-            *command,
-            *"--device cpu --threads 1 --final-times 10".split(),
-            "--samples",
-            "200",
-            "--out",
-            "roll",
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    print(*sorted(path.name for path in Path(folder, "roll").iterdir()), sep="\n")
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    print(pyrodiff.Bound.load(Path(folder, "roll", "bound.npz")))
+    more = "--device cpu --threads 1 --final-times 10 --samples 200".split()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main([*command, *more, "--out", str(roll)])
+    if code:
+        raise RuntimeError(said.getvalue())
+    print(*sorted(path.name for path in roll.iterdir()), sep="\n")
+    print(pyrodiff.Bound.load(roll / "bound.npz"))

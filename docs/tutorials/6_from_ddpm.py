@@ -156,7 +156,7 @@ class StandIn(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.network = networks.MLP(event_shape=(2,), hidden=64)
+        self.network = networks.MLP(event_shape=(2,), hidden=64, num_blocks=1)
 
     def forward(self, sample, timestep):
         return type("Output", (), {"sample": self.network(sample, timestep + 1)})
@@ -171,7 +171,7 @@ class StandIn(torch.nn.Module):
 data, test_set = datasets.swiss_roll(20000, seed=1), datasets.swiss_roll(200, seed=2)
 steps = 300
 network = FromTheirs(StandIn())
-optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, fused=True)
 table = alphas_cumprod.float()
 for _ in range(steps):
     x = data[torch.randint(len(data), (128,))]
@@ -210,7 +210,7 @@ def fit(diffusion, weighting=None):
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
+        lambda parameters: torch.optim.AdamW(parameters, lr=5e-3, fused=True),
         pyrodiff.DiffusionELBO(),
     )
     for _ in range(steps):
@@ -329,7 +329,7 @@ pair = plain.one_step(weighting=pyrodiff.SimpleWeighting(plain.reverse))
 svi = pyrodiff.SVI(
     pair.model,
     pair.guide,
-    lambda parameters: torch.optim.Adam(parameters, lr=4e-3),
+    lambda parameters: torch.optim.Adam(parameters, lr=4e-3, fused=True),
     pyrodiff.DiffusionELBO(),
     average=pyrodiff.exponential_average(0.99),
 )

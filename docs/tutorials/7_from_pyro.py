@@ -106,7 +106,9 @@ forward = pyrodiff.GaussianForward(
 )
 reverse = pyrodiff.GaussianReverse(
     forward,
-    pyrodiff.VelocityPrediction(networks.MLP(event_shape=(2,), hidden=64), forward),
+    pyrodiff.VelocityPrediction(
+        networks.MLP(event_shape=(2,), hidden=64, num_blocks=1), forward
+    ),
 )
 diffusion = pyrodiff.Diffusion(forward, reverse, event_shape=(2,))
 for name, program in (("model", diffusion.model), ("guide", diffusion.guide)):
@@ -128,10 +130,10 @@ pyro.clear_param_store()  # of the VAE above
 svi = pyro.infer.SVI(
     diffusion.model,
     diffusion.guide,
-    pyro.optim.Adam({"lr": 3e-3}),
+    pyro.optim.Adam({"lr": 1e-2}),
     TraceMeanField_ELBO(),
 )
-losses = [svi.step(data[torch.randint(len(data), (128,))]) / 128 for _ in range(80)]
+losses = [svi.step(data[torch.randint(len(data), (128,))]) / 128 for _ in range(60)]
 first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
 print(f"first 10 steps {first:.3f}, last 10 steps {last:.3f} nats per datum")
 
@@ -178,10 +180,10 @@ pair = diffusion.one_step()
 svi = pyrodiff.SVI(
     pair.model,
     pair.guide,
-    lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
+    lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
     pyrodiff.DiffusionELBO(),
 )
-for _ in range(300):
+for _ in range(200):
     loss = svi.step(data[torch.randint(len(data), (128,))])
 print(repr(loss.detach()))
 print(pyrodiff.bound(diffusion, x_0, generator=0))

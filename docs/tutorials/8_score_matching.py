@@ -276,7 +276,7 @@ def match(data, sigma=0.0, num_steps=900, hidden=64):
         *(nn.Linear(2, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()),
         nn.Linear(hidden, 2),
     )
-    optimizer, losses = torch.optim.Adam(network.parameters(), lr=1e-2), []
+    optimizer, losses = torch.optim.Adam(network.parameters(), lr=1e-2, fused=True), []
     for _ in range(num_steps):
         batch = data[torch.randint(len(data), (128,))]
         loss = scores.sliced(network, batch + sigma * torch.randn_like(batch)).mean()
@@ -480,7 +480,7 @@ def fit(diffusion, data, num_steps, batch, learning_rate, average=None):
     svi = pyrodiff.SVI(
         pair.model,
         pair.guide,
-        lambda parameters: torch.optim.Adam(parameters, lr=learning_rate),
+        lambda parameters: torch.optim.Adam(parameters, lr=learning_rate, fused=True),
         pyrodiff.DiffusionELBO(),
         scheduler=None
         if average

@@ -3,7 +3,6 @@
 import copy
 import errno
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -17,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 
 import numpy as np
+import parted
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -979,12 +979,7 @@ def test_a_file_of_another_kind_is_refused(there, content, message):
 
 @pytest.fixture(scope="module")
 def context():
-    """Processes that are there in milliseconds, since one that has imported everything parts in two."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pyrodiff.api", "pyrodiff.checkpoints", "pyro.infer.autoguide", "pytest", "torch._dynamo"]
-    )
-    return context
+    return parted.context()
 
 
 def limited(path, pipe):

@@ -5,13 +5,13 @@ import contextlib
 import gzip
 import importlib
 import json
-import multiprocessing
 import os
 import re
 import socket
 import sys
 from pathlib import Path
 
+import parted
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -206,9 +206,7 @@ def test_two_processes_get_what_one_gets(example, tmp_path, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    context = multiprocessing.get_context("forkserver")  # torch is imported once for both
-    context.set_forkserver_preload(["pyrodiff.command.train", "pyrodiff.api", "pytest", "torch._dynamo"])
-    started = [context.Process(target=_ranked, args=(rank, meet, tmp_path)) for rank in (0, 1)]
+    started = [parted.context().Process(target=_ranked, args=(rank, meet, tmp_path)) for rank in (0, 1)]
     try:
         for process in started:
             process.start()

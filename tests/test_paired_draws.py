@@ -1,16 +1,11 @@
 """Draws belong to the seed, the datum's position, t and the particle: not to the memory, the network or the batches."""
 
 import math
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
+import parted
 import pyro.distributions as dist
 import pytest
 import torch
@@ -613,7 +608,6 @@ def of_kind(name, sharded):
 
 def work(rank, folder):
     """One process of two."""
-    torch.set_num_threads(1)
     bounds._ROWS = ROWS
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=300)
@@ -625,32 +619,9 @@ def work(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def in_two_processes():
-    """What each of two processes finds."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        logs, started = [Path(folder, f"log {rank}") for rank in range(2)], []
-        try:
-            for rank, log in enumerate(logs):
-                with log.open("w") as out:
-                    command = [sys.executable, __file__, folder, str(rank)]
-                    started.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
-            until = time.monotonic() + 300
-            while any(process.poll() is None for process in started) and time.monotonic() < until:
-                if any(process.poll() for process in started):  # one has failed, and the other would wait for it
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-        assert [process.returncode for process in started] == [0, 0], "\n".join(log.read_text() for log in logs)
-        return [torch.load(f"{folder}/{rank}") for rank in range(2)]
-
-
 def test_two_processes_share_the_work_and_find_the_same():
     """Each has a part of the rows, together they have all, and both have all terms; with labels, and steps, too."""
-    found = in_two_processes()
+    found = parted.both(work)
     for name in JOBS:
         alone = job(name, sharded=False)
         (diffusion, network), evaluate, options = JOBS[name]()
@@ -667,7 +638,3 @@ def test_two_processes_share_the_work_and_find_the_same():
     for each in found:
         for name, value in alone.items():
             torch.testing.assert_close(each["labels"][name], value)
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[2]), sys.argv[1])

@@ -1,17 +1,13 @@
 """Two processes with a batch each learn what one would of both batches: on the CPU, by gloo."""
 
 import math
-import os
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import loops
+import parted
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -407,7 +403,6 @@ TRACED = {  # the graphs run as they are, since inductor takes half a minute
 
 def work(rank, folder):
     """One process of two."""
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=100)
     )
@@ -423,26 +418,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def both():
     """What each of two processes finds in all jobs."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        logs, started = [Path(folder, f"log {rank}") for rank in range(2)], []
-        try:
-            for rank, log in enumerate(logs):
-                command = [sys.executable, __file__, folder, str(rank)]
-                with log.open("w") as out:
-                    started.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
-            until = time.monotonic() + 120
-            while any(process.poll() is None for process in started) and time.monotonic() < until:
-                if any(process.poll() for process in started):  # one has failed, and the other would wait for it
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-        said = "\n".join(log.read_text() for log in logs)
-        assert [process.returncode for process in started] == [0, 0], said
-        return [torch.load(f"{folder}/{rank}") for rank in range(2)]
+    return parted.both(work)
 
 
 def same(ours, theirs, **tolerance):
@@ -659,7 +635,3 @@ def test_a_process_alone_has_nothing_of_it():
     assert ranks.together([tensor])[0] is tensor
     assert ranks.all_say(True)
     assert not ranks.all_say(False)
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[2]), sys.argv[1])

@@ -18,6 +18,7 @@ import types
 from typing import ClassVar
 
 import numpy as np
+import parted
 import pytest
 import torch
 from commands import call, files, notes, points, same, saved, states, train, without_pictures, words
@@ -54,10 +55,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def context():
-    """Processes that are there in milliseconds, since one that has imported everything parts in two."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pyrodiff.command.train", "pyrodiff.api", "pytest", "torch._dynamo"])
-    return context
+    return parted.context()
 
 
 def resumed(folder, *more, **options):

@@ -1,8 +1,6 @@
 """Pyro's names: the param store before, between and after, plates around the pair, and the guides of random weights."""
 
-import subprocess
-import sys
-
+import parted
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -233,7 +231,10 @@ def test_a_new_process_adopts_what_this_one_trained(tmp_path):
     diffusion = KINDS["mixed"]()
     trained(diffusion.one_step())
     pyro.get_param_store().save(tmp_path / "store")
-    subprocess.run([sys.executable, __file__, tmp_path], check=True, timeout=60)
+    process = parted.context().Process(target=anew, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     found = torch.load(tmp_path / "found")
     assert torch.equal(found["bound"], of(diffusion))
     assert found["said"].startswith("Pyro's param store must hold the diffusion's own parameters")
@@ -727,7 +728,3 @@ def test_a_bound_with_one_weight_is_that_of_the_weight():
     torch.testing.assert_close(bound(diffusion, X_0, guide=one, generator=3).nats, of(fixed, 3))
     ours = AncestralSampler(diffusion, guide=one)(5, generator=3)
     torch.testing.assert_close(ours, AncestralSampler(fixed)(5, generator=3))
-
-
-if __name__ == "__main__":
-    anew(sys.argv[1])

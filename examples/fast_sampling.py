@@ -47,10 +47,10 @@ def problems(num_steps: int) -> Iterator[tuple[str, pyrodiff.Diffusion, Callable
     diffusion = pyrodiff.Diffusion(forward, GaussianReverse(forward, denoiser), (2,))
     train_for(diffusion, datasets.swiss_roll(20000, seed=1), batch_size=256, name="Swiss roll")
     yield "Swiss roll", diffusion, datasets.swiss_roll, 2000, 1000
-    forward, strokes = GaussianForward(pyrodiff.LogSNRSchedule(T)), datasets.Strokes(datasets.digits())
+    forward, strokes = GaussianForward(pyrodiff.LogSNRSchedule(T)), datasets.Strokes(k := datasets.digits())
     denoiser = pyrodiff.LevelPrediction(networks.UNet((8, 8), channels=(16, 32), outputs=17), forward, 17)
     diffusion = pyrodiff.Diffusion(forward, GaussianReverse(forward, denoiser), (8, 8), DiscretizedDecoder(17))
-    draw = lambda n, seed=0: pyrodiff.from_levels(strokes(torch.randint(1000, (n,))), 17)  # noqa: E731 - never the same
+    draw = lambda n, seed=0: pyrodiff.from_levels(strokes(torch.randint(len(k), (n,))), 17)  # noqa: E731 - always new
     train_for(diffusion, draw, batch_size=64, name="digits")
     yield "digits", diffusion, draw, 800, 100
 

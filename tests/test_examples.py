@@ -25,7 +25,7 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 @pytest.fixture
 def example(monkeypatch):
-    """Imports an example, on few data, 1000 at most to train on and 16 to score, and with pictures of few pixels."""
+    """Imports an example, on few data, 500 at most to train on and 16 to score, and with pictures of few pixels."""
     monkeypatch.syspath_prepend(str(FOLDER))
     kept = {name: getattr(datasets, name) for name in ("swiss_roll", "checkerboard", "eight_gaussians", "heartbeat")}
     for name, draw in kept.items():
@@ -33,7 +33,7 @@ def example(monkeypatch):
     digits = datasets.digits
 
     def few(split="train", binary=False):
-        return digits(split, binary)[: 1000 if split == "train" else 8]
+        return digits(split, binary)[: 500 if split == "train" else 8]
 
     def in_few_pixels(figure, *args, save=Figure.savefig, **options):
         save(figure, *args, **{**options, "dpi": 20})

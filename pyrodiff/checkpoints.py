@@ -86,7 +86,7 @@ def save(path: str | os.PathLike[str], svi: SVI, **more: Any) -> None:
         raise problem or OSError(f"{path} could not be written by another rank")
 
 
-def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
+def restore(path: str | os.PathLike[str], svi: SVI, content: dict[str, Any] | None = None) -> dict[str, Any]:
     """Resume a run that was saved.
 
     With several ranks all must call it. Each rank gets back its own random state; a rank beyond those that were saved
@@ -95,6 +95,7 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
     Arguments:
         path: The file.
         svi: Constructed like the saved one, from programs of the same kind.
+        content: What :func:`load` returned of the file, if that was called before; it is not read again.
 
     Returns:
         The ``more`` that was saved.
@@ -106,7 +107,7 @@ def restore(path: str | os.PathLike[str], svi: SVI) -> dict[str, Any]:
             refused on the next step.
     """
     checks.instance("svi", svi, SVI)
-    state = load(path)
+    state = load(path) if content is None else content
     try:
         svi.load_state_dict(state["svi"])
         if ranks.number() < len(state["sources"]):

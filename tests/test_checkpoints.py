@@ -308,8 +308,9 @@ def test_a_run_goes_on_to_the_last_bit(name, tmp_path):
     checkpoints.save(tmp_path / "run.pt", again)  # and it can be left again
     steps(again, [8, 3])
     expected = kept(again)
-    third = fresh(RUNS[name], 3)
-    checkpoints.restore(tmp_path / "run.pt", third)
+    third, content = fresh(RUNS[name], 3), checkpoints.load(tmp_path / "run.pt")
+    (tmp_path / "run.pt").unlink()  # it has been read
+    checkpoints.restore(tmp_path / "run.pt", third, content)
     steps(third, [8, 3])
     assert alike(expected, kept(third))
 

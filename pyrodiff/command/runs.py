@@ -170,7 +170,7 @@ class Run:
         """
         folder = Path(folder)
         path = _checkpoint(folder, which)
-        plan, form = _kept(path)
+        plan, form, content = _kept(path)
         record = folder / "settings.toml"
         if record.is_file():
             recorded = Plan.of(options.read(record, str(record)))
@@ -180,7 +180,7 @@ class Run:
             run = cls(folder, plan, form, device_of(device))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise _no_run(path) from error
-        run._restore(path)
+        run._restore(path, content)
         if run.svi.average is not None:
             run.svi.adopt_average()
         run.diffusion.eval()
@@ -195,15 +195,15 @@ class Run:
         Raises:
             ValueError: If it is of a run with other options, except for those that may change.
         """
-        plan, form = _kept(path)
+        plan, form, content = _kept(path)
         self.refuse_other_data(form, path)
         _refuse_other_options(self.plan, plan, path)
-        self._restore(path)
+        self._restore(path, content)
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path, content: dict[str, Any]) -> None:
         self.svi = self._svi()  # one that another checkpoint was put into has an optimizer already
         try:
-            state = checkpoints.restore(path, self.svi)["state"]
+            state = checkpoints.restore(path, self.svi, content)["state"]
             optimizer, scheduler = self.svi.optimizer, self.svi.scheduler
             if optimizer is None or not isinstance(scheduler, LambdaLR):
                 raise _no_run(path)
@@ -362,15 +362,16 @@ def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Pat
     has_best = best.is_file() and (not whole or _is_whole(best))
     for path in {last, best if has_best else None}:
         if path is not None:
-            kept, other = _kept(path)
+            kept, other, _ = _kept(path)
             _refuse_other_options(plan, kept, path)
             if any(vars(form)[name] != vars(other)[name] for name in ("read_as", "event_shape", "levels", "classes")):
                 raise ArgumentError("data", f"must be those that the run began with, but {path} is of others")
     return last, best if has_best else None
 
 
-def _kept(path: Path) -> tuple[Plan, Form]:
-    """The plan and the data's form in a checkpoint; the error for a damaged one names another that is whole."""
+def _kept(path: Path) -> tuple[Plan, Form, dict[str, Any]]:
+    """The plan and the data's form in a checkpoint, and all that it holds; the error for a damaged one names another
+    that is whole."""
     try:
         return _content(path)
     except ValueError as error:
@@ -391,7 +392,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _content(path: Path) -> tuple[Plan, Form]:
+def _content(path: Path) -> tuple[Plan, Form, dict[str, Any]]:
     state, number = checkpoints.load(path), _NUMBERED.fullmatch(path.name)
     try:
         more, step = state["more"], state["svi"]["counts"]["num_steps"]
@@ -408,7 +409,7 @@ def _content(path: Path) -> tuple[Plan, Form]:
         raise _no_run(path) from None
     if number is not None and int(number[1]) != step:
         raise ArgumentError("checkpoint", f"must have the name of its step, but {path} is of step {step}")
-    return plan, form
+    return plan, form, state
 
 
 def _is_form(form: Form) -> bool:

@@ -151,22 +151,22 @@ def _kind(make: Callable, drawing: str = "", simple: bool = False, **options: ob
     return Kind(make, drawing, simple, tuple(options.items()))
 
 
-KINDS = {
-    **{f"{name} schedule": _kind(gaussian, schedule=name, denoiser="velocity") for name in SCHEDULES},
-    "sub-schedule": _kind(gaussian, "low discrepancy", cut=True),
-    **{f"{name} variance": _kind(gaussian, "uniform", variance=name, denoiser="data") for name in VARIANCES},
-    "fixed variance of a sub-chain": _kind(gaussian, variance="fixed", cut=True),
-    **{f"{name} prediction": _kind(gaussian, "low discrepancy", denoiser=name) for name in DENOISERS},
+KINDS = {  # every schedule, variance, denoiser, decoder, kernel of bits and drawing is a part of one of them at least
+    "linear schedule": _kind(gaussian, denoiser="velocity"),
+    "reciprocal schedule": _kind(gaussian, schedule="reciprocal", denoiser="velocity", variance="posterior"),
+    "fixed variance of a sub-chain": _kind(gaussian, variance="fixed", decoder="transition", cut=True),
+    "MLP prediction": _kind(gaussian, "low discrepancy", denoiser="MLP"),
     "levels, discretized": _kind(gaussian, "uniform", denoiser="levels", decoder="discretized"),
     "levels, softmax": _kind(gaussian, denoiser="levels", decoder="softmax", schedule="log SNR"),
-    "transition decoder": _kind(gaussian, "low discrepancy", decoder="transition"),
-    "transition decoder of a sub-chain": _kind(gaussian, decoder="transition", cut=True),
+    "transition decoder": _kind(gaussian, "low discrepancy", decoder="transition", schedule="geometric"),
     "bits": _kind(bits, "low discrepancy"),
     "bits, D3PM": _kind(bits, reverse="D3PM"),
     "bits of a sub-chain": _kind(bits, "uniform", cut=True),
-    "importance drawing": _kind(gaussian, "importance", schedule="cosine"),
-    "second moment drawing": _kind(gaussian, "second moment"),
-    "simple weighting": _kind(gaussian, "uniform", simple=True, variance="posterior"),
+    "importance drawing": _kind(gaussian, "importance", schedule="cosine", denoiser="score"),
+    "second moment drawing": _kind(
+        gaussian, "second moment", schedule="beta", denoiser="network", variance="fixed large"
+    ),
+    "simple weighting": _kind(gaussian, "uniform", simple=True, denoiser="data", variance="posterior"),
     "simple weighting, drawn by importance": _kind(gaussian, "importance", simple=True, variance="fixed"),
     "simple weighting of a sub-chain": _kind(gaussian, "second moment", simple=True, cut=True),
 }

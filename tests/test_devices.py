@@ -541,7 +541,7 @@ NUMBERS = {  # what is made of ints and floats, of any kind
         ]
     ),
     "LevelPrediction": lambda i, f: pyrodiff.LevelPrediction(
-        KINDS["levels prediction"].pair()[0].reverse.denoiser.network, FORWARD, i(5)
+        KINDS["levels, discretized"].pair()[0].reverse.denoiser.network, FORWARD, i(5)
     )(X_0, i(2)).detach(),
     "bin_width": lambda i, f: torch.tensor(pyrodiff.bin_width(i(5))),
     "from_levels": lambda i, f: pyrodiff.from_levels(K, i(5), True, generator=i(3)),

@@ -64,7 +64,7 @@ def test_every_entry_is_what_it_is_in_single_precision(name):
     torch.testing.assert_close(*found, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["noise prediction", "levels, softmax", "bits", "levels, discretized"])
+@pytest.mark.parametrize("name", ["MLP prediction", "levels, softmax", "bits", "levels, discretized"])
 def test_what_is_compiled_draws_what_it_draws_uncompiled(name):
     diffusion, *_ = placed(name, "cuda")
     samplers = [pyrodiff.AncestralSampler(diffusion, compile=compiled) for compiled in (False, True)]
@@ -84,7 +84,7 @@ COMPILED = {
     "dropout and batch statistics": lambda: (make(Network(dropout=0.4, norm=True)).one_step(), torch.randn(6, 2)),
     **{
         kind: functools.partial(lambda kind: (KINDS[kind].pair()[1].double(), KINDS[kind].data()), kind)
-        for kind in ("noise prediction", "levels, softmax", "second moment drawing")
+        for kind in ("MLP prediction", "levels, softmax", "second moment drawing")
     },
 }
 
@@ -175,7 +175,7 @@ def test_steps_under_autocast_are_near(dtype, compiled):
 
 def test_a_run_on_a_gpu_is_resumed_there_and_on_a_cpu(tmp_path):
     """On the GPU with the same draws; on the CPU from the same weights, averages and state of the optimizer."""
-    pair, x_0 = COMPILED["noise prediction"]()
+    pair, x_0 = COMPILED["MLP prediction"]()
 
     def started(device):
         there = copy.deepcopy(pair).to(device)
@@ -203,7 +203,7 @@ def test_a_run_on_a_gpu_is_resumed_there_and_on_a_cpu(tmp_path):
 
 
 def test_data_elsewhere_are_refused_by_name():
-    diffusion, pair, x_0 = placed("noise prediction", "cuda")
+    diffusion, pair, x_0 = placed("MLP prediction", "cuda")
     svi = pyrodiff.SVI(pair.model, pair.guide, adam, pyrodiff.DiffusionELBO())
     for call in (
         lambda: pyrodiff.bound(diffusion, x_0.cpu()),

@@ -6,6 +6,7 @@ the two are compared to the last bit, those of graphs to rounding.
 
 import ast
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from loops import sgd
-from models import KINDS, TIMES, Kind, Network, T
+from models import (
+    BIT_REVERSES,
+    DECODERS,
+    DENOISERS,
+    DRAWINGS,
+    KINDS,
+    SCHEDULES,
+    TIMES,
+    VARIANCES,
+    Kind,
+    Network,
+    T,
+    gaussian,
+)
 from torch import nn
 
 import pyrodiff
@@ -241,6 +255,15 @@ def writes(subject, kind, changes, dtype=torch.float32):
         yield name
 
 
+@pytest.mark.parametrize("parts", [SCHEDULES, VARIANCES, DENOISERS, DECODERS, BIT_REVERSES, DRAWINGS])
+def test_every_part_is_that_of_a_model(parts):
+    calls = [inspect.signature(kind.make).bind(1.0, **dict(kind.options)) for kind in KINDS.values()]
+    for call in calls:
+        call.apply_defaults()
+    used = {kind.drawing for kind in KINDS.values()}.union(*(call.arguments.values() for call in calls))
+    assert used >= parts.keys()
+
+
 @every_kind
 def test_what_is_written_is_all_that_counts(kind):
     subject = made(kind)
@@ -265,16 +288,7 @@ def test_each_tensor_counts_as_soon_as_it_is_written(kind):
         agree(subject.gives(heard=False), new.gives(heard=False), name)
 
 
-FLOWS = [
-    *(
-        name
-        for name, kind in KINDS.items()
-        if kind.has_flow and name.endswith(("schedule", "y prediction", "e prediction"))
-    ),
-    "levels, discretized",
-    "levels, softmax",
-    "transition decoder",
-]
+FLOWS = [name for name, kind in KINDS.items() if kind.has_flow and not kind.simple]
 
 
 @pytest.mark.parametrize("kind", [KINDS[name] for name in FLOWS], ids=FLOWS)
@@ -345,7 +359,6 @@ def agree_as_graphs(subject, after, change=None):
 
 GRAPHS = [  # the sampler is compiled too
     "linear schedule",
-    "sub-schedule",
     "fixed variance of a sub-chain",
     "levels, discretized",
     "bits of a sub-chain",
@@ -378,7 +391,7 @@ def test_a_graph_is_not_run_where_a_part_was_replaced(name, sampled, interpreted
 
 
 @pytest.mark.parametrize(
-    "name", ["sub-schedule", "levels, discretized", "bits", "simple weighting, drawn by importance"]
+    "name", ["fixed variance of a sub-chain", "levels, discretized", "bits", "simple weighting, drawn by importance"]
 )
 def test_a_graph_runs_the_hooks_that_are_there(name, interpreted):
     subject = made(KINDS[name], torch.float64, compile=True)
@@ -417,9 +430,9 @@ def test_a_graph_that_is_really_compiled_reads_what_is_written():
 # What is said, and what is shared
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith(" schedule")])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_shows_the_numbers_that_were_loaded(name):
-    ours, theirs = (KINDS[name].pair(other)[0].forward_process.schedule for other in (False, True))
+    ours, theirs = (SCHEDULES[name](T, k) for k in (1.0, 1.2))
     before = repr(ours)
     assert before.split("(")[1] != repr(theirs).split("(")[1]
     ours.load_state_dict(theirs.state_dict())
@@ -427,9 +440,9 @@ def test_a_schedule_shows_the_numbers_that_were_loaded(name):
     assert type(ours).__name__ in repr(ours)
 
 
-@pytest.mark.parametrize("variance", ["forward", "posterior", "fixed large", "fixed"])
+@pytest.mark.parametrize("variance", VARIANCES)
 def test_a_weighting_follows_what_is_loaded_into_the_process_that_it_weighs(variance):
-    (ours, _), (theirs, _) = (KINDS[f"{variance} variance"].pair(other) for other in (False, True))
+    ours, theirs = (gaussian(k, variance=variance) for k in (1.0, 1.2))
     t = torch.arange(1, T + 1)
     weighting = pyrodiff.SimpleWeighting(ours.reverse)
     before = weighting(t)

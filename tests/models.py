@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import pyrodiff
 
-T, TIMES, LEVELS, SIZE = 4, (1, 3, 4, 6), 5, 2
+T, TIMES, LEVELS, SIZE = 3, (1, 3, 4), 5, 2
 
 
 class Network(nn.Module):
@@ -99,7 +99,7 @@ def second_moment(k: float) -> pyrodiff.LossSecondMoment:
 DRAWINGS = {
     "uniform": lambda k: pyrodiff.UniformDrawing(),
     "low discrepancy": lambda k: pyrodiff.LowDiscrepancyDrawing(),
-    "importance": lambda k: pyrodiff.ImportanceDrawing([0.1 * k, 0.2, 0.3, 0.5 - 0.1 * k]),
+    "importance": lambda k: pyrodiff.ImportanceDrawing([0.1 * k, 0.3, 0.7 - 0.1 * k]),
     "second moment": second_moment,
 }
 

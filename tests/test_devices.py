@@ -110,8 +110,7 @@ def test_the_programs_run_on_any_device(kind, has_float64):
     diffusion, pair, x_0 = elsewhere(kind)
     with Apart(has_float64):
         for one in dict.fromkeys((diffusion, pair)):
-            one.guide(x_0)
-            one.model(x_0)
+            one.model(x_0)  # which draws its own states; the guide is run below
             for term in pyrodiff.DiffusionELBO().terms(one.model, one.guide, x_0).values():
                 is_there(term, 3)
             is_there(pyrodiff.DiffusionELBO().differentiable_loss(one.model, one.guide, x_0))
@@ -125,20 +124,18 @@ def test_bounds_and_samples_are_taken_on_any_device(kind, has_float64):
         bound = pyrodiff.bound(diffusion, x_0, generator=1)
         is_there(bound.nats, 3)
         is_there(bound.denoising, T - 1, 3)
-        is_there(pyrodiff.bound(diffusion, x_0, num_particles=2, num_times=2).nats, 3)
+        is_there(pyrodiff.bound(diffusion, x_0, num_particles=2, num_times=1).nats, 3)
         is_there(pyrodiff.importance_bound(diffusion, x_0, num_particles=3).log_weights, 3, 3)
-        sampler = pyrodiff.AncestralSampler(diffusion)
-        is_there(sampler(3), 3, SIZE)
-        is_there(sampler.trajectory(3), T + 1, 3, SIZE)
+        is_there(pyrodiff.AncestralSampler(diffusion).trajectory(3), T + 1, 3, SIZE)
 
 
 OPTIONS = {
-    "nothing": {},
-    "clipped": {"clip_norm": 1.0},
-    "accumulated": {"accumulate": 2, "clip_norm": 1.0},
-    "averaged": {"average": pyrodiff.exponential_average()},
+    "accumulated and clipped": {"accumulate": 2, "clip_norm": 1.0},
     "autocast": {"autocast": torch.bfloat16},
-    "scheduled": {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)},
+    "averaged and scheduled": {
+        "average": pyrodiff.exponential_average(),
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
+    },
 }
 
 
@@ -305,7 +302,7 @@ def verified(diffusion, pair, x_0):
 ENTRIES = {
     "bound": lambda diffusion, pair, x_0: [pyrodiff.bound(diffusion, x_0, generator=1).nats],
     "bound of some times": lambda diffusion, pair, x_0: [
-        pyrodiff.bound(diffusion, x_0, num_particles=2, num_times=2, generator=1).nats
+        pyrodiff.bound(diffusion, x_0, num_particles=2, num_times=1, generator=1).nats
     ],
     "importance_bound": lambda diffusion, pair, x_0: [
         pyrodiff.importance_bound(diffusion, x_0, num_particles=3, generator=1).nats
@@ -491,8 +488,8 @@ NUMBERS = {  # what is made of ints and floats, of any kind
         [*FORWARD.schedule.step(i(3), i(1)), *FORWARD.schedule.posterior(i(3), i(1)), *FORWARD.schedule.posterior(i(3))]
     ),
     "methods of a sub-schedule": lambda i, f: (
-        table(pyrodiff.SubSchedule(FORWARD.schedule, (1, 4)))[:, i(2)]
-        + pyrodiff.SubSchedule(FORWARD.schedule, (1, 4)).beta(i(2))
+        table(pyrodiff.SubSchedule(FORWARD.schedule, (1, 3)))[:, i(2)]
+        + pyrodiff.SubSchedule(FORWARD.schedule, (1, 3)).beta(i(2))
     ),
     "a rate": lambda i, f: pyrodiff.BinomialForward(pyrodiff.ReciprocalSchedule(4), f(0.25)).rate,
     "FixedVariance": lambda i, f: pyrodiff.FixedVariance([f(0.25), f(0.5)]).variances,
@@ -559,10 +556,10 @@ NUMBERS = {  # what is made of ints and floats, of any kind
     "event_shape": lambda i, f: (
         pyrodiff.bound(pyrodiff.Diffusion(REVERSE.forward_process, REVERSE, (i(2),)), X_0, generator=2).nats
     ),
-    "subchain": lambda i, f: pyrodiff.bound(gaussian().subchain((i(1), i(4))), X_0, generator=2).nats,
+    "subchain": lambda i, f: pyrodiff.bound(gaussian().subchain((i(1), i(3))), X_0, generator=2).nats,
     "model": lambda i, f: seeded(lambda: gaussian().model(num_samples=i(3))).detach(),
     "bound": lambda i, f: (
-        pyrodiff.bound(gaussian(), X_0, num_particles=i(2), memory_budget=i(2**28), num_times=i(2), generator=i(7)).nats
+        pyrodiff.bound(gaussian(), X_0, num_particles=i(2), memory_budget=i(2**28), num_times=i(1), generator=i(7)).nats
     ),
     "importance_bound": lambda i, f: pyrodiff.importance_bound(
         gaussian(), X_0, num_particles=i(4), memory_budget=i(2**28), generator=i(7)
@@ -585,7 +582,7 @@ NUMBERS = {  # what is made of ints and floats, of any kind
     ),
     "AncestralSampler": lambda i, f: pyrodiff.AncestralSampler(gaussian())(i(3), generator=i(2)),
     "trajectory": lambda i, f: pyrodiff.AncestralSampler(gaussian()).trajectory(
-        i(3), times=(i(4), i(0)), generator=i(2)
+        i(3), times=(i(3), i(0)), generator=i(2)
     ),
     "verify": lambda i, f: verification_of(i),
     "variance_account": lambda i, f: account_of(i),

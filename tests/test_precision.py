@@ -76,7 +76,7 @@ def test_bits_have_no_noise_that_is_too_small():
 def with_tables():
     forward = pyrodiff.GaussianForward(pyrodiff.CosineSchedule(T))
     denoiser = pyrodiff.NoisePrediction(Network(), forward)
-    reverse = pyrodiff.GaussianReverse(forward, denoiser, pyrodiff.FixedVariance([0.1, 0.2, 1 / 3, 0.4]))
+    reverse = pyrodiff.GaussianReverse(forward, denoiser, pyrodiff.FixedVariance([0.1, 0.2, 1 / 3]))
     return pyrodiff.Diffusion(forward, reverse, (D,))
 
 
@@ -91,7 +91,7 @@ CASTS = {
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-@pytest.mark.parametrize("make", [with_tables, bits, lambda: with_tables().subchain((1, 3, 4)), levels])
+@pytest.mark.parametrize("make", [with_tables, bits, lambda: with_tables().subchain((1, 3)), levels])
 def test_the_tables_of_a_state_stay_what_they_are(cast, make):
     diffusion = make()
     names = [name for name, tensor in diffusion.state_dict().items() if tensor.dtype == torch.float64]
@@ -108,7 +108,7 @@ def test_the_tables_of_a_state_stay_what_they_are(cast, make):
 
 @pytest.mark.parametrize("cast", ["float", "half", "half and back"])
 def test_tables_of_drawings_stay_what_they_are(cast):
-    for drawing in (pyrodiff.ImportanceDrawing([0.1, 0.2, 0.3, 0.4]), pyrodiff.LossSecondMoment(T)):
+    for drawing in (pyrodiff.ImportanceDrawing([0.2, 0.3, 0.5]), pyrodiff.LossSecondMoment(T)):
         pair = gaussian(pyrodiff.LinearSchedule(T, 0.1, 0.5)).one_step(drawing)
         before = {key: value.clone() for key, value in drawing.state_dict().items()}
         CASTS[cast](pair)

@@ -468,7 +468,7 @@ CUT = [name for name in KINDS if "sub-" in name]
 @pytest.mark.parametrize("name", CUT)
 @pytest.mark.parametrize("write", ["in place", "through data", "through NumPy", "a state that is loaded"])
 def test_a_chain_that_was_cut_follows_the_one_that_it_was_cut_from(write, name):
-    kind, times = KINDS[name], (1, 2, 4)
+    kind, times = KINDS[name], (1, 3)
     ours, theirs = whole(kind), whole(kind, other=True)
     sub, x_0 = ours.subchain(times), kind.data()
     before = pyrodiff.bound(sub, x_0, generator=1).nats
@@ -511,10 +511,10 @@ def _write(how, tensor, value):
 def test_a_chain_of_a_chain_follows_as_well():
     kind = KINDS["fixed variance of a sub-chain"]
     ours, theirs = (kind.pair(other)[0] for other in (False, True))
-    short = ours.subchain((2, 4))
+    short = ours.subchain((2, 3))
     ours.load_state_dict(theirs.state_dict())
     x_0 = kind.data()
-    found = [pyrodiff.bound(one, x_0, generator=1).nats for one in (short, theirs.subchain((2, 4)))]
+    found = [pyrodiff.bound(one, x_0, generator=1).nats for one in (short, theirs.subchain((2, 3)))]
     assert torch.equal(*found)
     assert short.forward_process.schedule.schedule.times == TIMES
 

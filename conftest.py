@@ -25,6 +25,11 @@ for _module in (torch.cuda, torch.xpu, torch.mtia, fake_tensor):
     _module.traceback = types.SimpleNamespace(**vars(traceback) | {"format_stack": list, "extract_stack": list})
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Keep no log: pytest would listen to each of torch's 50 loggers anew, three times for each test."""
+    session.config.pluginmanager.unregister(name="logging-plugin")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Look for no garbage among what is collected, all of which stays; nor later."""
@@ -49,7 +54,10 @@ def _fresh(doctest_namespace: dict) -> Iterator[None]:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The graphs, run operation by operation: nothing is compiled, which would take its time. Returns the list."""
+    """The graphs, run operation by operation: nothing is compiled, which would take its time. Returns the list.
+
+    Nor is each tensor of a graph copied into what is known of it, for which only a compiler asks: half of its making.
+    """
     made = []
 
     def keep(module: torch.fx.GraphModule, *args: object, **kwargs: object) -> torch.fx.GraphModule:
@@ -57,4 +65,5 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list:
         return module
 
     monkeypatch.setattr("torch._inductor.compile", keep)
+    monkeypatch.setattr("torch.fx.experimental.proxy_tensor.extract_val", lambda value, include_real=False: value)
     return made

@@ -413,9 +413,8 @@ def test_the_average_and_the_weights_are_there_without_a_step(tmp_path):
             assert alike(svi.model.state_dict(), again.model.state_dict())
 
 
-def test_a_graph_goes_on_from_the_weights(tmp_path, monkeypatch):
+def test_a_graph_goes_on_from_the_weights(tmp_path, interpreted):
     """As it runs, since inductor takes half a minute; the draws are the same, so are the losses but for rounding."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *args, **kwargs: graph)
     make = partial(of_pair, compile=True)
     svi = fresh(make, 1)
     steps(svi, [8] * 6)

@@ -11,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import torch._inductor
 from exact import far, repeat
 from loops import adam, pair_of, same, still, values
 from models import prior_of_weights
@@ -112,14 +111,6 @@ def costs(diffusion, pair, x_0, *context):
     """A pair's costs without messages."""
     with pyro.validation_enabled(False):
         return pair_costs(pair.model, pair.guide, (x_0, *context), {})
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Graphs run as they were traced, which takes no time to compile: a list of them."""
-    graphs = []
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *args, **kwargs: graphs.append(graph) or graph)
-    return graphs
 
 
 # The number is that of log p(x_0 | y), datum by datum
@@ -377,13 +368,13 @@ def test_a_sampler_of_ones_own_is_told_the_label():
     assert (samples != again).all()
 
 
-def test_a_compiled_sampler_has_the_draws_of_the_labels(traced):
+def test_a_compiled_sampler_has_the_draws_of_the_labels(interpreted):
     net = of_network(Told((2,), classes=3))
     plain, compiled = AncestralSampler(net), AncestralSampler(net, compile=True)
     for y in (Y, WRONG, Y[:1]):
         torch.testing.assert_close(compiled(6, y, generator=2), plain(6, y, generator=2), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain(6, Y, generator=2), plain(6, WRONG, generator=2))
-    assert len(traced) == 2  # one for rows, and one for a row
+    assert len(interpreted) == 2  # one for rows, and one for a row
 
 
 # Training
@@ -440,7 +431,7 @@ def test_training_moves_the_labels_of_the_batch_and_no_others(one_step):
 
 
 @every_pair
-def test_a_compiled_step_is_told_the_labels_of_its_own_batch(one_step, traced):
+def test_a_compiled_step_is_told_the_labels_of_its_own_batch(one_step, interpreted):
     """One graph for all labels, with the losses and parameters of steps that are not compiled."""
     found = []
     for compile in (False, True):
@@ -456,7 +447,7 @@ def test_a_compiled_step_is_told_the_labels_of_its_own_batch(one_step, traced):
             losses.append(float(svi.step(X_0.float(), torch.full((6,), k % 3))))
             assert (table != before).any(1).tolist() == [j == k % 3 for j in range(3)]
         found.append((losses, values(diffusion)))
-    assert len(traced) == 1
+    assert len(interpreted) == 1
     torch.testing.assert_close(found[1], found[0])
 
 

@@ -78,7 +78,7 @@ def log_p(z, m=M, v=V):
     return dist.Normal(m, v.sqrt()).to_event(1).log_prob(z)
 
 
-def many(z, number=100):
+def many(z, number=240):
     """The data again and again: what is averaged over them counts as one draw of the mean."""
     return z.expand(number, *z.shape)
 
@@ -110,7 +110,7 @@ def test_the_estimate_and_its_gradients_have_the_mean_of_log_p(estimate, T):
         return torch.cat([value, gradients(value.sum(), z, parts.m, parts.v)])
 
     expected = log_p(z, m, v)
-    draws = repeat(60, once)
+    draws = repeat(25, once)
     assert not far(draws, torch.cat([expected, gradients(expected.sum(), z, m, v)]).detach())
 
 
@@ -124,16 +124,16 @@ def test_the_gradient_to_the_context_has_the_mean_of_the_bounds(estimate):
         return torch.cat([value, gradients(value.sum(), z, y, diffusion.reverse.m)])
 
     expected = bound_by_class(diffusion, z, y, m)
-    draws = repeat(60, once)
+    draws = repeat(25, once)
     assert not far(draws, torch.cat([expected, gradients(expected.sum(), z, y, m)]).detach())
 
 
 def test_the_mean_is_the_bounds_where_the_kernels_are_wrong():
     diffusion = exact(5, shift=0.2, widen=1.3)
-    bounds = repeat(60, lambda: -pyrodiff.bound(diffusion, many(Z).flatten(0, 1)).nats.reshape(-1, 3).mean(0))
+    bounds = repeat(25, lambda: -pyrodiff.bound(diffusion, many(Z).flatten(0, 1)).nats.reshape(-1, 3).mean(0))
     for estimate in ESTIMATES.values():
         law = DiffusionDistribution(diffusion, estimate=estimate())
-        draws = repeat(60, lambda law=law: law.log_prob(many(Z)).mean(0))
+        draws = repeat(25, lambda law=law: law.log_prob(many(Z)).mean(0))
         assert not far(draws - bounds, 0.0)
     assert (bounds.mean(0) < log_p(Z) - 0.1).all()
 
@@ -177,8 +177,8 @@ def test_bits_have_no_reference_and_the_mean_of_their_bound():
     torch.set_default_dtype(torch.float64)
     diffusion = bit_diffusion([0.2, 0.3, 0.6], 0.2, 2)
     law, x = DiffusionDistribution(diffusion), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
-    bounds = repeat(60, lambda: -pyrodiff.bound(diffusion, many(x).flatten(0, 1)).nats.reshape(-1, 2).mean(0))
-    assert not far(repeat(60, lambda: law.log_prob(many(x)).mean(0)) - bounds, 0.0)
+    bounds = repeat(25, lambda: -pyrodiff.bound(diffusion, many(x).flatten(0, 1)).nats.reshape(-1, 2).mean(0))
+    assert not far(repeat(25, lambda: law.log_prob(many(x)).mean(0)) - bounds, 0.0)
     assert law.support.check(x).all()
     assert not law.support.check(x + 0.5).any()
     assert set(law.sample((50,)).unique().tolist()) == {0.0, 1.0}
@@ -204,17 +204,17 @@ def test_a_learned_schedule_has_the_gradient_of_its_bound():
     schedule = pyrodiff.LearnedLogSNRSchedule(3, first=3.0, last=-2.0)
     forward = pyrodiff.GaussianForward(schedule)
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, Denoiser(schedule, 2)), (2,)).double()
-    data = many(Z, 30).flatten(0, 1)
+    data = many(Z, 60).flatten(0, 1)
     learned, found = [p for p in schedule.parameters() if p.requires_grad], []
     for estimate in (OneStepEstimate(num_draws=6, reference=False), OneStepEstimate(num_draws=6)):
         law = DiffusionDistribution(diffusion, estimate=estimate)
-        found.append(repeat(50, lambda law=law: gradients(-law.log_prob(data).mean(), *learned)))
+        found.append(repeat(25, lambda law=law: gradients(-law.log_prob(data).mean(), *learned)))
 
     def of_pair():
         loss = DiffusionELBO().differentiable_loss(diffusion.model, diffusion.guide, data) / len(data)
         return gradients(loss, *learned)
 
-    expected = repeat(50, of_pair)
+    expected = repeat(25, of_pair)
     assert expected.mean(0).abs().max() > 0.05
     assert not any(far(draws - expected, 0.0) for draws in found)
 
@@ -495,7 +495,7 @@ def test_a_class_enumerated_in_the_guide_gives_the_responsibilities():
 
     model = mixture(diffusion, estimate=OneStepEstimate(num_draws=30))
     optimizer, found = torch.optim.Adam([logits], lr=0.05), []
-    for step in range(300):
+    for step in range(200):
         optimizer.zero_grad()
         elbo.differentiable_loss(model, guide).backward()
         optimizer.step()
@@ -882,7 +882,7 @@ def test_fewer_steps_are_the_flow_of_their_chain():
 
 
 def test_the_flow_follows_its_context():
-    diffusion = by_class()
+    diffusion = by_class(8)
     law = DiffusionDistribution(diffusion, CENTERS, estimate=FlowEstimate())
     alone = torch.cat(
         [
@@ -929,7 +929,7 @@ def test_nuts_finds_the_posterior_by_the_flow():
 
 @pytest.mark.parametrize("kind", [Trace_ELBO, DiffusionELBO])
 def test_the_flow_may_be_the_law_of_a_guides_site(kind):
-    law = flow_law(tolerance=1e-2)
+    law = flow_law(T=10, tolerance=1e-2)
     law.diffusion.requires_grad_(False).eval()
     elbo = kind(num_particles=60, vectorize_particles=True, max_plate_nesting=1)
     draws = repeat(6, lambda: -elbo.loss(plain_model, as_guide(law)))
@@ -938,7 +938,7 @@ def test_the_flow_may_be_the_law_of_a_guides_site(kind):
 
 
 def test_the_law_of_a_guides_site_can_be_learned_by_its_score():
-    law, m = flow_law(tolerance=1e-2), M.clone().requires_grad_()
+    law, m = flow_law(T=10, tolerance=1e-2), M.clone().requires_grad_()
     elbo = Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1)
     (expected,) = torch.autograd.grad(elbo_of(m.expand(3, 2), V.sqrt().expand(3, 2)), m)
     learned = law.diffusion.reverse.denoiser.m

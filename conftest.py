@@ -23,6 +23,7 @@ import pyrodiff
 # told that the stack is empty.
 for _module in (torch.cuda, torch.xpu, torch.mtia, fake_tensor):
     _module.traceback = types.SimpleNamespace(**vars(traceback) | {"format_stack": list, "extract_stack": list})
+os.fsync = lambda descriptor: None  # nor is the disk waited for: what a process wrote is there when it has died
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

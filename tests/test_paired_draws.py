@@ -261,7 +261,7 @@ class Hashed(nn.Module):
         return 2 * (found[..., None] * torch.arange(1.0, self.outputs + 1, dtype=x_t.dtype)).sin()
 
 
-SIZE, LEVELS, STEPS = 6, 5, 7
+SIZE, LEVELS, STEPS = 6, 5, 4
 
 
 def of_gaussians(reverse=None, prior=None, decoder=None):

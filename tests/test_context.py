@@ -152,7 +152,7 @@ def test_the_flow_has_the_conditional_density():
             (a, b), m = self.forward_process.scales(x_t, t), self.means[y]
             return m + a * V / (a**2 * V + b**2) * (x_t - a * m)
 
-    forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(60, 8.0, -10.0))
+    forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(30, 8.0, -10.0))
     diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, Told(forward)), (2,))
     for y in (Y, WRONG):
         torch.testing.assert_close(ode_log_prob(diffusion, X_0, y).nats, truth(X_0, y), atol=0.03, rtol=0.005)

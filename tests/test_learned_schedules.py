@@ -526,11 +526,11 @@ def test_a_prior_on_a_beta_has_the_posterior_of_quadrature():
     svi = SVI(
         model,
         guide,
-        lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        lambda parameters: torch.optim.Adam(parameters, lr=0.15),
         DiffusionELBO(),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.985),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97),
     )
-    for _ in range(300):
+    for _ in range(160):
         svi.step(x_0)
 
     def log_density(z):

@@ -213,7 +213,7 @@ def test_training_finds_the_best_variance(kind):
     pyro.set_rng_seed(0)
     for lr in (0.1, 0.02, 0.004):
         svi = pyrodiff.SVI(diffusion.model, diffusion.guide, lambda p, lr=lr: torch.optim.Adam(p, lr), DiffusionELBO())
-        for number in range(80):
+        for number in range(50):
             svi.step(data(N, V, seed=number))
     assert error().max() < 5 * math.sqrt(2 / N)
 

@@ -244,7 +244,7 @@ def test_samples_of_ddim_with_eta_one_have_the_moments_of_ancestral_ones():
 @pytest.mark.parametrize("schedule", ["log SNR", "geometric"])
 def test_churn_leaves_the_law_as_it_is(schedule):
     """Of data N(m, v): in 64 of 2049 steps the flow is nearly exact, and half the noise is drawn anew many times."""
-    n = 20000
+    n = 5000
     diffusion = gaussian(schedule, 2049)
     sampler = HeunSampler(diffusion, churn=20.0, num_steps=128)
     x_T, x_1 = sampler.trajectory(n, times=(2049, 1), generator=1)
@@ -486,7 +486,7 @@ def test_the_last_step_is_a_mean_and_rounds_to_levels_or_a_draw():
 @pytest.mark.parametrize("kind", [DDIMSampler, ALL["DDIM, eta"], DPMSolverSampler, ALL["corrector"]])
 def test_a_chain_that_ends_without_signal_is_sampled_from(kind):
     """x_T is noise alone; the law of x_1 is right nonetheless, but for the error of 256 steps."""
-    diffusion, n = gaussian("reciprocal", 256), 20000
+    diffusion, n = gaussian("reciprocal", 256), 8000
     x_1 = kind(diffusion).trajectory(n, times=(1,), generator=1)[0]
     mean, variance = diffusion.model.prior.moments(1)
     close(x_1.mean(0), mean, 0.05)

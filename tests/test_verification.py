@@ -122,7 +122,7 @@ def test_what_is_right_passes(kind):
 
 @pytest.mark.parametrize("kind", ["network", "bits"])
 def test_no_seed_raises_a_false_alarm(kind):
-    for seed in range(10):
+    for seed in range(6):
         pyro.set_rng_seed(seed)
         diffusion, x_0 = (mlp(T=3), data(4, torch.float32)) if kind == "network" else right("bits")
         result = verify(diffusion, x_0, num_repeats=10, num_particles=4, generator=seed)

@@ -1,6 +1,7 @@
 """What tests of the command line share: a call of it, tiny data, tiny runs, and pictures that cost nothing."""
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from pyrodiff import checkpoints, plots
+from pyrodiff import plots
 from pyrodiff.command import cli
 from pyrodiff.command.runs import Metrics
 
@@ -117,14 +118,23 @@ def notes(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in one.items() if name != "seconds"} for one in Metrics.read(folder)]
 
 
+@functools.lru_cache(64)
+def _read(data: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def content(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, which is not to be changed: the same bytes are read once."""
+    return _read(path.read_bytes())
+
+
 def states(folder: Path) -> dict[str, Any]:
     """All checkpoints, but for the time it took, when it was saved before, and the options."""
     found = {}
     for path in sorted((folder / "checkpoints").glob("*.pt")):
-        state = checkpoints.load(path)
-        del state["more"]["state"]["seconds"], state["more"]["state"]["saved"]
-        state["more"].pop("settings")
-        found[path.name] = state
+        state = content(path)
+        more = {**state["more"], "state": {**state["more"]["state"], "seconds": None, "saved": None}, "settings": None}
+        found[path.name] = {**state, "more": more}
     return found
 
 

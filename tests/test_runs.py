@@ -1,5 +1,6 @@
 """A run that is killed, stopped, or out of disk goes on as if nothing had happened; and what is watched is true."""
 
+import copy
 import errno
 import functools
 import json
@@ -21,7 +22,7 @@ import numpy as np
 import parted
 import pytest
 import torch
-from commands import call, files, notes, points, same, saved, states, train, without_pictures, words
+from commands import call, content, files, notes, points, same, saved, states, train, without_pictures, words
 
 import pyrodiff
 from pyrodiff import checkpoints
@@ -390,7 +391,7 @@ def test_names_of_all_kinds(home, tmp_path, name):
 
 def other(path, **values):
     """A checkpoint with other parts."""
-    torch.save({**checkpoints.load(path), **values}, path)
+    torch.save({**content(path), **values}, path)
 
 
 @pytest.mark.parametrize("command", ["train", "info", "bound"])
@@ -402,8 +403,8 @@ def other(path, **values):
         (lambda path: torch.save(print, path), ["code"]),
         (lambda path: other(path, format=2), ["newer version"]),
         (lambda path: other(path, more={"epoch": 3}), ["something else"]),
-        (lambda path: other(path, more={**checkpoints.load(path)["more"], "form": {"a": 1}}), ["something else"]),
-        (lambda path: other(path, more={**checkpoints.load(path)["more"], "state": {}}), []),
+        (lambda path: other(path, more={**content(path)["more"], "form": {"a": 1}}), ["something else"]),
+        (lambda path: other(path, more={**content(path)["more"], "state": {}}), []),
     ],
     ids=["cut short", "empty", "code", "newer", "another's", "another's form", "without a state"],
 )
@@ -424,7 +425,7 @@ def test_a_checkpoint_that_is_none(home, tmp_path, harm, words, command):
 def test_a_setting_of_a_newer_version_in_a_checkpoint(home, tmp_path):
     folder = copied(home, tmp_path)
     path = runs.last_checkpoint(folder)
-    more = checkpoints.load(path)["more"]
+    more = content(path)["more"]
     other(path, more={**more, "settings": {**more["settings"], "of_tomorrow": 3}})
     assert call("info", folder).is_refused(path.name)
 
@@ -661,7 +662,7 @@ def parts_of(found):
 @pytest.mark.parametrize("place", ["average", "moments"])
 def test_what_is_not_finite_is_in_no_checkpoint(home, tmp_path, place):
     run = Run(tmp_path, **made_as(home))
-    run.restore(runs.last_checkpoint(home / "alone"))
+    run.restore(runs.kept(runs.last_checkpoint(home / "alone")))
     moments = next(iter(run.svi.optimizer.state.values()))
     broken = next(run.svi.average.parameters()) if place == "average" else moments["exp_avg_sq"]
     with torch.no_grad():
@@ -680,7 +681,7 @@ def made_as(home):
 
 def forged(path, where, **values):
     """A checkpoint with other values in a part of what the run keeps."""
-    more = checkpoints.load(path)["more"]
+    more = content(path)["more"]
     other(path, more={**more, where: {**more[where], **values}})
 
 
@@ -749,15 +750,12 @@ def test_a_folder_that_is_a_link_is_not_followed(home, tmp_path, name):
 @pytest.mark.parametrize("place", ["moments", "count", "names"])
 def test_a_checkpoint_with_other_things_in_the_state_of_training(home, tmp_path, place):
     folder = copied(home, tmp_path)
-    path = runs.last_checkpoint(folder)
-    svi = checkpoints.load(path)["svi"]
-    if place == "moments":
-        next(iter(svi["optimizer"][1]["state"].values()))["exp_avg"] = "x"
-    elif place == "names":
-        svi["names"] = "x"
-    else:
-        svi["counts"]["num_steps"] = "6"
-    other(path, svi=svi)
+    key, value = {
+        "moments": (("optimizer", 1, "state", 0, "exp_avg"), "x"),
+        "names": (("names",), "x"),
+        "count": (("counts", "num_steps"), "6"),
+    }[place]
+    forged_in(runs.last_checkpoint(folder), ("svi", *key), value)
     assert resumed(folder, train_steps=8).is_refused("step-00000006.pt")
 
 
@@ -853,7 +851,7 @@ def test_the_average_is_what_is_opened(home):
     run = Run.opened(home / "alone", "last")
     state = checkpoints.load(runs.last_checkpoint(home / "alone"))
     again = Run(home, run.plan, run.form, torch.device("cpu"))
-    again.restore(runs.last_checkpoint(home / "alone"))
+    again.restore(runs.kept(runs.last_checkpoint(home / "alone")))
     assert state["format"] == 1
     with again.svi.averaged():
         for (name, ours), theirs in zip(run.diffusion.named_parameters(), again.diffusion.parameters(), strict=True):
@@ -993,7 +991,7 @@ def test_the_learning_rate_is_that_of_the_steps_there_are_now(home, tmp_path):
         assert rates[step] == pytest.approx(0.01 * (1 + math.cos(math.pi * step / 12)) / 2, rel=1e-12)
     run = Run.opened(home / "alone", "last")
     longer = Run(folder, run.plan.but(train_steps=12), run.form, run.device)
-    longer.restore(runs.last_checkpoint(home / "alone"))
+    longer.restore(runs.kept(runs.last_checkpoint(home / "alone")))
     assert longer.svi.optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-12)  # half-way, not 0
 
 
@@ -1085,8 +1083,9 @@ def test_two_processes(home, tmp_path, context):
 
 def forged_in(path, place, value):
     """Something else at a place in a checkpoint."""
-    state = part = torch.load(path, weights_only=True)
+    state = part = dict(content(path))
     for key in place[:-1]:
+        part[key] = copy.copy(part[key])
         part = part[key]
     part[place[-1]] = value
     torch.save(state, path)

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -47,11 +47,13 @@ from .data import Form
 from .options import Model, Plan
 
 __all__ = [
+    "Kept",
     "Metrics",
     "Run",
     "bound_in",
     "device_of",
     "finite",
+    "kept",
     "last_checkpoint",
     "curves",
     "numbered",
@@ -169,8 +171,7 @@ class Run:
             ValueError: If there is no such run.
         """
         folder = Path(folder)
-        path = _checkpoint(folder, which)
-        plan, form, content = _kept(path)
+        path, plan, form, content = kept(_checkpoint(folder, which))
         record = folder / "settings.toml"
         if record.is_file():
             recorded = Plan.of(options.read(record, str(record)))
@@ -186,19 +187,18 @@ class Run:
         run.diffusion.eval()
         return run
 
-    def restore(self, path: Path) -> None:
+    def restore(self, kept: "Kept") -> None:
         """Resume from a checkpoint of this run.
 
         Arguments:
-            path: The file.
+            kept: What it holds.
 
         Raises:
             ValueError: If it is of a run with other options, except for those that may change.
         """
-        plan, form, content = _kept(path)
-        self.refuse_other_data(form, path)
-        _refuse_other_options(self.plan, plan, path)
-        self._restore(path, content)
+        self.refuse_other_data(kept.form, kept.path)
+        _refuse_other_options(self.plan, kept.plan, kept.path)
+        self._restore(kept.path, kept.content)
 
     def _restore(self, path: Path, content: dict[str, Any]) -> None:
         self.svi = self._svi()  # one that another checkpoint was put into has an optimizer already
@@ -299,6 +299,15 @@ def _is_as_made(value: object, made: object) -> bool:
     return type(value) is type(made) and is_plain and value == made
 
 
+class Kept(NamedTuple):
+    """A checkpoint that was read: where it is, the plan and the data's form in it, and all that it holds."""
+
+    path: Path
+    plan: Plan
+    form: Form
+    content: dict[str, Any]
+
+
 def last_checkpoint(folder: Path, whole: bool = False, but: Collection[Path] = ()) -> Path | None:
     """The last checkpoint of a run, by its step; the best one if there is no other, and None if there is none.
 
@@ -346,7 +355,7 @@ def _refuse_other_options(ours: Plan, theirs: Plan, path: Path) -> None:
 _STATE = dict.fromkeys(("logged", "evaluated", "saved", "best_step", "drawn"), int) | {"best": float, "seconds": float}
 
 
-def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Path | None, Path | None]:
+def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Kept | None, Kept | None]:
     """The checkpoint to resume a run from, and its best one, both checked before anything is built.
 
     Arguments:
@@ -360,18 +369,23 @@ def resumed_from(folder: Path, plan: Plan, form: Form, whole: bool) -> tuple[Pat
     """
     last, best = last_checkpoint(folder, whole) or last_checkpoint(folder), folder / "checkpoints" / "best.pt"
     has_best = best.is_file() and (not whole or _is_whole(best))
-    for path in {last, best if has_best else None}:
-        if path is not None:
-            kept, other, _ = _kept(path)
-            _refuse_other_options(plan, kept, path)
-            if any(vars(form)[name] != vars(other)[name] for name in ("read_as", "event_shape", "levels", "classes")):
-                raise ArgumentError("data", f"must be those that the run began with, but {path} is of others")
-    return last, best if has_best else None
+    read = {path: kept(path) for path in {last, best if has_best else None} if path is not None}
+    for path, found in read.items():
+        _refuse_other_options(plan, found.plan, path)
+        if any(vars(form)[name] != vars(found.form)[name] for name in ("read_as", "event_shape", "levels", "classes")):
+            raise ArgumentError("data", f"must be those that the run began with, but {path} is of others")
+    return read.get(last) if last else None, read.get(best)
 
 
-def _kept(path: Path) -> tuple[Plan, Form, dict[str, Any]]:
-    """The plan and the data's form in a checkpoint, and all that it holds; the error for a damaged one names another
-    that is whole."""
+def kept(path: Path) -> Kept:
+    """What a checkpoint holds.
+
+    Arguments:
+        path: The file.
+
+    Raises:
+        ValueError: If it is damaged, or of something else; the error names another one that is whole.
+    """
     try:
         return _content(path)
     except ValueError as error:
@@ -392,7 +406,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _content(path: Path) -> tuple[Plan, Form, dict[str, Any]]:
+def _content(path: Path) -> Kept:
     state, number = checkpoints.load(path), _NUMBERED.fullmatch(path.name)
     try:
         more, step = state["more"], state["svi"]["counts"]["num_steps"]
@@ -409,7 +423,7 @@ def _content(path: Path) -> tuple[Plan, Form, dict[str, Any]]:
         raise _no_run(path) from None
     if number is not None and int(number[1]) != step:
         raise ArgumentError("checkpoint", f"must have the name of its step, but {path} is of step {step}")
-    return plan, form, state
+    return Kept(path, plan, form, state)
 
 
 def _is_form(form: Form) -> bool:

@@ -36,10 +36,12 @@ from .options import BUILT_IN, Plan
 from .plans import prepare
 from .reports import report
 from .runs import (
+    Kept,
     Metrics,
     Run,
     device_of,
     finite,
+    kept,
     last_checkpoint,
     numbered,
     picture,
@@ -205,7 +207,7 @@ def _begin(
     return run, data
 
 
-def _restored(run: Run, last: Path, best: Path | None, whole: bool) -> tuple[Path, Path | None]:
+def _restored(run: Run, last: Kept, best: Kept | None, whole: bool) -> tuple[Kept, Kept | None]:
     """The checkpoint that a run is resumed from, and its best one, which has to fit it too.
 
     Arguments:
@@ -214,9 +216,9 @@ def _restored(run: Run, last: Path, best: Path | None, whole: bool) -> tuple[Pat
         whole: Whether one that does not fit the run is passed over, as one that is damaged is.
     """
 
-    def fits(path: Path) -> bool:
+    def fits(one: Kept) -> bool:
         try:
-            run.restore(path)
+            run.restore(one)
         except ValueError:
             if not whole:
                 raise
@@ -226,11 +228,11 @@ def _restored(run: Run, last: Path, best: Path | None, whole: bool) -> tuple[Pat
     best = best if best is not None and fits(best) else None
     unfit: list[Path] = []
     while not fits(last):
-        unfit.append(last)
+        unfit.append(last.path)
         before = last_checkpoint(run.folder, whole, unfit)
         if before is None:
             raise ArgumentError("--out", f"must be a run with a whole checkpoint, but {run.folder} has none")
-        last = before
+        last = kept(before)
     return last, best
 
 

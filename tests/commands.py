@@ -20,6 +20,7 @@ TINY = {
     **{"train_steps": 6, "hidden": 8, "blocks": 1, "batch_size": 4, "T": 5, "samples": 3, "lr": 0.01},
     **{"evaluate_every": 2, "evaluate_on": 4, "log_every": 2, "checkpoint_every": 2, "average": 0.9},
 }
+cli._parser = functools.cache(cli._parser)  # which a process needs once, and makes 3 ms long
 SAVEFIG, NO_FIGURE = Figure.savefig, Figure()
 DRAWN = {name: getattr(plots, name) for name in ("samples", "beside", "histograms", "terms", "curves")}
 PIXEL = bytes.fromhex(  # a picture of one pixel

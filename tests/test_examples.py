@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import gzip
 import importlib
 import json
@@ -25,15 +26,15 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 @pytest.fixture
 def example(monkeypatch):
-    """Imports an example, on few data, 500 at most to train on and 16 to score, and with pictures of few pixels."""
+    """Imports an example, on few data, 300 at most to train on and 16 to score, and with pictures of few pixels."""
     monkeypatch.syspath_prepend(str(FOLDER))
     kept = {name: getattr(datasets, name) for name in ("swiss_roll", "checkerboard", "eight_gaussians", "heartbeat")}
     for name, draw in kept.items():
-        monkeypatch.setattr(datasets, name, lambda n, seed=0, draw=draw: draw(min(n, 16 if seed > 1 else 500), seed))
+        monkeypatch.setattr(datasets, name, lambda n, seed=0, draw=draw: draw(min(n, 16 if seed > 1 else 300), seed))
     digits = datasets.digits
 
     def few(split="train", binary=False):
-        return digits(split, binary)[: 500 if split == "train" else 8]
+        return digits(split, binary)[: 300 if split == "train" else 8]
 
     def in_few_pixels(figure, *args, save=Figure.savefig, **options):
         save(figure, *args, **{**options, "dpi": 20})
@@ -41,6 +42,12 @@ def example(monkeypatch):
     monkeypatch.setattr(datasets, "digits", few)
     monkeypatch.setattr(Figure, "savefig", in_few_pixels)
     return importlib.import_module
+
+
+def shortened(monkeypatch, name, long, short):
+    """Let a schedule of so many steps have fewer."""
+    schedule = getattr(pyrodiff, name)
+    monkeypatch.setattr(pyrodiff, name, lambda num_steps: schedule(short if num_steps == long else num_steps))
 
 
 def numbers_of(bound):
@@ -106,12 +113,11 @@ def test_a_learned_schedule(example, tmp_path, capsys):
 
 
 def test_the_heartbeat(example, tmp_path, capsys, monkeypatch):
-    schedule = pyrodiff.ReciprocalSchedule
-    monkeypatch.setattr(pyrodiff, "ReciprocalSchedule", lambda num_steps: schedule(num_steps // 40))
+    shortened(monkeypatch, "ReciprocalSchedule", 2000, 50)
     bound = example("heartbeat").main(tmp_path, 2)
     printed = check(bound, tmp_path, capsys, "heartbeat.png")
     assert f"at least {-float(bound.bits.mean()):.3f}" in printed
-    assert bound.num_steps == 2000 // 40
+    assert bound.num_steps == 50
 
 
 def test_the_checkerboard(example, tmp_path, capsys):
@@ -150,6 +156,7 @@ def test_the_demo_runs_all_three(example, tmp_path, capsys, monkeypatch):
 def test_the_sandwich_around_what_is_known(example, tmp_path, capsys, monkeypatch):
     sandwich = example("sandwich")
     monkeypatch.setattr(sandwich, "PARTICLES", (1, 2, 64))
+    shortened(monkeypatch, "CosineSchedule", 1000, 500)
     for name in ("gaussian", "eight_gaussians", "bits"):
         build = getattr(sandwich, name)
         monkeypatch.setattr(sandwich, name, lambda *args, build=build: _cut(*build(*args)))
@@ -189,7 +196,8 @@ def test_the_price_of_the_variance(example, capsys):
     assert all(posterior > 4 > forward > 2.5 for posterior, forward in zip(means[::2], means[1::2], strict=True))
 
 
-def test_a_variant_of_ones_own(example, tmp_path, capsys):
+def test_a_variant_of_ones_own(example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pyrodiff, "verify", functools.partial(pyrodiff.verify, num_repeats=20))
     bounds = example("custom_variant").main(tmp_path, 60)
     printed = capsys.readouterr().out
     for name, bound in bounds.items():
@@ -335,6 +343,7 @@ def test_what_is_missing(example, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(inpainting, "half_a_digit", lambda diffusion: half(diffusion, 1))
     monkeypatch.setattr(inpainting, "posterior", few)
+    shortened(monkeypatch, "LogSNRSchedule", 60, 15)
     eight, found = inpainting.main(tmp_path, 2)
     printed = capsys.readouterr().out
     assert all(f"{float(one.log_evidence):9.3f} ± {float(one.standard_error):.3f}" in printed for one in eight.values())

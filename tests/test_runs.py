@@ -904,14 +904,14 @@ def test_a_line_of_metrics_is_json_even_where_a_number_is_none(tmp_path):
 
 def test_the_loss_that_is_noted_is_that_of_a_datum(home, tmp_path):
     """Its mean is the bound on training data, in their units, if the weights stay."""
-    options = {"lr": 1e-12, "average": 0.0, "T": 3, "train_steps": 300, "log_every": 300, "evaluate_every": 300}
+    options = {"lr": 1e-12, "average": 0.0, "T": 3, "train_steps": 50, "log_every": 50, "evaluate_every": 50}
     folder = tmp_path / "run"
-    assert train(home / "x.npy", folder, **options, checkpoint_every=300, batch_size=32, accumulate=2).code == 0
+    assert train(home / "x.npy", folder, **options, checkpoint_every=50, batch_size=192, accumulate=2).code == 0
     run = Run.opened(folder, "last")
     _, data = prepare(run.plan.values(), torch.device("cpu"))
     x_0 = data.split("train").repeat(200, 1)
     found = run.form.in_units(pyrodiff.bound(run.diffusion, x_0, generator=1))
-    error = float(found.nats.std()) * (5 / (300 * 64) ** 0.5 * 2 + 5 / len(x_0) ** 0.5)
+    error = float(found.nats.std()) * (5 / (50 * 384) ** 0.5 * 2 + 5 / len(x_0) ** 0.5)
     assert notes(folder)[0]["loss"] == pytest.approx(float(found.nats.mean()), abs=error)
 
 

@@ -679,7 +679,8 @@ def test_a_divergence_that_is_not_registered_is_right_in_the_mean(kind):
         diffusion = with_network(Random(dist.LogNormal(0.5, 2.0).expand([2]).to_event(1)))
         guide, q, p = automatic(diffusion), Q, P
     expected = torch.distributions.kl_divergence(q, p).sum()
-    draws = repeat(150, lambda: bound(diffusion, X_0[:1], guide=guide).global_kl)
+    chain = diffusion.subchain((5,))
+    draws = repeat(150, lambda: bound(chain, X_0[:1], guide=guide).global_kl)
     assert not far(draws, expected)
 
 

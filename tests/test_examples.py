@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 import pyrodiff
-from pyrodiff import datasets
+from pyrodiff import datasets, networks
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
@@ -26,7 +26,7 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 @pytest.fixture
 def example(monkeypatch):
-    """Imports an example, on few data, 300 at most to train on and 16 to score, and with pictures of few pixels."""
+    """Imports an example: few data, 300 at most to train on and 16 to score; small networks, pictures of few pixels."""
     monkeypatch.syspath_prepend(str(FOLDER))
     kept = {name: getattr(datasets, name) for name in ("swiss_roll", "checkerboard", "eight_gaussians", "heartbeat")}
     for name, draw in kept.items():
@@ -39,7 +39,11 @@ def example(monkeypatch):
     def in_few_pixels(figure, *args, save=Figure.savefig, **options):
         save(figure, *args, **{**options, "dpi": 20})
 
+    def narrow(shape, channels, make=networks.UNet, **options):
+        return make(shape, tuple(8 for _ in channels), **options)
+
     monkeypatch.setattr(datasets, "digits", few)
+    monkeypatch.setattr(networks, "UNet", narrow)
     monkeypatch.setattr(Figure, "savefig", in_few_pixels)
     return importlib.import_module
 

@@ -120,6 +120,7 @@ def scalar():
 # The same steps
 
 
+@pytest.mark.usefixtures("scalar")
 def test_the_one_step_pair_of_gaussians():
     """Value, gradient, parameters and statistics of the batch, with the same draws of noise, times and dropout."""
     svis = twins(make(Network(dropout=0.4, norm=True)).one_step(), clip_norm=5.0)

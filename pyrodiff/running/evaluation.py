@@ -329,6 +329,10 @@ class _Results(TorchDispatchMode):
 
     nbytes = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # else torch imports its compiler at the first operation, half a second
+        return False
+
     def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         given = {_storage(tensor) for tensor in _tensors((*args, *kwargs.values()))}

@@ -536,11 +536,11 @@ def test_every_way_in_takes_every_context(kind):
         torch.testing.assert_close(bound(chain, batches, generator=0).nats, found)
         torch.testing.assert_close(bound(chain, x_0, *context, generator=0, memory_budget=40_000).nats, found)
         assert importance_bound(chain, x_0, *context, num_particles=2, generator=0).nats.isfinite().all()
-        assert verify(chain, x_0, *context, num_repeats=10, generator=0).passed
+        assert verify(chain, x_0, *context, num_repeats=10, num_particles=2, generator=0).passed
         assert AncestralSampler(chain)(6, *context).isfinite().all()
         assert AncestralSampler(chain).trajectory(6, *context).shape[1:] == (6, 2, 2)
         assert chain.model(None, *context, num_samples=6).shape == (6, 2, 2)
-    assert ode_log_prob(diffusion, x_0, *context, tolerance=1e-2).nats.isfinite().all()
+    assert ode_log_prob(diffusion, x_0, *context, tolerance=1e-1).nats.isfinite().all()
     assert variance_account(diffusion, x_0, *context, num_pairs=2, num_particles=4, batch_size=4).mean.isfinite().all()
 
 
@@ -575,7 +575,7 @@ def test_levels_and_bits_take_a_label():
             assert all(math.isfinite(svi.step(x_0, Y)) for _ in range(2))
             assert AncestralSampler(chain)(6, Y).shape == (6, 2)
             assert importance_bound(chain, x_0, Y, num_particles=2).nats.isfinite().all()
-            assert verify(chain, x_0, Y, num_repeats=10, generator=0).passed
+            assert verify(chain, x_0, Y, num_repeats=10, num_particles=2, generator=0).passed
 
 
 class OneBit(nn.Module):

@@ -317,7 +317,7 @@ def test_svi_finds_the_posterior(ours, made):
         svi = pyrodiff.SVI(model, guide, lambda parameters: torch.optim.Adam(parameters, lr=0.05), DiffusionELBO())
     else:
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
-    for step in range(350):
+    for step in range(270):
         svi.step()
         if step >= 100:
             total.append(torch.stack([pyro.param("loc").detach().clone(), pyro.param("scale").detach().clone()]))

@@ -253,7 +253,7 @@ def test_a_random_network_has_the_density_of_the_documented_equations(kind, even
     network = Network(event_shape, schedule)
     x_0 = some_data(event_shape)
     expected = flow_log_prob(read(network, event_shape), steps, x_0.reshape(5, -1).numpy(), standard_top(steps))
-    result = ode_log_prob(diffusion_of(network, schedule, event_shape), x_0, tolerance=1e-7)
+    result = ode_log_prob(diffusion_of(network, schedule, event_shape), x_0, tolerance=1e-6)
     torch.testing.assert_close(result.log_prob, torch.from_numpy(expected), atol=1e-4, rtol=0)
     assert torch.equal(result.noise, torch.zeros(5).double())
 
@@ -265,7 +265,7 @@ def test_a_subchain_has_the_density_of_its_own_equations():
     network, steps = Network((2,), schedule), oracles.preserving_steps(betas)
     estimate, x_0 = read(network, (2,)), some_data((2,))
     expected = flow_log_prob(lambda x, k: estimate(x, (None, 2, 5)[k]), steps, x_0.numpy(), standard_top(steps))
-    result = ode_log_prob(diffusion_of(network, schedule, (2,)).subchain([2, 5]), x_0, tolerance=1e-7)
+    result = ode_log_prob(diffusion_of(network, schedule, (2,)).subchain([2, 5]), x_0, tolerance=1e-6)
     torch.testing.assert_close(result.log_prob, torch.from_numpy(expected), atol=1e-4, rtol=0)
 
 
@@ -277,7 +277,7 @@ def test_a_given_prior_is_the_law_of_the_end(kind):
     end = flowed(read(network, (2,)), steps, x_0.numpy())
     other = flow_log_prob(read(network, (2,)), steps, x_0.numpy(), lambda x: 0.0)
     expected = prior.log_prob(torch.from_numpy(end)) + torch.from_numpy(other)
-    result = ode_log_prob(diffusion_of(network, schedule, (2,), prior=prior), x_0, tolerance=1e-7)
+    result = ode_log_prob(diffusion_of(network, schedule, (2,), prior=prior), x_0, tolerance=1e-6)
     torch.testing.assert_close(result.log_prob, expected, atol=1e-4, rtol=0)
 
 
@@ -302,7 +302,7 @@ def test_a_reverse_process_of_another_kind_is_read_by_the_mean_of_its_kernel(kin
     x_0 = some_data(event_shape)
     expected = flow_log_prob(estimate, steps, x_0.reshape(5, -1).numpy(), standard_top(steps))
     diffusion = pyrodiff.Diffusion(pyrodiff.GaussianForward(schedule), kernel, event_shape)
-    result = ode_log_prob(diffusion, x_0, tolerance=1e-7)
+    result = ode_log_prob(diffusion, x_0, tolerance=1e-6)
     torch.testing.assert_close(result.log_prob, torch.from_numpy(expected), atol=1e-4, rtol=0)
     exact = pyrodiff.Diffusion(pyrodiff.GaussianForward(schedule), GaussianPosterior(kernel.data), event_shape)
     same = diffusion_of(Expected(m, v, schedule), schedule, event_shape)

@@ -1,5 +1,6 @@
 """What is said of a likelihood, and kept of it: the units, the table, and the file."""
 
+import functools
 import io
 import json
 import math
@@ -53,14 +54,19 @@ every_estimate = pytest.mark.parametrize("name", LIKELIHOODS)
 every_estimate_in_memory = pytest.mark.parametrize("name", IN_MEMORY)
 
 
+@functools.cache
+def of_three_steps(name):
+    return LIKELIHOODS[name](small(T=3), X)
+
+
 def test_every_public_likelihood_is_among_those_that_are_tested():
-    found = {type(estimate(small(T=3), X)).__name__ for estimate in LIKELIHOODS.values()}
+    found = {type(of_three_steps(name)).__name__ for name in LIKELIHOODS}
     assert concrete(Likelihood) == found | {"Yardstick"}  # which is of no diffusion: tests/test_yardsticks.py
 
 
 @every_estimate
 def test_what_is_found_is_a_number_for_each_datum_and_is_kept(name, tmp_path):
-    it = LIKELIHOODS[name](small(T=3), X)
+    it = of_three_steps(name)
     assert it.nats.shape == (7,)
     assert (it.event_shape, it.levels) == ((2,), None)
     assert not it.nats.requires_grad

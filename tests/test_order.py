@@ -420,7 +420,7 @@ def test_the_posterior_given_a_datum_is_learned():
     elbo = DiffusionELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model, guide, lambda p: torch.optim.SGD(p, lr=0.02), elbo)
     with quiet():
-        for _ in range(150):
+        for _ in range(100):
             svi.step(Y)
         found = []
         for _ in range(200):

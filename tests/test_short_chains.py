@@ -408,7 +408,7 @@ def test_what_a_network_said_is_kept_no_longer_than_for_its_time():
 
 @pytest.mark.parametrize("find", ["variance", "chain"])
 def test_draws_depend_on_the_seed_and_the_place_alone(find):
-    x_0 = data(1500)
+    x_0 = data(1100)
     diffusion = exact("beta", pyrodiff.ForwardVariance())
 
     def found(x, seed=7, **options):

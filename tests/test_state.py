@@ -44,7 +44,7 @@ class Subject:
 
     def __init__(self, kind: Kind, parts: tuple, compile: bool = False, sampled: bool = True) -> None:
         self.kind, (self.diffusion, self.pair) = kind, parts
-        self.seeds = (3, 4, 5) if compile else (3, 4)  # the first step after a change may run without a graph
+        self.seeds = (3, 4, 5) if compile else (3,)  # the first step after a change may run without a graph
         self.x_0 = kind.data(next(self.diffusion.parameters()).dtype)
         self.sampled = sampled  # whether bounds and samples are asked for, or steps alone
         self.sampler = pyrodiff.AncestralSampler(self.diffusion, compile=compile)
@@ -279,7 +279,6 @@ def test_what_is_written_is_all_that_counts(kind):
 @every_kind
 def test_each_tensor_counts_as_soon_as_it_is_written(kind):
     subject = made(kind)
-    subject.seeds = (3,)
     _, values = others(kind)
     for name, tensor in tensors(subject.pair).items():
         with torch.no_grad():

@@ -110,7 +110,7 @@ RIGHT = ["VP", "VE", "exact", "bits", "learned prior", "levels", "random weight"
 def test_what_is_right_passes(kind):
     diffusion, x_0 = right(kind)
     guide = models.prior_of_weights(diffusion) if kind == "random weight" else None
-    result = verify(diffusion, x_0, num_repeats=20, generator=1, guide=guide)
+    result = verify(diffusion, x_0, num_repeats=10, generator=1, guide=guide)
     assert not failed(result), result
     assert result.passed
     assert [claim.name for claim in result.claims] == CLAIMS

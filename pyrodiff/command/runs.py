@@ -187,18 +187,18 @@ class Run:
         run.diffusion.eval()
         return run
 
-    def restore(self, kept: "Kept") -> None:
+    def restore(self, checkpoint: "Kept") -> None:
         """Resume from a checkpoint of this run.
 
         Arguments:
-            kept: What it holds.
+            checkpoint: The checkpoint, as :func:`kept` read it.
 
         Raises:
             ValueError: If it is of a run with other options, except for those that may change.
         """
-        self.refuse_other_data(kept.form, kept.path)
-        _refuse_other_options(self.plan, kept.plan, kept.path)
-        self._restore(kept.path, kept.content)
+        self.refuse_other_data(checkpoint.form, checkpoint.path)
+        _refuse_other_options(self.plan, checkpoint.plan, checkpoint.path)
+        self._restore(checkpoint.path, checkpoint.content)
 
     def _restore(self, path: Path, content: dict[str, Any]) -> None:
         self.svi = self._svi()  # one that another checkpoint was put into has an optimizer already

@@ -101,6 +101,7 @@ def swiss_roll(num_samples: int, seed: int = 0, noise: float = 0.05) -> Tensor:
     return (x / math.sqrt(1 + float(noise) ** 2)).float()
 
 
+@_on_cpu
 @torch.no_grad()
 def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
     r"""The log density of :func:`swiss_roll`, by quadrature over the spiral.
@@ -140,10 +141,10 @@ def swiss_roll_log_prob(x: Tensor, noise: float = 0.05) -> Tensor:
     mean, std = _swiss_roll_moments()
     centre = (torch.stack([r * r.cos(), r * r.sin()], -1) - mean) / std / scale
     found = []
-    for part in x.double().cpu().split(max(1, 2**24 // number)):
+    for part in x.cpu().double().split(max(1, 2**24 // number)):
         square = ((part[:, None] - centre) ** 2).sum(-1)
         found.append(torch.logsumexp((weight / 2).log() - square / (2 * s**2), 1) - math.log(2 * math.pi * s**2))
-    return torch.cat(found).to(home(x.device)) if found else x.new_zeros(0, dtype=torch.float64)
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *found]).to(home(x.device))
 
 
 def _swiss_roll_moments() -> tuple[Tensor, Tensor]:
@@ -290,7 +291,7 @@ class Strokes:
     """
 
     def __init__(self, k: Tensor) -> None:
-        k = whole_levels("k", k, 17).float()
+        k = whole_levels("k", k, 17).float().cpu()
         if k.dim() != 3 or k.shape[1:] != (8, 8) or not len(k):
             raise ArgumentError("k", f"must have shape (n, 8, 8), but its shape is {tuple(k.shape)}")
         fine = interpolate(k[:, None], size=(32, 32), mode="bicubic", align_corners=False)
@@ -307,7 +308,7 @@ class Strokes:
             i: The indices of the pictures, integers in 0..n-1 with shape (B,); an index may occur more than once.
 
         Returns:
-            The levels of the transformed pictures, 0..16, with shape (B, 8, 8).
+            The levels of the transformed pictures, 0..16, with shape (B, 8, 8), on the CPU.
 
         Raises:
             ValueError: If ``i`` is something else.
@@ -321,7 +322,7 @@ class Strokes:
         rows = [(1 + wide) * turn.cos(), shear - (1 + high) * turn.sin(), move[:, 0]]
         rows += [(1 + wide) * turn.sin(), (1 + high) * turn.cos(), move[:, 1]]
         grid = affine_grid(torch.stack(rows, -1).reshape(-1, 2, 3), [len(i), 1, 32, 32], align_corners=False)
-        moved = grid_sample(self.scans[i.long()], grid, align_corners=False) > 0.5
+        moved = grid_sample(self.scans[i.cpu().long()], grid, align_corners=False) > 0.5
         return (16 * avg_pool2d(moved.float(), 4)).round()[:, 0]
 
 

@@ -303,7 +303,7 @@ def beside(samples: Tensor, data: Tensor | None = None, limits: tuple[float, flo
     """
     shown = _named(samples, data)
     form = _checked_form("samples", samples, "B", 1)
-    both = torch.cat([x.detach().flatten() for x in shown.values()])
+    both = torch.cat([x.flatten() for x in shown.values()])
     limits, extent = _limits(both, limits), max(map(_extent, shown.values()))
     tiles = {} if form == "points" else {title: _drawn(x, form, limits) for title, x in shown.items()}
     sizes = [_size_for(one) for one in tiles.values()] or [(4.0, 4.3)] * len(shown)
@@ -312,7 +312,7 @@ def beside(samples: Tensor, data: Tensor | None = None, limits: tuple[float, flo
     for column, (title, x) in enumerate(shown.items()):
         axes = figure.add_subplot(1, len(shown), 1 + column)
         if form == "points":
-            _scatter(axes, x.detach(), _MODEL if x is samples else _DATA, extent)
+            _scatter(axes, x, _DATA if column else _MODEL, extent)
             axes.tick_params(labelsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -354,9 +354,9 @@ def histograms(samples: Tensor, data: Tensor, most: int = 12) -> Figure:
     figure = Figure(figsize=(2.4 * columns, 2.1 * rows + 0.4), layout="constrained")
     for place, i in enumerate(dimensions):
         axes = figure.add_subplot(rows, columns, 1 + place)
-        ends = [float(end) for end in torch.cat([x[:, i].detach().cpu() for x in shown.values()]).aminmax()]
+        ends = [float(end) for end in torch.cat([x[:, i] for x in shown.values()]).aminmax()]
         for (title, x), color in zip(shown.items(), (_MODEL, _DATA), strict=True):
-            values = x[:, i].detach().cpu().numpy()
+            values = x[:, i].numpy()
             axes.hist(values, 30, range=(ends[0], ends[1]), density=True, histtype="step", color=color, label=title)
         axes.set(xlabel=f"$x_{{{i + 1}}}$" if i > 8 else f"$x_{i + 1}$", yticks=[])
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -365,7 +365,7 @@ def histograms(samples: Tensor, data: Tensor, most: int = 12) -> Figure:
 
 
 def _named(samples: Tensor, data: Tensor | None) -> dict[str, Tensor]:
-    """Samples and data by their titles."""
+    """Samples and data by their titles, checked, and on the CPU."""
     for name, x in (("samples", samples), ("data", data)):
         if x is None and name == "data":
             continue
@@ -375,7 +375,8 @@ def _named(samples: Tensor, data: Tensor | None) -> dict[str, Tensor]:
             raise ArgumentError(
                 name, f"must have the shape of samples, {tuple(samples.shape[1:])}, but it is {tuple(x.shape[1:])}"
             )
-    return {f"{len(samples)} samples": samples, **({} if data is None else {f"{len(data)} data": data})}
+    found = {f"{len(samples)} samples": samples, **({} if data is None else {f"{len(data)} data": data})}
+    return {title: x.detach().cpu() for title, x in found.items()}
 
 
 def trajectory(

@@ -87,7 +87,7 @@ def yardsticks(
         train: Data to fit to, with shape (n, *event_shape); or a loader of such batches, or of tuples that begin with
             one, such as :class:`pyrodiff.streaming.Blocks`, that is read once. Floats, or whole numbers in
             0..levels-1 of any dtype.
-        test: Data to evaluate on, in the same units.
+        test: Data to evaluate on, in the same units; on any device, where their costs will be.
         levels: The number of levels L, for their probabilities; None for a density.
         smoothing: The number of pseudo-data, spread evenly over the levels, that are added to ``train``; above 0.
 
@@ -118,15 +118,16 @@ def yardsticks(
     laws: list[_Law] = []
     shape = torch.Size()
     for x, event_shape in _blocks("train", train, levels):
-        shape, laws = event_shape, laws or _laws(x.shape[1], levels, smoothing)
+        if not laws:
+            shape, device, laws = event_shape, x.device, _laws(x.shape[1], levels, smoothing)
         for law in laws:
-            law.add(x)
+            law.add(x.to(device))
     costs: dict[str, list[Tensor]] = {law.name: [] for law in laws}
     for law in laws:
         law.fit()
     for x, _ in _blocks("test", test, levels, shape):
         for law in laws:
-            costs[law.name].append(law.cost(x))
+            costs[law.name].append(law.cost(x.to(device)).to(x.device))
     return Yardsticks({name: Yardstick(name, torch.cat(some), shape, levels) for name, some in costs.items()})
 
 

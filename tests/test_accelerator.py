@@ -1,0 +1,106 @@
+"""On an accelerator that computes on the CPU, all that is computed is what it is on the CPU, bit for bit."""
+
+import contextlib
+import io
+import traceback
+
+import accelerator
+import numpy as np
+import parted
+import pytest
+import torch
+from models import KINDS
+from test_devices import CASES, ENTRIES
+
+import pyrodiff
+from pyrodiff import datasets, plots
+from pyrodiff.command import cli, runs, train
+
+DEVICES = ("cpu", accelerator.NAME)
+SIZES = "--T 4 --train-steps 4 --batch-size 8 --evaluate-every 2 --evaluate-on 8 --log-every 2 --checkpoint-every 2"
+SIZES += " --samples 4 --threads 1 --hidden 8"
+NETWORK = " --channels 8 --blocks 1"
+SLOW = ("verify", "bits of a sub-chain")
+RUNS = {
+    "levels": "labelled.npz --labels" + NETWORK,
+    "bits": "pictures.npy --binarize dynamic --augment flip" + NETWORK,
+    "a density": "numbers.npy --average 0.9 --drawing loss-second-moment",
+}
+
+
+def data_anywhere(device):
+    """What is given data of the accelerator, or of both places."""
+    digits, roll = datasets.digits("train")[:60].to(device), datasets.swiss_roll(50).to(device)
+    torch.manual_seed(1)
+    plots.beside(roll, datasets.swiss_roll(40))
+    plots.histograms(roll, datasets.swiss_roll(40))
+    yield from (one.costs for one in pyrodiff.yardsticks(digits, datasets.digits("test"), levels=17).values())
+    yield from (one.costs for one in pyrodiff.yardsticks(datasets.swiss_roll(50), roll).values())
+    yield datasets.swiss_roll_log_prob(roll)
+    yield datasets.Strokes(digits)(torch.arange(4, device=device))
+
+
+def of_entry(entry, name, device):
+    diffusion, pair = KINDS[name].pair()
+    for part in (pair, diffusion):
+        part.to(device, torch.float64)
+    torch.manual_seed(1)
+    return ENTRIES[entry](diffusion, pair, KINDS[name].data().to(device, torch.float64))
+
+
+def of_run(words, device):
+    """What a run writes and says, and what the uses of it do."""
+    out = f"{words.split()[0]} {device}"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for line in (
+            ["train", *words.split(), *SIZES.split(), "--device", device, "--out", out],
+            ["bound", out, "--device", device, "--number", "5", "--particles", "2", "--save", f"{out}/b.npz"],
+            ["sample", out, "--device", device, "--number", "3", "--sample-steps", "3", "--save", f"{out}/s.npz"],
+            ["plot", out, "--device", device],
+            ["info", out],
+        ):
+            assert cli.main(line) == 0, line
+    arrays = [array for name in "bs" for array in np.load(f"{out}/{name}.npz").values()]
+    return [torch.from_numpy(array) for array in arrays if array.dtype.kind in "fiu"]
+
+
+ALL = {
+    **{f"{name}, {entry}": (of_entry, entry, name) for entry, name in CASES if (entry, name) != SLOW},
+    "data": (data_anywhere,),
+    **{f"a run of {name}": (of_run, words) for name, words in RUNS.items()},
+}
+
+
+def outcome(compute, *given):
+    """What the two devices give, or what went wrong."""
+    try:
+        return [[value.detach().cpu() for value in compute(*given, device)] for device in DEVICES]
+    except Exception:
+        return traceback.format_exc()
+
+
+def half(rank, folder):
+    """Every second of them, in a process of its own."""
+    accelerator.begin()
+    runs.device_of = train.device_of = torch.device
+    np.save("numbers.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    pictures = np.random.default_rng(0).integers(0, 256, size=(60, 8, 8)).astype(np.uint8)
+    np.save("pictures.npy", pictures)
+    np.savez("labelled.npz", x=pictures, y=np.arange(60) % 3)
+    torch.save({name: outcome(*ALL[name]) for name in list(ALL)[rank::2]}, f"{folder}/{rank}")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    with contextlib.chdir(tmp_path_factory.mktemp("runs")):
+        first, second = parted.both(half)
+    return {**first, **second}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_what_it_is_on_a_cpu(name, outcomes):
+    assert isinstance(outcomes[name], list), outcomes[name]
+    here, there = outcomes[name]
+    assert here or "verify" in name
+    torch.testing.assert_close(there, here, rtol=0, atol=1e-15)

@@ -22,11 +22,10 @@ class Size(NamedTuple):
     num_times: int  # of the T - 1 terms, how many the bound of a test picture is estimated from
     num_weighted: int  # test pictures with an importance-weighted bound
     num_samples: int  # that are drawn
-    memory: int  # bytes that the network calls of an evaluation may take at a time
 
 
-FULL = Size((96, 192, 256), 2, 1000, 5000, 10000, 40, 50, 48, 2**35)
-SMALL = Size((16, 32, 64), 1, 200, 1000, 10000, 20, 50, 48, 2**28)
+FULL = Size((96, 192, 256), 2, 1000, 5000, 10000, 40, 50, 48)
+SMALL = Size((16, 32, 64), 1, 200, 1000, 10000, 20, 50, 48)
 
 
 def mean(estimate: pyrodiff.Likelihood, unit: str) -> tuple[float, float]:
@@ -39,7 +38,7 @@ def held_out(
     svi: pyrodiff.SVI, diffusion: pyrodiff.Diffusion, x_0: Tensor, size: Size, unit: str
 ) -> Callable[[], tuple[float, float]]:
     """A function that estimates the bound of the averaged weights on the held-out pictures, from few terms of each."""
-    settings = {"num_times": max(4, size.num_times // 20), "generator": 0, "memory_budget": size.memory}
+    settings = {"num_times": max(4, size.num_times // 20), "generator": 0}
 
     def measure() -> tuple[float, float]:
         with svi.averaged():
@@ -53,7 +52,7 @@ def evaluate(
 ) -> pyrodiff.Bound:
     """Print and save the bounds on the test pictures, draw them and samples."""
     begun = time.monotonic()
-    settings = {"generator": 0, "memory_budget": size.memory, "progress": True}
+    settings = {"generator": 0, "progress": True}
     bound = pyrodiff.bound(diffusion, x_0, num_times=size.num_times, **settings)
     weighted = pyrodiff.importance_bound(diffusion, x_0[: size.num_weighted], num_particles=4, **settings)
     bound.save(arguments.out / "test.npz")

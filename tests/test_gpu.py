@@ -13,6 +13,8 @@ from test_devices import ENTRIES, SOME
 
 import pyrodiff
 from pyrodiff import checkpoints
+from pyrodiff.likelihood import bounds
+from pyrodiff.running.evaluation import _memory
 
 pytestmark = on_a_gpu
 EXACT = {"rtol": 1e-8, "atol": 1e-9}
@@ -41,9 +43,16 @@ def still(parameters):
 # The same draws, the same numbers
 
 
+@pytest.fixture
+def same_blocks(monkeypatch):
+    """A bound's draws are in the blocks that they are in on a CPU."""
+    monkeypatch.setattr(bounds, "_ROWS_ELSEWHERE", bounds._ROWS)
+    monkeypatch.setattr(bounds, "_NUMBERS_ELSEWHERE", bounds._NUMBERS)
+
+
 @every_kind
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_every_entry_gives_what_it_gives_on_a_cpu(entry, name):
+def test_every_entry_gives_what_it_gives_on_a_cpu(entry, name, same_blocks):
     if (entry == "ode_log_prob" and not KINDS[name].has_flow) or (entry == "verify" and name not in SOME[:2]):
         pytest.skip("it has no flow, or takes its time")
     found = []
@@ -55,7 +64,7 @@ def test_every_entry_gives_what_it_gives_on_a_cpu(entry, name):
 
 
 @every_kind
-def test_every_entry_is_what_it_is_in_single_precision(name):
+def test_every_entry_is_what_it_is_in_single_precision(name, same_blocks):
     found = []
     for device in ("cpu", "cuda"):
         parts = placed(name, device, torch.float32)
@@ -213,3 +222,12 @@ def test_data_elsewhere_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match="cuda"):
             call()
+
+
+def test_a_bound_takes_much_of_the_memory_that_is_free():
+    """And is the same up to rounding with a budget that is given."""
+    diffusion, _, x_0 = placed("MLP prediction", "cuda")
+    free = torch.cuda.mem_get_info()[0]
+    assert free / 8 < _memory(x_0.device) < free
+    free_of_it, given = (pyrodiff.bound(diffusion, x_0, memory_budget=m, generator=1).nats for m in (None, 2**16))
+    torch.testing.assert_close(free_of_it, given, **EXACT)

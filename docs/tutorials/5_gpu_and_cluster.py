@@ -132,8 +132,8 @@ axes.set(xlabel="step", ylabel="nats per datum", ylim=(0, 5))
 axes.legend(frameon=False)
 
 # %%
-# The bound of the averaged weights. ``bound`` moves data to the model's device, and batches the work by
-# ``memory_budget``.
+# The bound of the averaged weights, of data on the model's device; the batches of a loader are moved there. On a GPU a
+# batch of network calls is as large as about half of its free memory allows, or a ``memory_budget`` that is given.
 
 with svi.averaged():
     print(pyrodiff.bound(diffusion, test_set, generator=0))

@@ -86,7 +86,7 @@ def variance_account(
     num_particles: int = 100,
     num_pairs: int = 100,
     batch_size: int = 128,
-    memory_budget: int = 2**28,
+    memory_budget: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
     guide: Callable | None = None,
@@ -104,7 +104,8 @@ def variance_account(
         num_particles: The number of draws of a datum and its :math:`x_t` at each t, for the moments; at least 2.
         num_pairs: The number of pairs of batches, whose differences give the variances; at least 2.
         batch_size: The number of data in a batch, drawn with replacement.
-        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
+            given, 2^28, or on a GPU about half of what is free there.
         generator: A generator or a seed, for the same numbers each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a
@@ -161,7 +162,7 @@ def variance_account(
 
 
 @torch.no_grad()
-def _costs(diffusion: Diffusion, data: Batch, num_particles: int, memory_budget: int) -> Tensor:
+def _costs(diffusion: Diffusion, data: Batch, num_particles: int, memory_budget: int | None) -> Tensor:
     """Costs at each t of data drawn with replacement, with shape (T, num_particles)."""
     T, rows, device = diffusion.num_steps, dry_run(memory_budget, diffusion, data).rows, data.x_0.device
     i = torch.randint(len(data), (T * num_particles,), device=device)

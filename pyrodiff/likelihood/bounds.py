@@ -13,7 +13,7 @@ Draws are made in fixed blocks of rows, each with its own seed. So the :math:`x_
 its position among the data, t and the particle: not on the network, the memory, how the data are batched or how many
 processes share the work. Two models with the same forward process and seed see the same :math:`x_t`, so the difference
 of their bounds has less variance than either. (With ``num_times``, and in importance-weighted bounds, the draws also
-depend on the number of times, or of particles.)
+depend on the number of times, or of particles. A GPU draws other numbers than a CPU.)
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), https://arxiv.org/abs/2208.11970
@@ -214,7 +214,7 @@ def bound(
     x_0: Tensor | Iterable,
     *context: Tensor,
     num_particles: int = 1,
-    memory_budget: int = 2**28,
+    memory_budget: int | None = None,
     num_times: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
@@ -232,8 +232,8 @@ def bound(
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number of draws of each x_t, over which a term is averaged.
-        memory_budget: The memory for the states and activations of one batch of network calls, in bytes. It changes the
-            bound by rounding only.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
+            given, 2^28, or on a GPU about half of what is free there. It changes the bound by rounding only.
         num_times: How many of the T - 1 denoising terms are computed for each datum and particle, one at random from
             each of as many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given. The draws
             depend on this number.
@@ -382,7 +382,8 @@ def _ends(T: int, num_times: int) -> Tensor:
     return 2 + torch.arange(num_times + 1, device="cpu") * (T - 1) // max(num_times, 1)
 
 
-_NUMBERS, _ROWS = 2**18, 2**12  # in a block, at most
+_NUMBERS, _ROWS = 2**18, 2**12  # in a block, at most: what a CPU's cache holds
+_NUMBERS_ELSEWHERE, _ROWS_ELSEWHERE = 2**20, 2**19  # on a GPU, where a small block takes as long as one of these
 
 
 class _Group(NamedTuple):
@@ -404,8 +405,8 @@ class _Group(NamedTuple):
 class _Draws:
     """Draws for the data of a batch in blocks of rows, each with a seed derived from what the rows are.
 
-    A block has the rows of some neighbouring data and some parts of 1..T, for one particle. Which ones depends on D and
-    on the parts alone; rows for data outside of the batch are drawn too, and dropped.
+    A block has the rows of some neighbouring data and some parts of 1..T, for one particle. Which ones depends on D, on
+    the parts, and on whether they are drawn on a CPU; rows for data outside of the batch are drawn too, and dropped.
 
     Arguments:
         model: The model.
@@ -421,7 +422,9 @@ class _Draws:
     ) -> None:
         self.model, self.batch, self.x_0, self.start, self.seed = model, batch, batch.x_0, start, seed
         self.num_particles, self.dry_run = num_particles, dry_run
-        self.rows = max(1, min(_ROWS, _NUMBERS // max(1, model.event_shape.numel())))
+        is_here = batch.x_0.device.type == "cpu"
+        rows, numbers = (_ROWS, _NUMBERS) if is_here else (_ROWS_ELSEWHERE, _NUMBERS_ELSEWHERE)
+        self.rows = max(1, min(rows, numbers // max(1, model.event_shape.numel())))
 
     def groups(self, size: int) -> Iterator[_Group]:
         """The groups of ``size`` neighbouring data that overlap with the batch."""
@@ -594,7 +597,7 @@ def importance_bound(
     x_0: Tensor | Iterable,
     *context: Tensor,
     num_particles: int | None = None,
-    memory_budget: int = 2**28,
+    memory_budget: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
     guide: Callable | None = None,
@@ -609,7 +612,8 @@ def importance_bound(
         x_0: The data, with shape (B, *event_shape); or a loader of such batches, or of tuples of one and its context.
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number K of trajectories per datum: T network evaluations each.
-        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
+            given, 2^28, or on a GPU about half of what is free there.
         generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a

@@ -89,7 +89,7 @@ def ode_log_prob(
     num_particles: int | None = None,
     tolerance: float = 1e-5,
     max_steps: int = 1000,
-    memory_budget: int = 2**28,
+    memory_budget: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
     guide: Callable | None = None,
@@ -117,7 +117,8 @@ def ode_log_prob(
         num_particles: The number of draws of :math:`x_1`, if a decoder follows; 1 if not given.
         tolerance: The error allowed per step, absolute and relative, of each number and of log p.
         max_steps: The number of steps after which a datum is given up.
-        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
+            given, 2^28, or on a GPU about half of what is free there.
         generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a

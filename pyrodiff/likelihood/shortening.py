@@ -45,7 +45,7 @@ def analytic_variance(
     x_0: Tensor | Iterable,
     *context: Tensor,
     num_particles: int = 1,
-    memory_budget: int = 2**28,
+    memory_budget: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
     guide: Callable | None = None,
@@ -72,7 +72,8 @@ def analytic_variance(
             one and its context. Give the training data, not those that the bound is evaluated on.
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number of draws of each :math:`x_t` per datum.
-        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
+            given, 2^28, or on a GPU about half of what is free there.
         generator: A generator or a seed, for the same numbers each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, as of :func:`bound`.
@@ -179,7 +180,7 @@ def best_subchain(
     num_steps: int | None = None,
     candidates: int | Sequence[int] = 100,
     num_particles: int = 1,
-    memory_budget: int = 2**28,
+    memory_budget: int | None = None,
     generator: torch.Generator | int | None = None,
     progress: bool = False,
     guide: Callable | None = None,
@@ -205,7 +206,8 @@ def best_subchain(
         candidates: The times to choose from, increasing ints in 1..T; or their number, for evenly spaced ones (all, if
             T is not larger).
         num_particles: The number of draws of each :math:`x_t` per datum.
-        memory_budget: The memory for the states and activations of one batch of network calls, in bytes.
+        memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
+            given, 2^28, or on a GPU about half of what is free there.
         generator: A generator or a seed, for the same times each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, as of :func:`bound`.

@@ -228,11 +228,11 @@ class DryRun(NamedTuple):
     is_analytic: bool
 
 
-def dry_run(memory_budget: int, diffusion: Diffusion, batch: Batch) -> DryRun:
+def dry_run(memory_budget: int | None, diffusion: Diffusion, batch: Batch) -> DryRun:
     """Validate the kernels, and choose the size of batches of network calls.
 
     Arguments:
-        memory_budget: The budget in bytes.
+        memory_budget: The budget in bytes; if not given, 2^28, or on a GPU about half of what is free there.
         diffusion: The diffusion.
         batch: Some data.
 
@@ -241,7 +241,10 @@ def dry_run(memory_budget: int, diffusion: Diffusion, batch: Batch) -> DryRun:
             distribution, takes another context, or has Pyro sites of its own; if the last step is a discrete
             distribution, but neither decoder nor process has a number of levels.
     """
-    memory_budget, one = arguments.positive_int("memory_budget", memory_budget), batch.rows(slice(1))
+    one = batch.rows(slice(1))
+    if memory_budget is None:
+        memory_budget = _memory(one.x_0.device)
+    memory_budget = arguments.positive_int("memory_budget", memory_budget)
     size, kernel, sites = _called(diffusion, one)
     if sites:
         raise ArgumentError(
@@ -255,6 +258,14 @@ def dry_run(memory_budget: int, diffusion: Diffusion, batch: Batch) -> DryRun:
         )
     cached = min(memory_budget, max(_CACHE, size)) if one.x_0.device.type == "cpu" else memory_budget
     return DryRun(max(1, cached // max(1, size)), _is_analytic(diffusion, one.x_0, kernel))
+
+
+def _memory(device: torch.device) -> int:
+    """The memory for a batch of network calls if nothing is said. In small batches a GPU would wait for Python."""
+    if device.type != "cuda":
+        return 2**28
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2 ** max(28, (free // 2).bit_length() - 1)  # a power of two, which seldom differs from one call to the next
 
 
 _CACHE = 2**26  # bytes of intermediate results, few of which live at the same time

@@ -1,8 +1,8 @@
 """An accelerator that computes on the CPU: its tensors have values, and cannot be mixed with those of the CPU.
 
 It stands in for a GPU. A tensor there holds one of the CPU, on which its operations are done, so that what comes out is
-what the CPU gives, bit for bit; but an operation on tensors of both is an error, as on a GPU. Torch's meta device has
-no values, and cannot show what happens after the first that is read.
+what the CPU gives; but an operation on tensors of both is an error, as on a GPU. Torch's meta device has no values, and
+cannot show what happens after the first that is read.
 
 Torch keeps what it is told of a device for the life of a process: use it in one that ends.
 """
@@ -16,6 +16,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_map
 
 from pyrodiff import checkpoints
+from pyrodiff.base import precision
 from pyrodiff.likelihood import bounds
 
 NAME = "standin"
@@ -48,6 +49,10 @@ class There(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if torch.is_inference_mode_enabled():  # operations that consist of others come as they are called
+            found = func.decompose(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         return computed(func, args, kwargs or {})
 
 
@@ -81,7 +86,20 @@ def _put(there, found):
     """A tensor there that holds what was found: the one that was given, if it held this."""
     if not isinstance(found, torch.Tensor):
         return found
+    if found.dtype == torch.float64 and not precision.holds_float64(torch.device(NAME)):
+        raise TypeError("the accelerator has no float64")
     return there[id(found)] if id(found) in there else There(found)
+
+
+@contextlib.contextmanager
+def without_float64():
+    """A context in which the accelerator has no float64, as that of Apple has none."""
+    holds = precision.holds_float64
+    precision.holds_float64 = lambda device: device.type != NAME
+    try:
+        yield
+    finally:
+        precision.holds_float64 = holds
 
 
 class Generator(torch.Generator):

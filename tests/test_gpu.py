@@ -224,10 +224,12 @@ def test_data_elsewhere_are_refused_by_name():
             call()
 
 
-def test_a_bound_takes_much_of_the_memory_that_is_free():
+def test_a_bound_takes_its_part_of_the_memory():
     """And is the same up to rounding with a budget that is given."""
     diffusion, _, x_0 = placed("MLP prediction", "cuda")
-    free = torch.cuda.mem_get_info()[0]
-    assert free / 8 < _memory(x_0.device) < free
-    free_of_it, given = (pyrodiff.bound(diffusion, x_0, memory_budget=m, generator=1).nats for m in (None, 2**16))
-    torch.testing.assert_close(free_of_it, given, **EXACT)
+    free, whole = torch.cuda.mem_get_info()
+    assert 2**28 <= _memory(x_0.device) <= max(2**28, whole / 8)
+    if free > whole / 2:
+        assert _memory(x_0.device) > whole / 16
+    by_itself, given = (pyrodiff.bound(diffusion, x_0, memory_budget=m, generator=1).nats for m in (None, 2**16))
+    torch.testing.assert_close(by_itself, given, **EXACT)

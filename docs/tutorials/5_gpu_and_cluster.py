@@ -133,7 +133,7 @@ axes.legend(frameon=False)
 
 # %%
 # The bound of the averaged weights, of data on the model's device; the batches of a loader are moved there. On a GPU a
-# batch of network calls is as large as about half of its free memory allows, or a ``memory_budget`` that is given.
+# batch of network calls is as large as an eighth of its memory allows, or a ``memory_budget`` that is given.
 
 with svi.averaged():
     print(pyrodiff.bound(diffusion, test_set, generator=0))

@@ -233,7 +233,7 @@ def bound(
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number of draws of each x_t, over which a term is averaged.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
-            given, 2^28, or on a GPU about half of what is free there. It changes the bound by rounding only.
+            given, 2^28, or on a GPU about an eighth of its memory. It changes the bound by rounding only.
         num_times: How many of the T - 1 denoising terms are computed for each datum and particle, one at random from
             each of as many equal parts of 2..T: unbiased at a fraction of the cost. All terms if not given. The draws
             depend on this number.
@@ -613,7 +613,7 @@ def importance_bound(
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number K of trajectories per datum: T network evaluations each.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
-            given, 2^28, or on a GPU about half of what is free there.
+            given, 2^28, or on a GPU about an eighth of its memory.
         generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a

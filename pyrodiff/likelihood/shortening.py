@@ -73,7 +73,7 @@ def analytic_variance(
         *context: The context of each datum, for the network: tensors of B rows, or of one for all.
         num_particles: The number of draws of each :math:`x_t` per datum.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
-            given, 2^28, or on a GPU about half of what is free there.
+            given, 2^28, or on a GPU about an eighth of its memory.
         generator: A generator or a seed, for the same numbers each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, as of :func:`bound`.
@@ -207,7 +207,7 @@ def best_subchain(
             T is not larger).
         num_particles: The number of draws of each :math:`x_t` per datum.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
-            given, 2^28, or on a GPU about half of what is free there.
+            given, 2^28, or on a GPU about an eighth of its memory.
         generator: A generator or a seed, for the same times each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, as of :func:`bound`.

@@ -232,7 +232,7 @@ def dry_run(memory_budget: int | None, diffusion: Diffusion, batch: Batch) -> Dr
     """Validate the kernels, and choose the size of batches of network calls.
 
     Arguments:
-        memory_budget: The budget in bytes; if not given, 2^28, or on a GPU about half of what is free there.
+        memory_budget: The budget in bytes; if not given, 2^28, or on a GPU about an eighth of its memory.
         diffusion: The diffusion.
         batch: Some data.
 
@@ -264,8 +264,10 @@ def _memory(device: torch.device) -> int:
     """The memory for a batch of network calls if nothing is said. In small batches a GPU would wait for Python."""
     if device.type != "cuda":
         return 2**28
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 2 ** max(28, (free // 2).bit_length() - 1)  # a power of two, which seldom differs from one call to the next
+    free, whole = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    most = min(whole // 8, free // 2)  # usually the eighth, so that the draws of each batch are the same each time
+    return 2 ** max(28, most.bit_length() - 1)
 
 
 _CACHE = 2**26  # bytes of intermediate results, few of which live at the same time

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -267,7 +267,8 @@ def bound(
             raise ArgumentError("num_times", f"must be at most T - 1 = {T - 1}, but it is {num_times}")
     arguments.one_of("sharded", sharded, (False, True))
     num_times = T - 1 if num_times is None else num_times
-    rank, count = (ranks.number(), ranks.count()) if sharded else (0, 1)
+    turns = [number == ranks.number() for number in range(ranks.count())] if sharded else [True]
+    is_mine: dict[bool, Iterator[bool]] = {True: cycle(turns), False: cycle(turns)}
     evaluated = evaluating(diffusion, generator, sharded, guide, guided(x_0, context))
     with evaluated as (seed, global_kl), progress_bar(progress, "bound") as bar:
         bounds, first, start = [], None, 0
@@ -277,7 +278,7 @@ def bound(
             squares = squares + batch.x_0.detach().float().square().sum()
             expect(bar, x_0, (1 + num_times) * num_particles * len(batch))
             draws = _Draws(diffusion.model, batch, start, seed, num_particles, first)
-            bounds.append(_bound(diffusion, draws, num_times, rank, count, bar))
+            bounds.append(_bound(diffusion, draws, num_times, is_mine, len(turns), bar))
             start += len(batch)
     found = Bound.joined(bounds).changed(global_kl=global_kl)
     if start * num_particles * num_times >= T - 1:  # with fewer, most t were never drawn
@@ -316,13 +317,17 @@ def _warn_of_one_step(diffusion: Diffusion, found: Bound, square: Tensor | float
         )
 
 
-def _bound(diffusion: Diffusion, draws: "_Draws", num_times: int, rank: int, count: int, bar: tqdm) -> Bound:
-    """The bound of a batch; the blocks are dealt out to the ranks in turn."""
+def _bound(
+    diffusion: Diffusion, draws: "_Draws", num_times: int, is_mine: dict[bool, Iterator[bool]], count: int, bar: tqdm
+) -> Bound:
+    """The bound of a batch. Blocks are dealt out to the ``count`` ranks in turn, one batch's after another's, as a
+    batch may have fewer than there are ranks: ``is_mine`` says whether the next is this rank's, of the blocks with
+    t = 1, which are small, and of all others."""
     batch, T = draws.batch, diffusion.num_steps
     terms = _Terms(draws, num_times, T)
     for first in (True, False):  # the rows of t = 1, which the decoder scores, and all others
         blocks = draws.blocks(torch.tensor([1, 2], device="cpu") if first else _ends(T, num_times))
-        drawn = (block() for block in islice(blocks, rank, None, count))
+        drawn = (block() for block in blocks if next(is_mine[first]))
         whole = draws.dry_run.rows // draws.rows * draws.rows  # as many blocks as fit, so that none is cut
         for i, t, size, draw, x_t, *rest in _joined(drawn, whole or draws.dry_run.rows):
             data, x_s = batch.rows(i), rest[0] if rest else None

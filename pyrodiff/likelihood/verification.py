@@ -184,13 +184,13 @@ def _of_means(
     diffusion: Diffusion, data: Batch, num_repeats: int, num_particles: int, guide: Callable | None
 ) -> list[Claim]:
     """The claims about means over fresh draws, each a comparison of two sets of them."""
-    T, given = diffusion.num_steps, (data.x_0, *data.context)
-    rows = torch.arange(len(data), device=data.x_0.device).repeat(math.ceil(T / len(data)))
-    every = data.rows(rows)  # at least T rows, so that low-discrepancy draws include every t
+    T, given, rows = diffusion.num_steps, (data.x_0, *data.context), torch.arange(len(data), device=data.x_0.device)
+    every = data.rows(rows.repeat(math.ceil(T / len(data))))  # at least T: low-discrepancy draws include every t
+    again = data.rows(rows.repeat(num_repeats))  # each of them has draws of its own
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of one large step, or of heavy tails: not what is tested
-            bounds = torch.stack([_of_bound(bound(diffusion, *given, guide=guide)) for _ in range(num_repeats)])
+            bounds = _of_bound(bound(diffusion, again.x_0, *again.context, guide=guide), num_repeats)
             weights, groups = (
                 importance_bound(diffusion, *given, num_particles=number, guide=guide).log_weights.double()
                 for number in (num_repeats, 10 * num_particles)
@@ -213,9 +213,10 @@ def _of_means(
     ]
 
 
-def _of_bound(bound: Bound) -> Tensor:
-    """The mean terms L_0, L_1, ..., L_T over the data, with shape (T + 1,)."""
-    return torch.cat([bound.reconstruction[None], bound.denoising, bound.prior[None]]).double().mean(1)
+def _of_bound(bound: Bound, number: int) -> Tensor:
+    """The mean terms L_0, L_1, ..., L_T over the data, each of which is there so often, with shape (number, T + 1)."""
+    terms = torch.cat([bound.reconstruction[None], bound.denoising, bound.prior[None]]).double()
+    return terms.unflatten(1, (number, -1)).mean(2).T
 
 
 def _estimates(

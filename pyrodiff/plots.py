@@ -605,8 +605,8 @@ def _limits(x: Tensor, limits: tuple[float, float] | None) -> tuple[float, float
 
 def _drawn(x: Tensor, form: str, limits: tuple[float, float], columns: int | None = None) -> np.ndarray:
     """Sequences or pictures as one array of numbers in [0, 1]."""
-    shares = ((x.detach().double() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
-    return shares.cpu().numpy() if form == "sequences" else _tiled(_enlarged(shares), columns, gap=_GAP)
+    shares = ((x.detach().cpu().double() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
+    return shares.numpy() if form == "sequences" else _tiled(_enlarged(shares), columns, gap=_GAP)
 
 
 def _enlarged(x: Tensor) -> np.ndarray:

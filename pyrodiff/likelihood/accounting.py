@@ -200,7 +200,7 @@ def _estimate(pair: OneStep, data: Batch) -> list[Tensor]:
 def _half_squares(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
     """Half the squared difference of two independent estimates, whose mean is their variance: value and gradient."""
     squares = [
-        float(((one - other.to(one.device)).double() ** 2).sum()) / 2 for one, other in zip(first, second, strict=True)
+        float((float64(one - other.to(one.device)) ** 2).sum()) / 2 for one, other in zip(first, second, strict=True)
     ]
     return squares[0], sum(squares[1:])
 

@@ -201,7 +201,7 @@ Bound.denoising = _Denoising()  # type: ignore[assignment]  # set later, so as n
 
 
 def _total(nats: Tensor, global_kl: Tensor | None) -> float:
-    return float(nats.double().sum()) + (0.0 if global_kl is None else float(global_kl))
+    return float(float64(nats).sum()) + (0.0 if global_kl is None else float(global_kl))
 
 
 def _global_row(global_kl: Tensor | None) -> dict[str, Tensor]:

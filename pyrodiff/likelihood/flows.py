@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..base import arguments
 from ..base.arguments import ArgumentError
+from ..base.precision import float64
 from ..model.decoders import GaussianDecoder
 from ..pair.diffusion import Diffusion
 from ..pair.flow import Flow, check_flow, refuse_a_cut_graph
@@ -195,7 +196,7 @@ def _costs(flow: Flow, data: Batch, datum: Tensor, is_bound: bool, bar: tqdm) ->
         q = diffusion.forward_process.marginal(x_0, 1)
         x, start = q.rsample(), 1
         last = diffusion.model.decoded(diffusion.model.kernel(x, 1, *context), x)
-        extra = last.log_prob(x_0) - q.log_prob(x)
+        extra = float64(last.log_prob(x_0) - q.log_prob(x))
     x_T, change, evaluations = flow.carry(x, start, diffusion.num_steps, context, datum)
     bar.update(len(x_0))
     return -(flow.log_prob_of_prior(x_T) + change + extra), evaluations

@@ -38,7 +38,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
-from ..base.precision import precisely
+from ..base.precision import float64, precisely
 from ..base.randomness import seed_draws, seed_of
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
@@ -106,7 +106,7 @@ class PairBound(Likelihood):
 
         In expectation over draws it is a bound on -log p(x_1, ..., x_B), with all latent sites integrated out.
         """
-        return float(self.nats.double().sum()) + sum(self.global_costs)
+        return float(float64(self.nats).sum()) + sum(self.global_costs)
 
     @property
     def title(self) -> str:

@@ -192,7 +192,7 @@ def _of_means(
             warnings.simplefilter("ignore", UserWarning)  # of one large step, or of heavy tails: not what is tested
             bounds = _of_bound(bound(diffusion, again.x_0, *again.context, guide=guide), num_repeats)
             weights, groups = (
-                importance_bound(diffusion, *given, num_particles=number, guide=guide).log_weights.double()
+                float64(importance_bound(diffusion, *given, num_particles=number, guide=guide).log_weights)
                 for number in (num_repeats, 10 * num_particles)
             )
         learned: dict[str, Tensor] = {name: p for name, p in diffusion.model.named_parameters() if p.requires_grad}
@@ -215,7 +215,7 @@ def _of_means(
 
 def _of_bound(bound: Bound, number: int) -> Tensor:
     """The mean terms L_0, L_1, ..., L_T over the data, each of which is there so often, with shape (number, T + 1)."""
-    terms = torch.cat([bound.reconstruction[None], bound.denoising, bound.prior[None]]).double()
+    terms = float64(torch.cat([bound.reconstruction[None], bound.denoising, bound.prior[None]]))
     return terms.unflatten(1, (number, -1)).mean(2).T
 
 
@@ -229,7 +229,7 @@ def _estimates(
     costs, gradients = [], []
     for _ in range(number):
         terms = DiffusionELBO().terms(pair.model, pair.guide, data.x_0, *data.context)
-        means = torch.stack([terms[name].double().sum() / len(data) for name in reversed(terms)])
+        means = torch.stack([float64(terms[name]).sum() / len(data) for name in reversed(terms)])
         found = torch.autograd.grad(means.sum(), parameters, allow_unused=True) if means.requires_grad else ()
         costs.append(means.detach())
         gradients.append([0.0 if g is None else float((g * sign).sum()) for g, sign in zip(found, signs, strict=False)])

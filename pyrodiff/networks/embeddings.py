@@ -41,9 +41,9 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """The features of times ``t`` of any shape (*), with shape (*, features)."""
-        dtype, half = cast(nn.Linear, self.layers[0]).weight.dtype, self.features // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
-        angles = t[..., None].to(dtype) * frequencies
+        weight, half = cast(nn.Linear, self.layers[0]).weight, self.features // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=weight.dtype, device=weight.device) / half)
+        angles = t[..., None].to(weight.dtype).to(weight.device) * frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], -1))
 
 

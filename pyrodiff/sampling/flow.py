@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
+from ..base.precision import float64
 from ..model.decoders import GaussianDecoder
 from ..pair.diffusion import Diffusion
 from ..pair.flow import Flow, check_flow, refuse_a_cut_graph
@@ -120,8 +121,8 @@ class FlowSampler(Sampler):
             flow = Flow(self.chain, self.tolerance, self.max_steps, num_probes)
             x_0, change, _ = flow.carry(x_T, T, 0, context)
             bar.update(num_samples)
-            log_prob = flow.log_prob_of_prior(x_T.double()) - change.mean(0)
-        return x_0.to(x_T.dtype), log_prob
+            log_prob = flow.log_prob_of_prior(float64(x_T)) - change.mean(0)
+        return x_0.to(x_T.dtype).to(x_T.device), log_prob
 
     def _run(
         self, num_samples: int, context: tuple[Tensor, ...], bar: tqdm, wanted: set[int]
@@ -152,4 +153,5 @@ class FlowSampler(Sampler):
         return x, context
 
     def _carried(self, x: Tensor, start: int, end: int, context: tuple[Tensor, ...]) -> Tensor:
-        return Flow(self.chain, self.tolerance, self.max_steps).carry(x, start, end, context)[0].to(x.dtype)
+        carried, _, _ = Flow(self.chain, self.tolerance, self.max_steps).carry(x, start, end, context)
+        return carried.to(x.dtype).to(x.device)

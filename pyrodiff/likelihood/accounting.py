@@ -154,10 +154,10 @@ def variance_account(
             for name, pair in pairs.items():
                 halves[name].append(_half_squares(*(_estimate(pair, data.rows(half)) for half in i)))
                 bar.update(2 * batch_size)
-    of_value, of_gradient = (
-        {name: _mean(torch.tensor(halves[name], dtype=torch.float64)[:, which] * batch_size) for name in drawings}
-        for which in (0, 1)
-    )
+    squares = {
+        name: torch.tensor(some, dtype=torch.float64, device="cpu") * batch_size for name, some in halves.items()
+    }
+    of_value, of_gradient = ({name: _mean(some[:, which]) for name, some in squares.items()} for which in (0, 1))
     return VarianceAccount(costs.mean(1), costs.std(1), drawings, of_value, of_gradient, batch_size)
 
 

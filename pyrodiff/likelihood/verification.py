@@ -233,7 +233,7 @@ def _estimates(
         found = torch.autograd.grad(means.sum(), parameters, allow_unused=True) if means.requires_grad else ()
         costs.append(means.detach())
         gradients.append([0.0 if g is None else float((g * sign).sum()) for g, sign in zip(found, signs, strict=False)])
-    return torch.stack(costs).cpu(), torch.tensor(gradients, dtype=torch.float64)
+    return torch.stack(costs).cpu(), torch.tensor(gradients, dtype=torch.float64, device="cpu")
 
 
 def _alike(name: str, ours: Tensor, theirs: Tensor, names: list[str]) -> Claim:

@@ -363,7 +363,7 @@ def binarize(
         tensor([0., 1., 1.])
     """
     arguments.levels(levels)
-    whole = whole_levels("k", k, levels).float()
+    whole = whole_levels("k", k, levels).float().to(k.device)
     if threshold is None:
         return torch.bernoulli(whole / (levels - 1), generator=generator_of(generator, k.device))
     if generator is not None:

@@ -104,8 +104,7 @@ def _scatter(axes: Axes, x: Tensor, color: str, extent: float) -> None:
 
 def _drift(axes: Axes, diffusion: Diffusion, t: int, extent: float) -> None:
     line = torch.linspace(-0.93 * extent, 0.93 * extent, 17)
-    grid = torch.cartesian_prod(line, line).to(diffusion.model.dtype())
-    grid = grid.to(diffusion.forward_process.schedule.noise(0).device)
+    grid = torch.cartesian_prod(line, line).to(diffusion.model.dtype()).to(diffusion.model.device)
     drift = diffusion.model.kernel(grid, t).mean - grid
     longest = drift.norm(dim=-1).quantile(0.98).clamp(min=1e-9)
     arrows = (drift / longest * float(line[1] - line[0])).cpu().numpy()
@@ -376,7 +375,7 @@ def _named(samples: Tensor, data: Tensor | None) -> dict[str, Tensor]:
                 name, f"must have the shape of samples, {tuple(samples.shape[1:])}, but it is {tuple(x.shape[1:])}"
             )
     found = {f"{len(samples)} samples": samples, **({} if data is None else {f"{len(data)} data": data})}
-    return {title: x.detach().cpu() for title, x in found.items()}
+    return {title: x.detach().cpu().double() for title, x in found.items()}
 
 
 def trajectory(

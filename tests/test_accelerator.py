@@ -9,14 +9,17 @@ import traceback
 import accelerator
 import numpy as np
 import parted
+import pyro.distributions as dist
 import pytest
 import torch
+from loops import adam
 from models import KINDS
 from test_devices import ENTRIES
 
 import pyrodiff
 from pyrodiff import datasets, plots
 from pyrodiff.command import cli, runs, train
+from pyrodiff.likelihood import bounds
 
 DEVICES = ("cpu", accelerator.NAME)
 SIZES = "--T 4 --train-steps 4 --batch-size 8 --evaluate-every 4 --evaluate-on 8 --log-every 4 --checkpoint-every 2"
@@ -76,6 +79,36 @@ def of_results(device):
     plots.samples(torch.rand(4, 8, 8).to(device))
 
 
+def of_blocks(device):
+    """Bounds with blocks of another size, of data at once and in batches, where draws of x_T count."""
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3))
+    torch.manual_seed(1)
+    network, prior = pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1), dist.StudentT(5.0, torch.zeros(2).to(device))
+    reverse = pyrodiff.GaussianReverse(forward, network)
+    diffusion = pyrodiff.Diffusion(forward, reverse, (2,), prior=prior.to_event(1)).to(device)
+    x_0 = torch.randn(7, 2).to(device)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_ROWS", "_ROWS_ELSEWHERE"):
+            patch.setattr(bounds, name, 2**13)
+        for data in (x_0, x_0.split(3)):
+            yield pyrodiff.bound(diffusion, data, generator=1).nats
+            yield pyrodiff.importance_bound(diffusion, data, num_particles=2, generator=1).nats
+
+
+def of_a_learned_schedule(device):
+    """Its parameters stay on the CPU where there is no float64."""
+    torch.manual_seed(1)
+    forward = pyrodiff.GaussianForward(pyrodiff.LearnedLogSNRSchedule(4, 3.0, -3.0, hidden=4))
+    reverse = pyrodiff.GaussianReverse(forward, pyrodiff.networks.MLP((2,), hidden=8, num_blocks=1))
+    diffusion = pyrodiff.Diffusion(forward, reverse, (2,)).to(device)
+    pair, x_0 = diffusion.one_step(), torch.randn(3, 2).to(device)
+    svi = pyrodiff.SVI(pair.model, pair.guide, adam, pyrodiff.DiffusionELBO())
+    yield from [svi.step(x_0) for _ in range(2)]
+    yield diffusion.model(num_samples=3)
+    yield pyrodiff.DDIMSampler(diffusion)(3, generator=1)
+    yield datasets.binarize(torch.arange(256).to(device), generator=1)
+
+
 def in_single_precision(compute, *given):
     """On the accelerator without float64."""
     with accelerator.without_float64():
@@ -101,6 +134,8 @@ MADE = {
     **{f"{name}, {entry}": (of_entry, entry, name) for entry in SLOW for name in SLOW[entry]},
     "data": (data_anywhere,),
     "what is made of results": (of_results,),
+    "other blocks": (of_blocks,),
+    "a learned schedule": (of_a_learned_schedule,),
 }
 EVERY = {name: (of_every_entry, name) for name in KINDS}
 GROUPS = {

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrodiff
 from pyrodiff import Bound, DiffusionELBO, bound, networks
+from pyrodiff.likelihood import bounds
 from pyrodiff.likelihood.estimate import rounded
 from pyrodiff.running.evaluation import bytes_per_row
 
@@ -590,3 +591,13 @@ def test_memory_is_bounded_by_what_is_drawn():
         str(found)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 20_000 * 4 < largest < 8e6
+
+
+def test_of_the_prior_only_the_data_given_are_scored(monkeypatch):
+    """Not those outside of the batch that a block of draws has beside."""
+    forward = pyrodiff.GaussianForward(pyrodiff.LinearSchedule(3))
+    diffusion = pyrodiff.Diffusion(forward, pyrodiff.GaussianReverse(forward, networks.MLP((2,), hidden=8)), (2,))
+    cost, scored = bounds.prior_cost, []
+    monkeypatch.setattr(bounds, "prior_cost", lambda model, x_0, x_T: scored.append(len(x_0)) or cost(model, x_0, x_T))
+    bound(diffusion, torch.randn(3, 2), num_particles=2)
+    assert scored == [3, 3]

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from . import arguments
 from .arguments import ArgumentError
 
-__all__ = ["copied_source", "generator_of", "kept_sources", "put_sources", "seed_draws", "seed_of", "sources"]
+__all__ = ["copied_source", "forked", "generator_of", "kept_sources", "put_sources", "seed_draws", "seed_of", "sources"]
 
 
 def sources() -> dict[str, Any]:
@@ -67,9 +67,30 @@ def seed_draws(seed: int, device: torch.device) -> None:
     """
     torch.default_generator.manual_seed(seed)
     if device.type not in ("cpu", "meta"):
-        accelerator = getattr(torch, device.type)
-        with accelerator.device(device):
-            accelerator.manual_seed(seed)
+        module = getattr(torch, device.type)
+        with module.device(device) if hasattr(module, "device") else nullcontext():  # Apple's is the only one
+            module.manual_seed(seed)
+
+
+@contextmanager
+def forked(seed: int, device: torch.device) -> Iterator[None]:
+    """A context in which torch draws from a seed on the CPU and on one device, whose generators have their earlier
+    state afterwards.
+
+    Arguments:
+        seed: The seed.
+        device: The device.
+    """
+    there = None if device.type in ("cpu", "meta") else getattr(torch, device.type)
+    of_device = [] if device.type == "mps" else [device]  # Apple's is the only one
+    states = torch.get_rng_state(), None if there is None else there.get_rng_state(*of_device)
+    try:
+        seed_draws(seed, device)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        if there is not None:
+            there.set_rng_state(states[1], *of_device)
 
 
 def copied_source() -> torch.Generator:

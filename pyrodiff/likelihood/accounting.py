@@ -105,7 +105,7 @@ def variance_account(
         num_pairs: The number of pairs of batches, whose differences give the variances; at least 2.
         batch_size: The number of data in a batch, drawn with replacement.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
-            given, 2^28, or on a GPU about an eighth of its memory.
+            given, 2^28, or on a GPU about an eighth of its memory. The draws depend on it.
         generator: A generator or a seed, for the same numbers each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a

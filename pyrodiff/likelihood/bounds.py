@@ -483,8 +483,8 @@ class _Draws:
             x_0, costs = self.x_0[group.indices], []
             for particle in range(self.num_particles):
                 seed_draws(seed_of(self.seed, particle, 0, group.number), x_0.device)
-                x_T = self.model.forward_process.marginal(x_0, self.model.num_steps).sample()
-                costs.append(prior_cost(self.model, x_0, x_T).expand(len(x_0))[group.inside])
+                x_T = self.model.forward_process.marginal(x_0, self.model.num_steps).sample()[group.inside]
+                costs.append(prior_cost(self.model, x_0[group.inside], x_T).expand(len(x_T)))
             found.append(torch.stack(costs).mean(0))
         return torch.cat(found)
 
@@ -707,10 +707,10 @@ class _Trajectory:
         self.index = group.indices.repeat(self.shape[0])
         self.x_0 = draws.x_0[self.index]
         model = draws.model
-        law = model.forward_process.marginal(self.x_0, model.num_steps)
-        self.x_t = self._drawn(law, model.num_steps + 1)
-        top = model.top(self.x_0.dtype, self.x_0.device)
-        self.log_weight = self._of_batch(top.log_prob(self.x_t) - law.log_prob(self.x_t))
+        self.x_t = self._drawn(model.forward_process.marginal(self.x_0, model.num_steps), model.num_steps + 1)
+        x_0, x_T = self._of_batch(self.x_0), self._of_batch(self.x_t)
+        law, top = model.forward_process.marginal(x_0, model.num_steps), model.top(x_0.dtype, x_0.device)
+        self.log_weight = top.log_prob(x_T) - law.log_prob(x_T)
 
     def step(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
         """Move on by a step: the indices of the rows' data in the batch, x_t and x_{t-1} (at t = 1, x_1 again)."""

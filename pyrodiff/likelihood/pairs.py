@@ -39,7 +39,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
 from ..base.precision import float64, precisely
-from ..base.randomness import seed_draws, seed_of
+from ..base.randomness import forked, seed_of
 from ..pair.diffusion import Diffusion, OneStep
 from ..pair.elbo import DiffusionELBO
 from ..pair.entropy import innermost
@@ -554,12 +554,7 @@ def _checked(x_0: object, context: tuple) -> tuple[Tensor, ...]:
 @contextmanager
 def _run(seed: int, device: torch.device, validated: bool) -> Iterator[None]:
     """The context of a run: its own seed, on the CPU and on a device, and validation by Pyro on or off."""
-    on_cpu = device.type in ("cpu", "meta")
-    with (
-        torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
-        pyro.validation_enabled(validated),
-    ):
-        seed_draws(seed, device)
+    with forked(seed, device), pyro.validation_enabled(validated):
         yield
 
 

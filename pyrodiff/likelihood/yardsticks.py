@@ -87,7 +87,8 @@ def yardsticks(
         train: Data to fit to, with shape (n, *event_shape); or a loader of such batches, or of tuples that begin with
             one, such as :class:`pyrodiff.streaming.Blocks`, that is read once. Floats, or whole numbers in
             0..levels-1 of any dtype.
-        test: Data to evaluate on, in the same units; on any device, where their costs will be.
+        test: Data to evaluate on, in the same units. All may be on any device; costs are where the first of ``train``
+            is.
         levels: The number of levels L, for their probabilities; None for a density.
         smoothing: The number of pseudo-data, spread evenly over the levels, that are added to ``train``; above 0.
 
@@ -127,7 +128,7 @@ def yardsticks(
         law.fit()
     for x, _ in _blocks("test", test, levels, shape):
         for law in laws:
-            costs[law.name].append(law.cost(x.to(device)).to(x.device))
+            costs[law.name].append(law.cost(x.to(device)))
     return Yardsticks({name: Yardstick(name, torch.cat(some), shape, levels) for name, some in costs.items()})
 
 

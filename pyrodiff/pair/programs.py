@@ -208,9 +208,14 @@ class Generative(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of states: that of the reverse process's parameters, or the schedule's if it has none."""
-        parameter = next(self.reverse.parameters(), None)
-        return self.forward_process.schedule.device if parameter is None else parameter.device
+        """The device of states: that of the reverse process's parameters, or the schedule's if it has none.
+
+        A learned schedule's parameters, in float64, are not asked: they may have to stay on the CPU.
+        """
+        for parameter in self.reverse.parameters():
+            if not any(parameter is one for one in self.forward_process.parameters()):
+                return parameter.device
+        return self.forward_process.schedule.device
 
     def top(self, dtype: torch.dtype, device: torch.device | None = None) -> dist.TorchDistribution:
         """p(x_T), with batch_shape (), for states of a dtype and on a device, the model's if not given."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..base import arguments, checks
 from ..base.arguments import ArgumentError
-from ..base.precision import Float64Module, default_home
+from ..base.precision import Float64Module, default_home, float64
 from ..model.reverse import GaussianReverse
 from ..model.variances import LearnedVariance
 from ..process.forward import GaussianForward
@@ -288,7 +288,7 @@ def _by_probability(u: Tensor, probabilities: Tensor, num_steps: int) -> tuple[T
     if len(probabilities) != num_steps:
         raise ArgumentError("drawing", f"must be one of T = {num_steps} times, but it is one of {len(probabilities)}")
     ends = probabilities.cumsum(0)
-    index = torch.searchsorted(ends, u.double().contiguous(), right=True).clamp(max=num_steps - 1)
+    index = torch.searchsorted(ends, float64(u).contiguous(), right=True).clamp(max=num_steps - 1)
     return index + 1, probabilities[index].to(u.dtype)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..base import arguments, checks, ranks
 from ..base.arguments import ArgumentError
-from ..base.randomness import copied_source, seed_draws
+from ..base.randomness import copied_source, forked
 from ..pair.diffusion import Diffusion
 from ..pair.programs import check_law
 from ..pair.terms import Recorder
@@ -108,9 +108,7 @@ def seeded(generator: torch.Generator | int | None, device: torch.device, agreed
         of_first = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
         ranks.agree([of_first])
         seed = int(of_first)
-    on_cpu = device.type in ("cpu", "meta")
-    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
-        seed_draws(seed, device)
+    with forked(seed, device):
         yield seed % 2**64
     if generator is None:
         torch.set_rng_state(source.get_state())

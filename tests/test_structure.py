@@ -89,6 +89,7 @@ INSIDE = {  # what modules share, and the package does not offer
     "expect",
     "float64",
     "Float64Module",
+    "forked",
     "generator_of",
     "holds_float64",
     "home",

@@ -119,7 +119,7 @@ def ode_log_prob(
         tolerance: The error allowed per step, absolute and relative, of each number and of log p.
         max_steps: The number of steps after which a datum is given up.
         memory_budget: The memory for the states and activations of one batch of network calls, in bytes; if not
-            given, 2^28, or on a GPU about an eighth of its memory. Where x_1 or probes are drawn, the draws depend on it.
+            given, 2^28, or on a GPU about an eighth of its memory. Draws of x_1 and of probes depend on it.
         generator: A generator or a seed, for the same number each time; torch's global generator if not given.
         progress: Whether to show a progress bar, where there is a terminal.
         guide: The guide of random weights, which are drawn from it once: a program, called with the data (None for a

@@ -187,10 +187,11 @@ def _of_means(
     T, given, rows = diffusion.num_steps, (data.x_0, *data.context), torch.arange(len(data), device=data.x_0.device)
     every = data.rows(rows.repeat(math.ceil(T / len(data))))  # at least T: low-discrepancy draws include every t
     again = data.rows(rows.repeat(num_repeats))  # each of them has draws of its own
+    drawn = None if guide is None else lambda *_: guide(*given)  # the weights, of the data as they are
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of one large step, or of heavy tails: not what is tested
-            bounds = _of_bound(bound(diffusion, again.x_0, *again.context, guide=guide), num_repeats)
+            bounds = _of_bound(bound(diffusion, again.x_0, *again.context, guide=drawn), num_repeats)
             weights, groups = (
                 float64(importance_bound(diffusion, *given, num_particles=number, guide=guide).log_weights)
                 for number in (num_repeats, 10 * num_particles)

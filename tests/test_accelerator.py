@@ -25,7 +25,7 @@ DEVICES = ("cpu", accelerator.NAME)
 SIZES = "--T 4 --train-steps 4 --batch-size 8 --evaluate-every 4 --evaluate-on 8 --log-every 4 --checkpoint-every 2"
 SIZES += " --samples 4 --threads 1 --hidden 8"
 NETWORK = " --channels 8 --blocks 1"
-SLOW = {  # entries, and kinds of models that they are tried on
+TRIED_ON = {  # entries, and kinds of models that they are tried on
     "ode_log_prob": ["levels, softmax", "MLP prediction"],
     "variance_account": ["bits of a sub-chain", "second moment drawing"],
     "verify": ["levels, softmax"],
@@ -63,7 +63,7 @@ def of_every_entry(name, device):
 
 
 def of_results(device):
-    """What is made of bounds and flows; a network that is told the log SNR; a picture of pictures."""
+    """What is made of bounds and flows; a network of the log SNR; a picture of pictures."""
     torch.manual_seed(1)
     forward = pyrodiff.GaussianForward(pyrodiff.LogSNRSchedule(4, 3.0, -3.0))
     time = pyrodiff.networks.LogSNREmbedding(forward.schedule, 8)
@@ -131,7 +131,7 @@ def of_run(words, device):
 
 
 MADE = {
-    **{f"{name}, {entry}": (of_entry, entry, name) for entry in SLOW for name in SLOW[entry]},
+    **{f"{name}, {entry}": (of_entry, entry, name) for entry in TRIED_ON for name in TRIED_ON[entry]},
     "data": (data_anywhere,),
     "what is made of results": (of_results,),
     "other blocks": (of_blocks,),

@@ -12,6 +12,7 @@ from models import Network
 
 import pyrodiff
 from pyrodiff import bound, importance_bound
+from pyrodiff.base.precision import precisely
 
 T, D = models.T, models.SIZE
 
@@ -115,3 +116,16 @@ def test_tables_of_drawings_stay_what_they_are(cast):
         for key, value in drawing.state_dict().items():
             assert value.dtype == before[key].dtype
             assert torch.equal(value, before[key])
+
+
+def test_autocast_is_off_for_the_terms_of_a_bound_wherever_it_was_on():
+    kinds = ("cpu", "cuda")
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, True)
+    try:
+        with precisely():
+            assert not any(map(torch.is_autocast_enabled, kinds))
+        assert all(map(torch.is_autocast_enabled, kinds))
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)

@@ -5,7 +5,7 @@ coefficients are computed, and only these, in the dtype of the state, are sent t
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,14 @@ def costs_dtype(x_0: Tensor) -> torch.dtype:
 
 
 def precisely() -> AbstractContextManager:
-    """A context without autocast: networks may compute in a lower precision, but the terms of a bound may not."""
-    kinds = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind)]
-    if len(kinds) < 2:
-        return torch.autocast(kinds[0], enabled=False) if kinds else nullcontext()
+    """A context without autocast: networks may compute in a lower precision, but the terms of a bound may not.
+
+    It is off from this call to the end of its ``with``.
+    """
     stack = ExitStack()
-    for kind in kinds:
-        stack.enter_context(torch.autocast(kind, enabled=False))
+    for kind in ("cpu", "cuda", "mps", "xpu"):
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
 
 

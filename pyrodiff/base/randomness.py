@@ -68,7 +68,7 @@ def seed_draws(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type not in ("cpu", "meta"):
         module = getattr(torch, device.type)
-        with module.device(device) if hasattr(module, "device") else nullcontext():  # Apple's is the only one
+        with module.device(device) if hasattr(module, "device") else nullcontext():  # torch.mps has none
             module.manual_seed(seed)
 
 
@@ -81,16 +81,10 @@ def forked(seed: int, device: torch.device) -> Iterator[None]:
         seed: The seed.
         device: The device.
     """
-    there = None if device.type in ("cpu", "meta") else getattr(torch, device.type)
-    of_device = [] if device.type == "mps" else [device]  # Apple's is the only one
-    states = torch.get_rng_state(), None if there is None else there.get_rng_state(*of_device)
-    try:
+    on_cpu = device.type in ("cpu", "meta")
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         seed_draws(seed, device)
         yield
-    finally:
-        torch.set_rng_state(states[0])
-        if there is not None:
-            there.set_rng_state(states[1], *of_device)
 
 
 def copied_source() -> torch.Generator:

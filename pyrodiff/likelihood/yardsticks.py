@@ -121,14 +121,16 @@ def yardsticks(
     for x, event_shape in _blocks("train", train, levels):
         if not laws:
             shape, device, laws = event_shape, x.device, _laws(x.shape[1], levels, smoothing)
+        x = x.to(device)
         for law in laws:
-            law.add(x.to(device))
+            law.add(x)
     costs: dict[str, list[Tensor]] = {law.name: [] for law in laws}
     for law in laws:
         law.fit()
     for x, _ in _blocks("test", test, levels, shape):
+        x = x.to(device)
         for law in laws:
-            costs[law.name].append(law.cost(x.to(device)))
+            costs[law.name].append(law.cost(x))
     return Yardsticks({name: Yardstick(name, torch.cat(some), shape, levels) for name, some in costs.items()})
 
 

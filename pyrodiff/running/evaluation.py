@@ -264,7 +264,7 @@ def _memory(device: torch.device) -> int:
         return 2**28
     free, whole = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    most = min(whole // 8, free // 2)  # usually the eighth, so that the draws of each batch are the same each time
+    most = min(whole // 8, free // 2)  # usually the eighth: flows and accounts draw batch by batch, the same each time
     return 2 ** max(28, most.bit_length() - 1)
 
 
